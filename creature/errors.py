@@ -1,0 +1,39 @@
+"""One kind of error for people, and one way for a script to end on it."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(ValueError):
+    """Something the user can put right. The message is one clear sentence that ends with the remedy."""
+
+
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's `main` and exit with its return code (None means 0).
+
+    A UserError, a full disk, a missing right or Ctrl+C ends in one line on stderr and exit code 1 (130 for Ctrl+C),
+    never in a traceback. Any other exception is a bug of ours and keeps its traceback.
+    """
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        code = _report(str(error))
+    except BrokenPipeError:
+        # The reader of our output (`head`, say) has gone: nothing is wrong, and nobody is left to tell.
+        sys.stdout = None
+        code = 0
+    except OSError as error:
+        if error.errno is None:  # a library raised it, not the operating system: keep the traceback
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        code = _report(f"{error.strerror}{where}")
+    except KeyboardInterrupt:
+        code = _report("interrupted", 130)
+    sys.exit(code)
+
+
+def _report(message: str, code: int = 1) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code

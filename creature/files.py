@@ -1,0 +1,76 @@
+"""Whole files or none: atomic writing, hashes, free space."""
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from creature.errors import UserError
+
+
+@contextmanager
+def replace_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
+    """Write a file aside, then put it in place in one step, so that nobody ever reads half a file.
+
+    Yields a file object opened with `mode` ("wb" or "w"; text is UTF-8 with "\\n" line ends). On leaving without an
+    exception the data is flushed to disk and renamed over `path`; on any exception the temporary file is removed and
+    `path` is untouched. Raises UserError when the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    require_writable(path.parent)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(aside, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException as error:
+        aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and is_disk_full(error):
+            raise UserError(f"the disk is full while writing {path}: free some space, or use another disk") from error
+        raise
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether an OSError says "no space left" or "quota exceeded", on POSIX (ENOSPC, EDQUOT) or Windows (112)."""
+    return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", -1)) or getattr(error, "winerror", None) == 112
+
+
+def sha256_file(path: str | os.PathLike) -> str:
+    """The sha256 of a file's bytes as 64 hex digits, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def free_bytes(path: str | os.PathLike) -> int:
+    """Free bytes on the disk that holds `path`, which need not exist yet: its nearest existing parent counts."""
+    path = Path(path).absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def require_writable(folder: str | os.PathLike) -> Path:
+    """Make `folder` (with its parents) and check by a probe file that it can be written; UserError otherwise."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if is_disk_full(error):
+            raise UserError(f"the disk of {folder} is full: free some space, or write to another disk") from error
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"cannot write in {folder} ({reason}): choose a folder that you may write to") from error
+    return folder
