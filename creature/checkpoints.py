@@ -1,0 +1,275 @@
+"""The folder of a run: which checkpoints are whole, what run.json says, who may write here.
+
+A checkpoint is written aside and renamed when it is whole; `complete.json`, its last file, lists every other file with
+its size and sha256. `run.json` describes the run; a resumed run must agree with it.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from creature.errors import UserError
+from creature.files import free_bytes, replace_file, require_writable, sha256_file
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+COMPLETE_FILE = "complete.json"
+WRITING_FOLDER = ".writing"
+# What a resumed run cannot do without, beside the weights, whose file depends on the wrapping (DDP, FSDP).
+NEEDED_FILES = ("trainer_state.json", "scheduler.pt")
+# Entries of a saved configuration that say nothing about the model.
+CONFIG_NOISE = {"_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def step_of(checkpoint: str | os.PathLike) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(Path(checkpoint).name.rsplit("-", 1)[1])
+
+
+def list_checkpoints(run_folder: str | os.PathLike) -> list[Path]:
+    """Every checkpoint-N folder of a run, oldest step first, whole or not."""
+    folder = Path(run_folder)
+    found = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    return sorted((path for path in found if re.fullmatch(r"checkpoint-\d{1,12}", path.name)), key=step_of)
+
+
+def seal_checkpoint(folder: str | os.PathLike) -> None:
+    """Flush every file of a checkpoint to disk and write complete.json, which vouches for them."""
+    folder = Path(folder)
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE_FILE):
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    with replace_file(folder / COMPLETE_FILE, "w") as file:
+        json.dump({"step": step_of(folder), "files": files}, file, indent=1)
+
+
+def problem_with(checkpoint: str | os.PathLike) -> str | None:
+    """What keeps a checkpoint from being resumed, in words, or None when it is whole."""
+    folder = Path(checkpoint)
+    seal = _read_json(folder / COMPLETE_FILE)
+    if not isinstance(seal, dict) or not isinstance(seal.get("files"), dict):
+        return f"{COMPLETE_FILE} is missing or broken: it was never finished"
+    names = set(seal["files"])
+    if missing := [name for name in NEEDED_FILES if name not in names]:
+        return f"it was saved without {missing[0]}"
+    for name, entry in seal["files"].items():
+        path = folder / name
+        if not _is_inside(path, folder) or not isinstance(entry, dict):
+            return f"{COMPLETE_FILE} is broken"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry.get("bytes"):
+            return f"{name} has {path.stat().st_size:,} bytes instead of {entry.get('bytes')}"
+        if sha256_file(path) != entry.get("sha256"):
+            return f"{name} has changed since it was written"
+    return None
+
+
+def newest_complete(
+    run_folder: str | os.PathLike, at_most: int | None = None
+) -> tuple[Path | None, list[tuple[str, str]]]:
+    """
+    The newest whole checkpoint of a run.
+
+    Args:
+        at_most: only checkpoints up to this step count.
+
+    Returns:
+        (its folder or None, [(name, reason)] of the newer ones that were skipped)
+    """
+    skipped = []
+    for folder in reversed(list_checkpoints(run_folder)):
+        if at_most is not None and step_of(folder) > at_most:
+            continue
+        problem = problem_with(folder)
+        if problem is None:
+            return folder, skipped
+        skipped.append((folder.name, problem))
+    return None, skipped
+
+
+def rotate(run_folder: str | os.PathLike, keep: int | None, protected: set[int]) -> None:
+    """Delete all but the newest `keep` checkpoints and those of the `protected` steps (None or 0: delete nothing).
+
+    Only sealed ones count as kept, so that broken folders never push out the last good one.
+    """
+    if not keep or keep < 0:
+        return
+    sealed = [path for path in list_checkpoints(run_folder) if (path / COMPLETE_FILE).is_file()]
+    for folder in sealed[: -max(keep, 1)]:
+        if step_of(folder) not in protected:
+            (folder / COMPLETE_FILE).unlink(missing_ok=True)  # first, so that half a deletion is no checkpoint
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# run.json and metrics.jsonl
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_run(folder: str | os.PathLike, run: dict) -> None:
+    """Write run.json whole, or leave the old one."""
+    with replace_file(Path(folder) / RUN_FILE, "w") as file:
+        json.dump(run, file, indent=2, default=str)
+        file.write("\n")
+
+
+def update_run(folder: str | os.PathLike, **changes: Any) -> None:
+    """Change some top-level entries of run.json."""
+    write_run(folder, (read_run(folder) or {}) | changes)
+
+
+def read_run(folder: str | os.PathLike) -> dict | None:
+    """What run.json says, or None where there is none; UserError where it is not what this program wrote."""
+    path = Path(folder) / RUN_FILE
+    if not path.exists():
+        return None
+    run = _read_json(path)
+    if not isinstance(run, dict) or not isinstance(run.get("identity"), dict):
+        raise UserError(f"{path} is not readable as the description of a run: restore it, or use another --output_dir")
+    return run
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """How the identity of a run (run.json's "identity") differs from another, one phrase for each difference."""
+    found = []
+    for key in old.keys() | new.keys():
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            inner = (before.keys() | after.keys()) - CONFIG_NOISE
+            found += [
+                f"{key}.{name} was {before.get(name)!r} and is now {after.get(name)!r}"
+                for name in inner
+                if before.get(name) != after.get(name)
+            ]
+        elif before != after:
+            found.append(f"{key} was {before!r} and is now {after!r}")
+    return sorted(found)
+
+
+def read_metrics(folder: str | os.PathLike) -> list[dict]:
+    """The lines of metrics.jsonl, in order; a last line that a crash cut short is left out."""
+    path = Path(folder) / METRICS_FILE
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    entries = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
+    return entries
+
+
+def rewind_metrics(folder: str | os.PathLike, step: int) -> list[dict]:
+    """Forget the metrics after `step`, which a resumed run computes again; returns the lines that stay."""
+    entries = [entry for entry in read_metrics(folder) if entry["step"] <= step]
+    with replace_file(Path(folder) / METRICS_FILE, "w") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in entries)
+    return entries
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The output folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_output(folder: str | os.PathLike, *, dry_run: bool, resume: bool, overwrite: bool) -> None:
+    """
+    Whether a run may have this folder; changes nothing. UserError says what is there and what to do.
+
+    A dry run takes a folder of its own kind; a new run takes a fresh one; a resumed run one that holds a run.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"the output folder {folder} is a file: choose another --output_dir")
+    content = os.listdir(folder) if folder.is_dir() else []
+    run = read_run(folder) if RUN_FILE in content and not (overwrite and not resume) else None
+    if resume:
+        if run is None:
+            raise UserError(f"there is no run in {folder} to resume: leave out --resume, or name its --output_dir")
+        if run.get("kind") == "dry_run":
+            raise UserError(f"{folder} holds a dry run, which is not resumed: leave out --resume")
+        return
+    if not content:
+        return
+    if RUN_FILE not in content:
+        raise UserError(f"{folder} is not empty and holds no run of this program: choose another --output_dir")
+    if overwrite or (dry_run and run.get("kind") == "dry_run"):
+        return
+    if dry_run:
+        raise UserError(f"{folder} holds a real run, which a dry run would replace: choose another --output_dir")
+    checkpoints = list_checkpoints(folder)
+    if run.get("status") == "finished":
+        raise UserError(
+            f"{folder} holds a finished run of {run.get('steps')} steps: choose another --output_dir, extend it with "
+            "--resume and more --max_steps, or replace it with --overwrite_output_dir"
+        )
+    if checkpoints:
+        raise UserError(
+            f"{folder} holds an unfinished run with {checkpoints[-1].name}: continue it with --resume, or replace it "
+            "with --overwrite_output_dir"
+        )
+
+
+def claim_output(folder: str | os.PathLike, *, keep: bool) -> None:
+    """Make the folder ready for writing: what an earlier run left is deleted unless `keep` (a resumed run)."""
+    folder = Path(folder)
+    if not keep and (folder / RUN_FILE).exists():
+        for path in folder.iterdir():
+            if path.name != RUN_FILE:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        (folder / RUN_FILE).unlink()  # last: a folder without it would not be ours to delete
+    require_writable(folder)
+    shutil.rmtree(folder / WRITING_FOLDER, ignore_errors=True)  # what a killed writer left
+
+
+def require_space(folder: str | os.PathLike, checkpoint_bytes: int) -> None:
+    """UserError when the disk of `folder` cannot take one checkpoint and the final model beside it."""
+    needed, free = int(1.4 * checkpoint_bytes), free_bytes(folder)
+    if free < needed:
+        raise UserError(
+            f"the disk of {folder} has {free / 1e9:.1f} GB free, and one checkpoint with the final model takes "
+            f"{needed / 1e9:.1f} GB: free some space, or choose another --output_dir"
+        )
+
+
+def choose_checkpoint(folder: str | os.PathLike, resume: str | bool, at_most: int | None) -> tuple[Path, list]:
+    """The checkpoint that --resume means (the newest whole one, or the one named); UserError when there is none."""
+    if isinstance(resume, str):
+        named = Path(resume)
+        if not re.fullmatch(r"checkpoint-\d{1,12}", named.name) or not named.is_dir():
+            raise UserError(f"{resume} is not a checkpoint folder: --resume takes RUN/checkpoint-N, or no value")
+        if problem := problem_with(named):
+            raise UserError(f"{resume} cannot be resumed: {problem}; --resume alone takes the newest that can")
+        return named, []
+    newest, skipped = newest_complete(folder, at_most)
+    if newest is None:
+        reasons = "; ".join(f"{name}: {why}" for name, why in skipped)
+        raise UserError(
+            f"no complete checkpoint in {folder} to resume{f' ({reasons})' if reasons else ''}: start afresh with "
+            "--overwrite_output_dir"
+        )
+    return newest, skipped

@@ -1,0 +1,64 @@
+"""TrainingArguments of this job: the defaults it changes, each with its reason, and the few fields it adds."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class CreatureTrainingArguments(TrainingArguments):
+    """
+    TrainingArguments with the defaults of training a small creature from scratch.
+
+    A batch is thought of in tokens: `tokens_per_step` is what one optimizer step sees, `per_device_train_batch_size`
+    is what fits the machine, and `gradient_accumulation_steps` follows from the two and the number of processes.
+    """
+
+    output_dir: str | None = field(
+        default="checkpoints/text_only", metadata={"help": "Folder of the run: checkpoints, logs, the final model."}
+    )
+    tokens_per_step: int = field(
+        default=65_536, metadata={"help": "Tokens that one optimizer step sees, over all processes (32 x 2048)."}
+    )
+    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; or give num_train_epochs."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
+    # A finished run can be extended: its stable phase goes on where the decay began (Hu et al. 2024, "MiniCPM").
+    lr_scheduler_type: str = field(
+        default="warmup_stable_decay",
+        metadata={"help": "Schedule of the learning rate; warmup_stable_decay can be extended later."},
+    )
+    warmup_steps: float = field(
+        default=0.01, metadata={"help": "Steps of linear warm-up, or below 1 the share of all steps."}
+    )
+    decay_steps: float = field(
+        default=0.2, metadata={"help": "Last steps of falling rate, or below 1 their share (warmup_stable_decay)."}
+    )
+    weight_decay: float = field(default=0.1, metadata={"help": "Decay of the matrices of the body, of nothing else."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Decay of the second moment; 0.95 for short runs."})
+    logging_steps: float = field(default=100, metadata={"help": "Log every so many steps."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
+    # True would log a NaN loss as 0.0.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Never: a NaN loss stops the run."})
+    save_steps: float = field(default=5000, metadata={"help": "Write a checkpoint every so many steps."})
+    save_total_limit: int | None = field(
+        default=3, metadata={"help": "Checkpoints kept, beside the one at which the decay begins."}
+    )
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
+    eval_steps: float | None = field(default=1000, metadata={"help": "Evaluate every so many steps."})
+    # Predictions leave the GPU before they become many.
+    eval_accumulation_steps: int | None = field(
+        default=16, metadata={"help": "Evaluation batches whose predictions stay on the device."}
+    )
+    # Without a seed of its own, a resumed run would shuffle by the seed of the moment.
+    data_seed: int | None = field(default=42, metadata={"help": "Seed of the order of the samples."})
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "Trackers to report to, such as tensorboard or wandb."}
+    )
+    # The Trainer takes every forward parameter with "label" in its name for required otherwise.
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Never: fixed."})
+    sample_steps: int = field(
+        default=0, metadata={"help": "Print a continuation of --prompt every so many steps; 0 for none."}
+    )
+    cpu_threads: int | None = field(
+        default=None, metadata={"help": "Threads of a process on a CPU; all cores, shared among the processes."}
+    )
