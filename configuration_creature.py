@@ -126,12 +126,15 @@ class CreatureConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
-        if self.vocab_size > PAD_ID:
-            self.bos_token_id = END_OF_TEXT_ID if self.bos_token_id is None else self.bos_token_id
-            self.eos_token_id = END_OF_TEXT_ID if self.eos_token_id is None else self.eos_token_id
-            self.pad_token_id = PAD_ID if self.pad_token_id is None else self.pad_token_id
-        if self.null_token_id is None:
-            self.null_token_id = min(NULL_ID, self.vocab_size - 1)
+        defaults = {
+            "bos_token_id": END_OF_TEXT_ID,
+            "eos_token_id": END_OF_TEXT_ID,
+            "null_token_id": NULL_ID,
+            "pad_token_id": PAD_ID,
+        }
+        for name, token in defaults.items():
+            if getattr(self, name) is None and token < self.vocab_size:
+                setattr(self, name, token)
         given = {"internal_text": 1.0} if self.loss_weights is None else self.loss_weights
         self.loss_weights = {**dict.fromkeys(STREAMS, 0.0), **given}
         super().__post_init__(**kwargs)

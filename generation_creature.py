@@ -1,0 +1,261 @@
+"""Generation with all streams: `generate(output_streams=...)` and the one-tick `step` of a live loop."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
+from transformers.utils import ModelOutput
+
+try:
+    from .configuration_creature import STREAMS
+    from .streams_creature import IGNORE_INDEX, pick
+except ImportError:
+    from configuration_creature import STREAMS
+    from streams_creature import IGNORE_INDEX, pick
+
+
+# The senses that arrive from outside, and the efference copies, which a loop feeds back itself.
+OUTER_SENSES = (
+    "external_voice_ids",
+    "input_features",
+    "input_features_mask",
+    "pixel_values",
+    "pixel_mask",
+    "joint_positions",
+    "joint_rotations",
+    "body_mask",
+    "touch_points",
+    "touch_surfaces",
+    "touch_values",
+    "touch_mask",
+)
+# Per tick, [B, T, ...]: the pose that animation starts from, senses encoded before the loop, and the efference copies.
+# Each with what stands for "absent" at a tick.
+TICK_INPUTS = {
+    "sense_embeds": 0.0,
+    "joint_rotations": 0.0,
+    "body_mask": False,
+    "external_text_ids": IGNORE_INDEX,
+    "audio_codes": IGNORE_INDEX,
+    "animation": 0.0,
+    "animation_mask": False,
+}
+EFFERENCE = {"external_text": "external_text_ids", "audio": "audio_codes", "animation": "animation"}
+
+
+@dataclass
+class CreatureGenerateOutput(ModelOutput):
+    """
+    What `generate(output_streams=...)` returns.
+
+    Args:
+        sequences: [B, prompt + N] the internal text, as always.
+        external_text: [B, N] ids emitted beside the N new tokens. A body does not stop with an inner sentence: after a
+            row's end-of-text token its other streams go on until the last row has ended.
+        audio: [B, N, codebooks] codec codes.
+        animation: [B, N, animation_size], see `streams_creature.pack_animation`.
+        scores, logits, attentions, hidden_states, past_key_values: as in transformers.
+    """
+
+    sequences: torch.LongTensor | None = None
+    external_text: torch.LongTensor | None = None
+    audio: torch.LongTensor | None = None
+    animation: torch.FloatTensor | None = None
+    scores: tuple[torch.FloatTensor] | None = None
+    logits: tuple[torch.FloatTensor] | None = None
+    attentions: tuple | None = None
+    hidden_states: tuple | None = None
+    past_key_values: Cache | None = None
+
+
+@dataclass
+class CreatureStep(ModelOutput):
+    """
+    One tick of a live loop.
+
+    Args:
+        internal_text, external_text: [B] ids. audio: [B, codebooks] codes. animation: [B, animation_size].
+            Streams that were not asked for are None.
+        logits: [B, vocab_size] of the internal text.
+        past_key_values: pass it to the next step.
+    """
+
+    internal_text: torch.LongTensor | None = None
+    external_text: torch.LongTensor | None = None
+    audio: torch.LongTensor | None = None
+    animation: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+
+
+@dataclass
+class _Emission:
+    """Which side streams one call of `generate` emits, how they are drawn, and what came out so far."""
+
+    streams: tuple[str, ...]
+    temperature: float | None
+    ticks: int = 0  # ticks that the backbone has seen
+    emitted: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+
+class CreatureGenerationMixin(GenerationMixin):
+    """`GenerationMixin` on the internal text, with the other streams emitted from the same backbone pass."""
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, output_streams: tuple[str, ...] = (), **kwargs):
+        """
+        As `GenerationMixin.generate`, and with `output_streams` also what the other streams emit, tick by tick.
+
+        Senses ([B, T, ...], as in `forward`) are laid along the ticks of prompt and continuation: tick t of a sense
+        arrives with token t, and a sense shorter than the text is absent afterwards. Each side stream's emission is fed
+        back as its efference copy at the next tick. Side streams are drawn greedily, or, with `do_sample=True`, at the
+        call's temperature.
+
+        Args:
+            output_streams: out of "external_text", "audio", "animation".
+
+        Returns:
+            What `GenerationMixin.generate` returns, or with `output_streams` a [`CreatureGenerateOutput`].
+
+        Raises:
+            ValueError: for an unknown stream, or for side streams with beam search or assisted generation.
+        """
+        given = {name: kwargs.pop(name) for name in OUTER_SENSES if kwargs.get(name) is not None}
+        if given:
+            with torch.no_grad():
+                kwargs["sense_embeds"] = self.encode_senses(**given)
+            if "joint_rotations" in given:
+                felt = given["joint_rotations"]
+                everywhere = torch.ones(felt.shape[:2], dtype=torch.bool, device=felt.device)
+                # With a mask, ticks beyond the felt body are absent, not joints of zero length.
+                kwargs |= {"joint_rotations": felt, "body_mask": given.get("body_mask", everywhere)}
+        streams = tuple(stream for stream in output_streams if stream != "internal_text")
+        if not streams:
+            return super().generate(inputs, *args, **kwargs)
+
+        unknown = set(streams) - set(STREAMS)
+        if unknown:
+            raise ValueError(f"Unknown streams in output_streams: {sorted(unknown)}; the streams are {', '.join(STREAMS)}.")
+        base = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
+
+        def setting(name):
+            return kwargs[name] if kwargs.get(name) is not None else getattr(base, name, None)
+
+        beams = (setting("num_beams") or 1) > 1
+        if beams or kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
+            raise ValueError(
+                "Side streams are emitted once per tick, which beam search and assisted generation cannot undo: "
+                "use greedy search or sampling with output_streams, or leave output_streams out."
+            )
+        sampling = bool(setting("do_sample"))
+        temperature = (setting("temperature") or 1.0) if sampling else None
+        emission = _Emission(streams, temperature)
+        kwargs["return_dict_in_generate"] = True  # several fields are what comes back in any case
+        outputs = super().generate(inputs, *args, emission=emission, **kwargs)
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        # Where the check for the end lags behind by a pass, that pass has emitted beyond the last token.
+        new_tokens = outputs.sequences.shape[1] - (prompt.shape[1] if prompt is not None else 0)
+        fields = {name: getattr(outputs, name, None) for name in CreatureGenerateOutput.__dataclass_fields__}
+        fields |= {name: torch.stack(ticks[:new_tokens], dim=1) for name, ticks in emission.emitted.items()}
+        return CreatureGenerateOutput(**fields)
+
+    def encode_senses(self, **senses) -> torch.Tensor:
+        """
+        The sum of the outer senses, [B, T, hidden_size], T the longest of them: encoded once, to be used tick by tick.
+
+        Takes the sense arguments of `forward`; pass the result as `sense_embeds`.
+        """
+        vectors = self.model.senses(senses, self.model.embed_tokens)
+        if not vectors:
+            return None
+        length = max(vector.shape[1] for vector in vectors)
+        return sum(F.pad(vector, (0, 0, 0, length - vector.shape[1])) for vector in vectors)
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, emission=None, **kwargs):
+        """As in `GenerationMixin`; what goes along the ticks is cut to the ticks of this pass."""
+        per_tick = {name: kwargs.pop(name) for name in TICK_INPUTS if kwargs.get(name) is not None}
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, **kwargs
+        )
+        now = model_inputs["inputs_embeds"] if model_inputs.get("input_ids") is None else model_inputs["input_ids"]
+        embeds = kwargs.get("inputs_embeds")
+        # With `inputs_embeds` as the prompt, `input_ids` holds the new tokens only.
+        end = input_ids.shape[1] + (embeds.shape[1] if embeds is not None else 0)
+        if emission is not None:
+            emission.ticks = end
+            model_inputs["output_streams"] = tuple(stream for stream in emission.streams if stream != "audio")
+        for name, value in per_tick.items():
+            value = value[:, end - now.shape[1] : end]
+            missing = now.shape[1] - value.shape[1]
+            model_inputs[name] = F.pad(value, (0, 0) * (value.dim() - 2) + (0, missing), value=TICK_INPUTS[name])
+        return model_inputs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder=is_encoder_decoder, num_new_tokens=num_new_tokens
+        )
+        emission = model_kwargs.get("emission")
+        if emission is None:
+            return model_kwargs
+        for stream, tick in self._emit(outputs, emission.streams, emission.temperature).items():
+            emission.emitted.setdefault(stream, []).append(tick)
+            # The ticks before the first emission are absent, unless the caller knows what was said in the prompt.
+            name = EFFERENCE[stream]
+            ticks = model_kwargs.get(name)
+            if ticks is None:
+                ticks = torch.full_like(tick, TICK_INPUTS[name])[:, None].repeat_interleave(emission.ticks, dim=1)
+                if name == "animation":
+                    model_kwargs["animation_mask"] = ticks.new_zeros(ticks.shape[:2], dtype=torch.bool)
+            model_kwargs[name] = torch.cat((ticks, tick[:, None]), dim=1)
+            if model_kwargs.get("animation_mask") is not None and name == "animation":
+                model_kwargs["animation_mask"] = F.pad(model_kwargs["animation_mask"], (0, 1), value=True)
+        return model_kwargs
+
+    def _emit(self, outputs: ModelOutput, streams: tuple[str, ...], temperature: float | None) -> dict:
+        """What the side streams emit at the last tick of a forward pass, [B, ...] each, by name."""
+        emitted = {}
+        if "external_text" in streams:
+            emitted["external_text"] = pick(outputs.external_text_logits[:, -1], temperature)
+        if "audio" in streams:
+            # Drawn here and not in `forward`, where a sample would have no place.
+            code_table = self.model.senses.own_voice.code_table
+            emitted["audio"] = self.streams.audio.emit(outputs.last_hidden_state[:, -1], code_table, temperature)[0]
+        if "animation" in streams:
+            emitted["animation"] = outputs.animation[:, -1]
+        return emitted
+
+    @torch.no_grad()
+    def step(
+        self,
+        past_key_values: Cache | None = None,
+        output_streams: tuple[str, ...] = STREAMS,
+        temperature: float | None = None,
+        **senses,
+    ) -> CreatureStep:
+        """
+        One tick of a live loop: the senses of now in, one emission of every stream out, from one backbone pass.
+
+        Args:
+            past_key_values: the cache of the step before, None at the first tick.
+            output_streams: the streams to emit.
+            temperature: draw at this temperature; None is greedy.
+            senses: the arguments of `forward` with T = 1 (or, at the first call, the ticks so far); feed back what the
+                step before emitted as `input_ids`, `external_text_ids`, `audio_codes` and `animation`, each [B, 1, ...].
+
+        Returns:
+            [`CreatureStep`].
+        """
+        in_forward = tuple(stream for stream in output_streams if stream != "audio")
+        outputs = self(
+            past_key_values=past_key_values, use_cache=True, logits_to_keep=1, output_streams=in_forward, **senses
+        )
+        logits = outputs.logits[:, -1]
+        emitted = self._emit(outputs, output_streams, temperature)
+        if "internal_text" in output_streams:
+            emitted["internal_text"] = pick(logits, temperature)
+        return CreatureStep(**emitted, logits=logits, past_key_values=outputs.past_key_values)
+
+
+__all__ = ["CreatureGenerateOutput", "CreatureGenerationMixin", "CreatureStep"]

@@ -1,0 +1,605 @@
+"""MultiModalCreature: one causal transformer over ticks; senses are summed into it, streams hang on its last state."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+try:
+    from .configuration_creature import SENSES, STREAMS, CreatureConfig
+    from .generation_creature import CreatureGenerationMixin
+    from .senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
+    from .streams_creature import CreatureStreams, count_targets, linear_token_losses, text_loss
+except ImportError:
+    from configuration_creature import SENSES, STREAMS, CreatureConfig
+    from generation_creature import CreatureGenerationMixin
+    from senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
+    from streams_creature import CreatureStreams, count_targets, linear_token_losses, text_loss
+
+
+@dataclass
+class CreatureOutput(ModelOutput):
+    """
+    What one forward pass returns; fields that were not asked for are None.
+
+    Args:
+        loss: scalar, the weighted sum of the streams' losses.
+        losses: the detached loss of every stream that was computed, by name.
+        logits: [B, T or logits_to_keep, vocab_size], of the internal text.
+        token_losses: [B, T - 1] float32, the loss of every next token in nats, 0 where its label is -100
+            (in evaluation with `return_logits=False`).
+        predictions: [B, T - 1] the likeliest next tokens (with `token_losses`).
+        external_text_logits: [B, T, vocab_size] (with `output_streams`, as the next two).
+        audio_logits: [B, T, codebooks, codebook_size]; each code given the labels before it in its tick, or, without
+            labels, given the likeliest ones.
+        animation: [B, T, animation_size], see `streams_creature.pack_animation`.
+        last_hidden_state: [B, T, hidden_size], what all streams read.
+        past_key_values, hidden_states, attentions: as in every transformers model.
+    """
+
+    loss: torch.FloatTensor | None = None
+    losses: dict | None = None
+    logits: torch.FloatTensor | None = None
+    token_losses: torch.FloatTensor | None = None
+    predictions: torch.LongTensor | None = None
+    external_text_logits: torch.FloatTensor | None = None
+    audio_logits: torch.FloatTensor | None = None
+    animation: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class CreatureRMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019), computed in float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = float(eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class CreatureRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary positions (Su et al. 2021), with the scaling types of transformers."""
+
+    def __init__(self, config: CreatureConfig):
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        frequencies = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        inv_freq, self.attention_scaling = frequencies(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: CreatureConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies [head_dim / 2] and the scaling of attention, which is 1 here."""
+        steps = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
+        return config.rope_parameters["rope_theta"] ** -steps, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids [1 or B, T] -> cos, sin [1 or B, T, head_dim] in the dtype of x."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [B, heads, T, head_dim], cos and sin [1 or B, T, head_dim]."""
+    return x * cos[:, None] + rotate_half(x) * sin[:, None]
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out: the reference for the fused kernels, and the one that returns its weights."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling  # [B, heads, T, past + T]
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class ResidualProjection(nn.Linear):
+    """The matrix with which a block writes into the residual stream; a class of its own for its initial scale."""
+
+
+class CreatureAttention(nn.Module):
+    """Causal grouped-query attention with rotary positions and normalised queries and keys (Henry et al. 2020)."""
+
+    def __init__(self, config: CreatureConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = ResidualProjection(queries, config.hidden_size, bias=False)
+        self.q_norm = CreatureRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = CreatureRMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [B, T, hidden_size] -> the same shape, and the weights where the implementation has them."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)  # [B, heads, T, head_dim]
+        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query = apply_rotary_pos_emb(query, *position_embeddings)
+        key = apply_rotary_pos_emb(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class CreatureMLP(nn.Module):
+    """Two matrices around an activation."""
+
+    def __init__(self, config: CreatureConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(x)))
+
+
+class CreatureDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP, each on a normalised copy of the residual stream."""
+
+    def __init__(self, config: CreatureConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = CreatureAttention(config, layer_idx)
+        self.post_attention_layernorm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = CreatureMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """hidden_states [B, T, hidden_size] -> the same shape."""
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class CreaturePreTrainedModel(PreTrainedModel):
+    """What every creature model declares to transformers, and how its weights begin."""
+
+    config: CreatureConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("text", "audio", "image")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CreatureDecoderLayer", "VisionSense", "TouchSense", "AudioStream"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": CreatureDecoderLayer, "attentions": CreatureAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, SenseProjection):
+            init.zeros_(module.weight)  # a sense that is connected changes nothing until it is trained
+        elif isinstance(module, VoiceCopy):
+            init.normal_(module.code_table, mean=0.0, std=std)
+        elif isinstance(module, ResidualProjection):
+            # The residual stream adds up 2 x layers outputs: scale them so that its variance does not grow (GPT-2).
+            init.normal_(module.weight, mean=0.0, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
+
+
+class CreatureModel(CreaturePreTrainedModel):
+    """The backbone: the token table, the senses, the layers."""
+
+    def __init__(self, config: CreatureConfig):
+        super().__init__(config)
+        # No padding_idx: GPT-2's id 0 is "!", and every row of the table is a token like any other.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.senses = CreatureSenses(config)
+        self.layers = nn.ModuleList(CreatureDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = CreatureRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, senses: dict) -> torch.Tensor:
+        """The sum of the senses present: the backbone's input, [B, T, hidden_size]."""
+        if input_ids is not None and inputs_embeds is not None:
+            raise ValueError("Give the internal voice once: either `input_ids` or `inputs_embeds`, not both.")
+        hidden_states = self.embed_tokens(input_ids) if input_ids is not None else inputs_embeds
+        others = self.senses(senses, self.embed_tokens)
+        if hidden_states is None:
+            if not others and senses.get("sense_embeds") is None:
+                raise ValueError("The creature has no input: give `input_ids`, `inputs_embeds` or another sense.")
+            # A creature without an internal voice at any tick: the sum begins at the first sense that is there.
+            hidden_states = others.pop(0) if others else 0.0
+        for vectors in others:
+            hidden_states = hidden_states + vectors.to(hidden_states.dtype)
+        if senses.get("sense_embeds") is not None:
+            hidden_states = hidden_states + senses["sense_embeds"]
+        return hidden_states
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        senses: dict | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """
+        Ticks in, hidden states out.
+
+        input_ids [B, T] or inputs_embeds [B, T, hidden_size]; `senses`: the other sense arguments of
+        `MultiModalCreature.forward` in one dict; the rest as in every transformers decoder.
+        """
+        hidden_states = self.embed(input_ids, inputs_embeds, senses or {})
+        device_type = hidden_states.device.type
+        if torch.is_autocast_enabled(device_type):
+            # The residual stream is what a training step reads and writes most: keep it in the compute dtype.
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
+
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        # Only positions that the caller chose can mean packed documents. Handing over our own plain count would make
+        # compiled graphs materialise a mask, and lose the fast causal kernels.
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if position_ids is None:
+            past_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + past_seen)[None]
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, GenerationMixin):
+    """The creature: six senses in, four streams out, one backbone between them."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: CreatureConfig):
+        super().__init__(config)
+        self.model = CreatureModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.streams = CreatureStreams(config)
+        # The class name is in none of transformers' tables; without this the Trainer counts unshifted targets.
+        self.loss_type = "ForCausalLM"
+        self.post_init()
+
+    def train_only(self, senses=("internal_voice",), streams=("internal_text",)) -> None:
+        """
+        Freeze every sense and every stream that is not named, so that optimizer, DDP and FSDP see live weights only.
+
+        Args:
+            senses: names out of `SENSES`. The internal voice is the token table and the backbone, which always train.
+            streams: names out of `STREAMS`; the efference copy of a stream is trained with it.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        unknown = set(senses) - set(SENSES) | set(streams) - set(STREAMS)
+        if unknown:
+            raise ValueError(f"Unknown senses or streams: {sorted(unknown)}; known are {SENSES} and {STREAMS}.")
+        for name in SENSES[1:]:
+            getattr(self.model.senses, name).requires_grad_(name in senses)
+        copies = {"external_text": "own_text", "audio": "own_voice", "animation": "own_command"}
+        for name, copy in copies.items():
+            getattr(self.streams, name).requires_grad_(name in streams)
+            getattr(self.model.senses, copy).requires_grad_(name in streams)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        external_voice_ids: torch.LongTensor | None = None,
+        input_features: torch.FloatTensor | None = None,
+        input_features_mask: torch.BoolTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_mask: torch.BoolTensor | None = None,
+        joint_positions: torch.FloatTensor | None = None,
+        joint_rotations: torch.FloatTensor | None = None,
+        body_mask: torch.BoolTensor | None = None,
+        touch_points: torch.LongTensor | None = None,
+        touch_surfaces: torch.LongTensor | None = None,
+        touch_values: torch.FloatTensor | None = None,
+        touch_mask: torch.BoolTensor | None = None,
+        external_text_ids: torch.LongTensor | None = None,
+        audio_codes: torch.LongTensor | None = None,
+        animation: torch.FloatTensor | None = None,
+        animation_mask: torch.BoolTensor | None = None,
+        sense_embeds: torch.FloatTensor | None = None,
+        external_text_labels: torch.LongTensor | None = None,
+        audio_labels: torch.LongTensor | None = None,
+        rotation_labels: torch.FloatTensor | None = None,
+        blend_shape_labels: torch.FloatTensor | None = None,
+        eye_labels: torch.FloatTensor | None = None,
+        animation_label_mask: torch.BoolTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        output_streams: tuple[str, ...] = (),
+        return_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CreatureOutput:
+        r"""
+        B rows of T ticks; a sense that is None is absent, costs nothing and changes nothing.
+
+        Args:
+            input_ids: [B, T] the internal voice (or `inputs_embeds` [B, T, hidden_size] in its place).
+            external_voice_ids: [B, T] text heard or read; negative where absent, NULL where silent.
+            input_features: [B, T, 512] 8 causal log-mel frames of 10 ms x 64 bands a tick; `input_features_mask` [B, T].
+            pixel_values: [N, 2 eyes, 3, H, W] of the N present ticks, row by row; `pixel_mask` [B, T] with N trues.
+            joint_positions, joint_rotations: [B, T, 4, 24, 3] m in the pelvis frame and [B, T, 4, 24, 4] unit quaternions
+                (w, x, y, z); `body_mask` [B, T]. Rotations alone are not felt, but are the pose that animation starts from.
+            touch_points, touch_surfaces, touch_values: [B, T, C] ids, [B, T, C] ids, [B, T, C, 5] (force N, place x, y, z
+                m, temperature C) of up to C contacts; `touch_mask` [B, T, C].
+            external_text_ids, audio_codes, animation: efference copies, what the creature emitted for this tick: [B, T]
+                ids and [B, T, 8] codes, negative where absent, [B, T, animation_size] with `animation_mask` [B, T].
+            sense_embeds: [B, T, hidden_size] senses encoded before, see `encode_senses`.
+            labels, external_text_labels: [B, T] unshifted ids, -100 where unknown.
+            audio_labels: [B, T, 8] codes, -100 where unknown.
+            rotation_labels, blend_shape_labels, eye_labels: [B, T, 4, 24, 4] unit quaternions, [B, T, 51] in [0, 1],
+                [B, T, 2, 4] (gaze direction, openness); `animation_label_mask` [B, T].
+            num_items_in_batch: what the losses are divided by: a number for the internal text, or four in the order of
+                `STREAMS` (see `streams_creature.count_targets`); by default each stream's own count in this batch.
+            output_streams: names of streams whose outputs are wanted beside the internal text.
+            return_logits: by default, logits are returned except in training with labels, where they would be the
+                largest tensor of all. False in evaluation gives `token_losses` and `predictions` in their place.
+
+        Raises:
+            ValueError: for an unknown stream, two internal voices, or no input at all.
+        """
+        unknown = set(output_streams) - set(STREAMS)
+        if unknown:
+            raise ValueError(f"Unknown streams in output_streams: {sorted(unknown)}; the streams are {', '.join(STREAMS)}.")
+        senses = {
+            "external_voice_ids": external_voice_ids,
+            "input_features": input_features,
+            "input_features_mask": input_features_mask,
+            "pixel_values": pixel_values,
+            "pixel_mask": pixel_mask,
+            "joint_positions": joint_positions,
+            "joint_rotations": joint_rotations,
+            "body_mask": body_mask,
+            "touch_points": touch_points,
+            "touch_surfaces": touch_surfaces,
+            "touch_values": touch_values,
+            "touch_mask": touch_mask,
+            "external_text_ids": external_text_ids,
+            "audio_codes": audio_codes,
+            "animation": animation,
+            "animation_mask": animation_mask,
+            "sense_embeds": sense_embeds,
+        }
+        targets = {
+            "labels": labels,
+            "external_text_labels": external_text_labels,
+            "audio_labels": audio_labels,
+            "rotation_labels": rotation_labels,
+            "blend_shape_labels": blend_shape_labels,
+            "eye_labels": eye_labels,
+            "animation_label_mask": animation_label_mask,
+        }
+        if use_cache is None and (labels is not None or (position_ids is not None and past_key_values is None)):
+            # A cache is of no use to a loss, and with one transformers does not keep packed documents apart.
+            use_cache = False
+
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            senses=senses,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss, losses = self._losses(hidden, senses, targets, num_items_in_batch)
+
+        if return_logits is None:
+            return_logits = not (self.training and labels is not None)
+        logits = token_losses = predictions = None
+        kept = hidden if isinstance(logits_to_keep, int) and logits_to_keep == 0 else _keep(hidden, logits_to_keep)
+        if return_logits:
+            logits = self.lm_head(kept)
+        elif labels is not None and not self.training:
+            flat, predicted = linear_token_losses(
+                hidden[:, :-1].flatten(0, 1), self.lm_head.weight, labels[:, 1:].flatten()
+            )
+            token_losses, predictions = flat.view_as(labels[:, 1:]), predicted.view_as(labels[:, 1:])
+
+        return CreatureOutput(
+            loss=loss,
+            losses=losses,
+            logits=logits,
+            token_losses=token_losses,
+            predictions=predictions,
+            **self._stream_outputs(hidden, senses, audio_labels, output_streams, logits_to_keep),
+            past_key_values=outputs.past_key_values,
+            last_hidden_state=hidden,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _losses(
+        self, hidden: torch.Tensor, senses: dict, targets: dict, num_items_in_batch
+    ) -> tuple[torch.Tensor | None, dict | None]:
+        """The weighted sum of the losses of the streams that have a weight and labels, and each of them by name."""
+        weights = self.config.loss_weights
+        table = self.model.embed_tokens.weight
+        code_table = self.model.senses.own_voice.code_table
+        sums = {}
+        if weights["internal_text"] and targets["labels"] is not None:
+            sums["internal_text"] = text_loss(self.config, hidden, self.lm_head.weight, targets["labels"])
+        if weights["external_text"] and targets["external_text_labels"] is not None:
+            sums["external_text"] = self.streams.external_text.loss(hidden, table, targets["external_text_labels"])
+        if weights["audio"] and targets["audio_labels"] is not None:
+            sums["audio"] = self.streams.audio.loss(hidden, code_table, targets["audio_labels"])
+        if weights["animation"] and any(targets[n] is not None for n in ("rotation_labels", "blend_shape_labels", "eye_labels")):
+            sums["animation"] = self.streams.animation.loss(hidden, self._pose(hidden, senses), targets)
+        if not sums:
+            return None, None
+        counts = count_targets(self.config, targets).to(hidden.device)
+        if num_items_in_batch is not None:
+            given = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=hidden.device)
+            # One number is the Trainer's count of `labels`; it says nothing of the other streams.
+            counts = given if given.dim() else torch.cat((given[None], counts[1:]))
+        # A stream without a single target has the sum 0; the clamp keeps 0 / 0 from being NaN.
+        losses = {name: value / counts[STREAMS.index(name)].clamp(min=1e-6) for name, value in sums.items()}
+        loss = sum(weights[name] * value for name, value in losses.items())
+        return loss, {name: value.detach() for name, value in losses.items()}
+
+    def _pose(self, hidden: torch.Tensor, senses: dict) -> torch.Tensor:
+        """The pose [B, T, joints, 4] that animation is a residual to."""
+        pose = self.model.senses.pose(senses)
+        return rest_pose(hidden.new_zeros(*hidden.shape[:2], self.config.num_joints, 4)) if pose is None else pose
+
+    def _stream_outputs(
+        self, hidden: torch.Tensor, senses: dict, audio_labels: torch.Tensor | None, streams, logits_to_keep
+    ) -> dict:
+        """The outputs of the streams asked for, at the ticks that `logits_to_keep` keeps."""
+        outputs = {}
+        kept = _keep(hidden, logits_to_keep)
+        code_table = self.model.senses.own_voice.code_table
+        if "external_text" in streams:
+            outputs["external_text_logits"] = self.streams.external_text(kept, self.model.embed_tokens.weight)
+        if "audio" in streams and audio_labels is not None:
+            following = _keep(F.pad(audio_labels[:, 1:], (0, 0, 0, 1)), logits_to_keep)
+            flat = self.streams.audio(kept.flatten(0, 1), following.flatten(0, 1), code_table)
+            outputs["audio_logits"] = flat.unflatten(0, kept.shape[:2])
+        elif "audio" in streams:
+            outputs["audio_logits"] = self.streams.audio.emit(kept.flatten(0, 1), code_table)[1].unflatten(0, kept.shape[:2])
+        if "animation" in streams:
+            outputs["animation"] = self.streams.animation(kept, _keep(self._pose(hidden, senses), logits_to_keep))
+        return outputs
+
+
+def _keep(x: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The last `logits_to_keep` ticks of [B, T, ...] (0: all), or the ticks that a tensor of indices names."""
+    if isinstance(logits_to_keep, int):
+        return x[:, -logits_to_keep:] if logits_to_keep else x
+    return x[:, logits_to_keep]
+
+
+AutoConfig.register("creature", CreatureConfig, exist_ok=True)
+AutoModel.register(CreatureConfig, CreatureModel, exist_ok=True)
+AutoModelForCausalLM.register(CreatureConfig, MultiModalCreature, exist_ok=True)
+CreatureModel.register_for_auto_class("AutoModel")
+MultiModalCreature.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["CreatureModel", "CreatureOutput", "CreaturePreTrainedModel", "MultiModalCreature"]
