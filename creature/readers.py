@@ -1,0 +1,505 @@
+"""Documents out of text files of any kind and size, in constant memory.
+
+`find_sources` turns what the user typed into an ordered list of sources; `read_documents` streams one source as
+pieces of text. What counts as a document:
+
+- .txt, .md and files of unknown kind named one by one: the whole file, or, where it has lines that read exactly
+  `<|endoftext|>`, each part between them. The marker takes its own line break and the one before it along: the
+  documents joined by "\\n<|endoftext|>\\n" are the file again. Nothing else is changed: line ends stay as they are, a
+  byte order mark is a character like any other, and the marker inside a line is ordinary text.
+- .jsonl, .json, .csv, .tsv, .parquet, Hub datasets: the text column of each record. A .json file is an array of
+  records, one
+  record, or records one after another; a record is an object or a bare string. One record may have up to 64 MiB of
+  text.
+
+Each kind may be compressed: .gz, .bz2, .xz, .zst.
+"""
+
+import bz2
+import codecs
+import csv
+import glob
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import tempfile
+import zlib
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from creature.errors import UserError
+
+MARKER = "<|endoftext|>"
+KINDS = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+TOKEN_FILES = (".bin", ".npy", ".pt", ".arrow", ".safetensors")
+CHUNK_BYTES = 1 << 18
+MAX_RECORD = 32 << 20  # characters: a record has to be in memory whole, a text file does not
+
+
+@dataclass
+class Source:
+    """One file, or one Hub dataset, to read documents from."""
+
+    name: str  # as shown to the user and written to the manifest
+    kind: str  # text, jsonl, json, csv, parquet or hub
+    path: Path | None = None
+    compression: str = ""
+    size: int = 0  # bytes on disk; 0 for a Hub dataset
+    bytes_read: int = 0
+    sha256: str = ""  # of the file as stored, known after it was read to the end
+    repaired: int = 0  # records with half a surrogate pair, which no UTF-8 text can hold: replaced by U+FFFD
+    _digest: "hashlib._Hash" = field(default_factory=hashlib.sha256, repr=False)
+
+
+def find_sources(inputs: list[str]) -> tuple[list[Source], int]:
+    """The sources that `inputs` (files, folders, globs, Hub names) name, and how many files in folders were left out.
+
+    The order is fixed: inputs as given, the files of a folder or glob by name. A file reached twice counts once. In
+    folders, hidden files, manifests and files of unknown kind are left out. Raises UserError for what does not exist.
+    """
+    sources, seen, left_out = [], set(), 0
+    for name in inputs:
+        files, skipped = _expand(name)
+        left_out += skipped
+        if files is None:
+            sources.append(Source(name=name, kind="hub"))
+            continue
+        for path in files:
+            key = os.path.normcase(os.path.realpath(path))
+            if key not in seen:
+                seen.add(key)
+                kind, compression = _kind(path)
+                size = path.stat().st_size
+                sources.append(Source(path.as_posix(), kind or "text", path, compression, size))
+    return sources, left_out
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` reads like owner/dataset[:configuration[:split]] and names nothing on this disk."""
+    looks = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]*){0,2}", name) is not None
+    kind, compression = _kind(Path(name.split(":")[0]))
+    is_file_name = kind or compression or Path(name).suffix.lower() in TOKEN_FILES
+    return looks and not is_file_name and not os.path.exists(name)
+
+
+def _expand(name: str) -> tuple[list[Path] | None, int]:
+    """The files that one input stands for (None: a Hub dataset) and the number of files left out."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix.lower() in TOKEN_FILES:
+            raise UserError(f"{name} holds tokens or weights, not text: train on it as it is, or name a text file")
+        return [path], 0
+    if path.is_dir():
+        return _folder_files(path)
+    if any(character in name for character in "*?["):
+        found = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+        if not found:
+            raise UserError(f"no file matches {name}: check the pattern")
+        files, left_out = [], 0
+        for match in found:
+            if match.is_dir():
+                # With **, the files below are matches themselves; with *, a matched folder means its files.
+                more, skipped = ([], 0) if "**" in name else _folder_files(match, may_be_empty=True)
+                files += more
+                left_out += skipped
+            elif _kind(match)[0] and not _is_manifest(match):
+                files.append(match)
+            else:
+                left_out += 1
+        if not files:
+            raise UserError(f"{name} matches no text file: {_known_kinds()}")
+        return files, left_out
+    if is_hub_name(name):
+        return None, 0
+    raise UserError(f"{name} does not exist: check the path (a Hub dataset is named owner/name)")
+
+
+def _folder_files(folder: Path, may_be_empty: bool = False) -> tuple[list[Path], int]:
+    files, left_out = [], 0
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(root, name)
+            if _kind(path)[0] and not name.startswith(".") and not _is_manifest(path):
+                files.append(path)
+            else:
+                left_out += 1
+    if not files and not may_be_empty:
+        raise UserError(f"the folder {folder} holds no text: {_known_kinds()}")
+    return sorted(files, key=lambda path: path.relative_to(folder).as_posix()), left_out
+
+
+def _known_kinds() -> str:
+    return f"put {', '.join(KINDS)} files there, plain or compressed ({', '.join(COMPRESSIONS)})"
+
+
+def _is_manifest(path: Path) -> bool:
+    # A corpus written beside its own input must not become input the next time.
+    return path.name == "manifest.json" or path.name.endswith(".manifest.json")
+
+
+def _kind(path: Path) -> tuple[str | None, str]:
+    """Kind and compression by the file name's endings; (None, ...) for a kind that folders leave out."""
+    suffix = path.suffix.lower()
+    compression = suffix if suffix in COMPRESSIONS else ""
+    if compression:
+        suffix = Path(path.stem).suffix.lower()
+    return KINDS.get(suffix), compression
+
+
+def read_documents(source: Source, text_column: str = "text") -> Iterator[tuple[str, bool]]:
+    """Stream one source as pairs (text, ends): a document is the texts up to and including the first with `ends` True.
+
+    Texts may be empty, documents too. Advances `source.bytes_read` and fills in `source.sha256`. Raises UserError for
+    damaged files, text that is not UTF-8, and records without the text column.
+    """
+    if source.kind == "hub":
+        yield from _read_hub(source, text_column)
+    elif source.kind == "parquet":
+        yield from _read_parquet(source, text_column)
+    else:
+        with _opened(source) as stream:
+            chunks = _decoded(stream, source, skip_mark=source.kind != "text")
+            if source.kind == "text":
+                yield from _split_at_markers(chunks)
+            elif source.kind == "jsonl":
+                yield from _read_jsonl(chunks, source, text_column)
+            elif source.kind == "json":
+                yield from _read_json(chunks, source, text_column)
+            else:
+                yield from _read_csv(chunks, source, text_column)
+
+
+# Bytes
+
+
+class _Metered(io.RawIOBase):
+    """A file that counts and hashes the bytes read from it."""
+
+    def __init__(self, path: Path, source: Source):
+        self.file = open(path, "rb", buffering=0)
+        self.source = source
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        count = self.file.readinto(buffer)
+        self.source._digest.update(memoryview(buffer)[:count])
+        self.source.bytes_read += count
+        return count
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[io.BufferedIOBase]:
+    """The source's bytes, decompressed. Errors of the decompressor become UserErrors."""
+    try:
+        metered = _Metered(source.path, source)
+    except OSError as error:
+        raise UserError(f"cannot read {source.name} ({error.strerror}): check its permissions") from error
+    raw = io.BufferedReader(metered, CHUNK_BYTES)
+    with raw:
+        try:
+            if source.compression == ".gz":
+                yield gzip.GzipFile(fileobj=raw)
+            elif source.compression == ".bz2":
+                yield bz2.BZ2File(raw)
+            elif source.compression == ".xz":
+                yield lzma.LZMAFile(raw)
+            elif source.compression == ".zst":
+                import pyarrow
+
+                yield pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
+            else:
+                yield raw
+            while raw.read(CHUNK_BYTES):  # padding after the compressed data still belongs to the file's hash
+                pass
+            source.sha256 = source._digest.hexdigest()
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            if not source.compression:
+                raise
+            raise UserError(
+                f"{source.name} is damaged or cut off ({_first_line(error)}): get the file again, or unpack it first"
+            ) from error
+
+
+def _decoded(stream: io.BufferedIOBase, source: Source, skip_mark: bool) -> Iterator[str]:
+    """The stream as text, strictly UTF-8, with every byte kept (except a byte order mark where `skip_mark`)."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position = 0  # of the next byte to be read
+    while True:
+        data = stream.read(CHUNK_BYTES)
+        waiting = len(decoder.getstate()[0])  # bytes of a character whose end is in `data`
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            where = position - waiting + error.start
+            after = " after decompression" if source.compression else ""
+            raise UserError(
+                f"{source.name} is not UTF-8 text: byte {where:,}{after} is 0x{error.object[error.start]:02x}; "
+                "convert it first, for example with `iconv -f WINDOWS-1252 -t UTF-8 in.txt > out.txt`, or leave it out"
+            ) from error
+        if skip_mark and position == 0 and text.startswith("\ufeff"):
+            text = text[1:]
+        position += len(data)
+        if text:
+            yield text
+        if not data:
+            return
+
+
+# Plain text
+
+
+def _split_at_markers(chunks: Iterator[str]) -> Iterator[tuple[str, bool]]:
+    """Cut text at its marker lines, wherever the chunks happen to end."""
+    text, line_start = "", True  # text not yet given out, and whether it begins at the start of a line
+    for chunk in chunks:
+        text, line_start = yield from _cut_markers(text + chunk, line_start, at_end=False)
+    text, _ = yield from _cut_markers(text, line_start, at_end=True)
+    yield text, True
+
+
+def _cut_markers(text: str, line_start: bool, at_end: bool) -> Generator[tuple[str, bool], None, tuple[str, bool]]:
+    """Give out all of `text` that is decided; return what has to wait for more, and whether that begins a line."""
+    done = 0
+    hit = text.find(MARKER)
+    while hit >= 0:
+        after = hit + len(MARKER)
+        rest = text[after : after + 2]
+        starts_line = text[hit - 1] == "\n" if hit else line_start
+        if starts_line and not at_end and rest in ("", "\r"):
+            break  # whether the line ends here is in the next chunk
+        if starts_line and (rest in ("", "\r", "\r\n") or rest[0] == "\n"):
+            yield _without_line_break(text[done:hit]), True
+            done = min(len(text), after + (2 if rest[:1] == "\r" else 1))
+            line_start = True
+            hit = text.find(MARKER, done)
+        else:
+            hit = text.find(MARKER, after)
+    wait = len(text) if at_end else _decided(text, done, line_start)
+    if wait > done:
+        yield text[done:wait], False
+        line_start = text[wait - 1] == "\n"
+    return text[wait:], line_start
+
+
+def _without_line_break(text: str) -> str:
+    if text.endswith("\r\n"):
+        return text[:-2]
+    return text[:-1] if text.endswith("\n") else text
+
+
+def _decided(text: str, done: int, line_start: bool) -> int:
+    """Up to where `text` can be given out: before a line break that a marker may follow, if the chunk ends too early
+    to say."""
+    line = MARKER + "\r"
+    last = text.rfind("\n", max(done, len(text) - len(line) - 1))
+    if last >= 0 and line.startswith(text[last + 1 :]):
+        return last - 1 if last > done and text[last - 1] == "\r" else last
+    if text.endswith("\r"):
+        return len(text) - 1
+    if line_start and line.startswith(text[done:]):
+        return done
+    return len(text)
+
+
+# Records
+
+
+def _record_text(record, source: Source, where: str, column: str) -> str:
+    """The text of one JSON-like record; None counts as an empty document."""
+    if isinstance(record, dict):
+        if column not in record:
+            raise UserError(
+                f"{source.name}, {where}: no field {column!r} (there is: {', '.join(map(str, record)) or 'nothing'}); "
+                "name the field with --text_column"
+            )
+        record = record[column]
+    if record is None:
+        return ""
+    if not isinstance(record, str):
+        raise UserError(
+            f"{source.name}, {where}: {column!r} is of type {type(record).__name__}, not text; "
+            "name the field that holds the text with --text_column"
+        )
+    return _encodable(record, source)
+
+
+def _encodable(text: str, source: Source) -> str:
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            source.repaired += 1
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _lines(chunks: Iterator[str], source: Source) -> Iterator[str]:
+    """Lines with their ends, split at "\\n" only."""
+    waiting: list[str] = []
+    length = 0
+    for chunk in chunks:
+        lines = chunk.split("\n")
+        for line in lines[:-1]:
+            yield "".join((*waiting, line, "\n"))
+            waiting, length = [], 0
+        if lines[-1]:
+            waiting.append(lines[-1])
+            length += len(lines[-1])
+            if length > MAX_RECORD:
+                raise _too_long(source)
+    if waiting:
+        yield "".join(waiting)
+
+
+def _too_long(source: Source) -> UserError:
+    return UserError(
+        f"{source.name} has a record of more than {MAX_RECORD >> 20} million characters: "
+        "cut it into smaller records, or store the text as .txt, where length does not matter"
+    )
+
+
+def _read_jsonl(chunks: Iterator[str], source: Source, column: str) -> Iterator[tuple[str, bool]]:
+    for number, line in enumerate(_lines(chunks, source), 1):
+        if line.isspace():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{source.name}, line {number:,} is not JSON ({error}): repair or remove it") from error
+        yield _record_text(record, source, f"line {number:,}", column), True
+
+
+def _read_json(chunks: Iterator[str], source: Source, column: str) -> Iterator[tuple[str, bool]]:
+    """Records of an array, or one after another, each parsed as soon as it is complete."""
+    decoder = json.JSONDecoder()
+    space = re.compile(r"[\s,]*")
+    text, start, number, in_array, ended = "", 0, 0, False, False
+    while True:
+        start = space.match(text, start).end()
+        if text.startswith("[", start) and number == 0 and not in_array:
+            in_array, start = True, space.match(text, start + 1).end()
+        if text.startswith("]", start) and in_array:
+            in_array, start = False, space.match(text, start + 1).end()
+        if start == len(text) and ended and not in_array:
+            return
+        try:
+            record, start = decoder.raw_decode(text, start)
+        except ValueError as error:
+            if ended:
+                reason = "the file ends inside the array" if start == len(text) else error
+                raise UserError(
+                    f"{source.name} is not JSON at record {number + 1:,} ({reason}): repair it, or use .jsonl"
+                ) from error
+            # Perhaps the record is only cut off. Doubling what is there keeps the attempts at a long one few.
+            text, start = text[start:], 0
+            wanted = 2 * max(len(text), CHUNK_BYTES)
+            parts = [text]
+            while sum(map(len, parts)) < wanted and not ended:
+                parts.append(next(chunks, ""))
+                ended = not parts[-1]
+            text = "".join(parts)
+            if len(text) > 4 * MAX_RECORD:
+                raise _too_long(source) from error
+            continue
+        number += 1
+        yield _record_text(record, source, f"record {number:,}", column), True
+
+
+def _read_csv(chunks: Iterator[str], source: Source, column: str) -> Iterator[tuple[str, bool]]:
+    name = source.name.lower().removesuffix(source.compression)
+    before = csv.field_size_limit(MAX_RECORD)
+    try:
+        rows = csv.reader(_lines(chunks, source), delimiter="\t" if name.endswith(".tsv") else ",")
+        header = next(rows, None)
+        if header is None:
+            return
+        if column not in header:
+            raise UserError(
+                f"{source.name} has no column {column!r} (there is: {', '.join(header)}): name one with --text_column"
+            )
+        index = header.index(column)
+        for row in rows:
+            if row and len(row) <= index:
+                raise UserError(
+                    f"{source.name}, line {rows.line_num:,} has {len(row)} columns where the header has {len(header)}: "
+                    "repair or remove the line"
+                )
+            if row:
+                yield row[index], True
+    except csv.Error as error:
+        raise UserError(f"{source.name}, line {rows.line_num:,} is not CSV ({error}): repair or remove it") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def _read_parquet(source: Source, column: str) -> Iterator[tuple[str, bool]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with tempfile.TemporaryDirectory() as folder:
+        # Parquet is read from its end: a compressed one has to be unpacked first. Either way, this pass takes the hash.
+        path = Path(folder, "data.parquet") if source.compression else source.path
+        with _opened(source) as stream, open(path if source.compression else os.devnull, "wb") as file:
+            while data := stream.read(CHUNK_BYTES):
+                file.write(data)
+        try:
+            # Without pre-buffering and with a small buffer, pages are read as they are needed, not whole row groups.
+            with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK_BYTES) as file:
+                names = file.schema_arrow.names
+                if column not in names:
+                    raise UserError(
+                        f"{source.name} has no column {column!r} (there is: {', '.join(names)}): "
+                        "name the column with --text_column"
+                    )
+                number = 0
+                for batch in file.iter_batches(batch_size=64, columns=[column]):
+                    for value in batch.column(0).to_pylist():
+                        number += 1
+                        yield _record_text(value, source, f"row {number:,}", column), True
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise UserError(f"{source.name} is not a whole parquet file ({_first_line(error)}): get it anew") from error
+
+
+def _read_hub(source: Source, column: str) -> Iterator[tuple[str, bool]]:
+    """Stream a Hub dataset, `owner/name[:configuration[:split]]` with split "train" by default."""
+    import datasets
+
+    name, configuration, split = (*source.name.split(":"), "", "")[:3]
+    try:
+        rows = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield _record_text(row, source, f"record {number:,}", column), True
+    except UserError:
+        raise
+    except Exception as error:  # the client raises a dozen unrelated types; each means that the data cannot be had
+        raise UserError(
+            f"{name} is neither a file or folder here nor a Hub dataset that can be reached ({_first_line(error)}): "
+            "check the name, the configuration and split (owner/name:configuration:split) and the network"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
