@@ -1,0 +1,383 @@
+"""What watches a run, one small class each: throughput, signals, non-finite values, samples, advice, logs."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import ProgressCallback, TrainerCallback
+
+from creature.checkpoints import METRICS_FILE, list_checkpoints
+from creature.errors import UserError
+
+
+class Throughput(TrainerCallback):
+    """
+    Tokens and samples per second and MFU over the last logging window, without evaluation, saving and compiling.
+
+    The first step of a process compiles and warms up, so the clock starts after it. The Trainer waits for the device
+    before each log, so the window ends when its work is done, not when it was enqueued.
+    """
+
+    def __init__(self, flops_per_token: float | None = None, peak_flops: float | None = None):
+        """flops_per_token of training; peak_flops of all devices together, None where the card is unknown."""
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.seconds_per_step = math.nan
+        self._start: float | None = None
+        self._excluded = 0.0
+        self._tokens = self._samples = self._steps = 0
+        self._warm = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._warm = False
+        self._restart()
+
+    def count(self, tokens: int, samples: int) -> None:
+        """Add what one optimizer step processes, over all ranks."""
+        self._tokens += tokens
+        self._samples += samples
+        self._steps += 1
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self._warm:
+            self._warm = True
+            if args.logging_steps > 1 and not control.should_log:
+                _wait_for_device(args.device)
+                self._restart()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here is no training time."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._excluded += time.perf_counter() - start
+
+    def window(self) -> dict[str, float]:
+        """The rates since the last call, which starts a new window."""
+        seconds = time.perf_counter() - self._start - self._excluded if self._start else 0.0
+        rates = {}
+        if self._steps and seconds > 0:
+            self.seconds_per_step = seconds / self._steps
+            rates["tokens_per_second"] = self._tokens / seconds
+            rates["samples_per_second"] = self._samples / seconds
+            if self.flops_per_token and self.peak_flops:
+                rates["mfu"] = self.flops_per_token * rates["tokens_per_second"] / self.peak_flops
+        self._restart()
+        return rates
+
+    def _restart(self) -> None:
+        self._start, self._excluded = time.perf_counter(), 0.0
+        self._tokens = self._samples = self._steps = 0
+
+
+def _wait_for_device(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+class StopEvaluation(Exception):
+    """Raised out of the evaluation loop when a signal asked to stop."""
+
+
+class StopSignals(TrainerCallback):
+    """
+    First Ctrl+C or SIGTERM: finish the step, save, stop. Second: leave at once.
+
+    With several processes all agree on the step to stop at: each step starts to share its flag in the background, on
+    the CPU, and the next step reads what was shared, so nobody waits. A launcher that dies counts as a signal too.
+    """
+
+    # torchrun passes a Ctrl+C on to processes that have got it from the terminal already: that is the same one.
+    same_signal_seconds = 2.0
+
+    def __init__(self, launcher_pid: int | None = None):
+        """launcher_pid: the parent process whose end means to stop, None where the parent may leave."""
+        self.requested = ""
+        self.stopped = False
+        self.launcher_pid = launcher_pid
+        self._when = 0.0
+        self._previous: dict[int, object] = {}
+        self._group = self._shared = self._work = None
+
+    def install(self) -> "StopSignals":
+        """Take over the signals; only a main thread can, elsewhere this does nothing."""
+        for name in ("SIGINT", "SIGTERM"):
+            with contextlib.suppress(ValueError, OSError):
+                number = getattr(signal, name)
+                self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.requested and time.monotonic() - self._when > self.same_signal_seconds:
+            os.write(2, b"second signal: leaving at once; the last checkpoint is whole\n")
+            os._exit(128 + number)
+        if not self.requested:
+            self.requested, self._when = signal.Signals(number).name, time.monotonic()
+            os.write(2, f"\n{self.requested}: finishing the step and saving; a second one leaves at once\n".encode())
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.stopped = False
+        if args.world_size > 1 and self._group is None:
+            self._group = torch.distributed.new_group(backend="gloo")
+
+    def poll(self) -> bool:
+        """Whether all processes stop now. With several processes, call it equally often in each."""
+        if self.launcher_pid and not self.requested and os.getppid() != self.launcher_pid:
+            self.requested, self._when = "the launcher is gone", time.monotonic()
+        if self._group is None:
+            return bool(self.requested)
+        agreed = False
+        if self._work is not None:
+            self._work.wait()
+            agreed = bool(self._shared.item())
+        self._shared = torch.tensor([int(bool(self.requested))])
+        self._work = torch.distributed.all_reduce(self._shared, group=self._group, async_op=True)
+        return agreed
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.poll():
+            self.stopped = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+        return control
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.poll():
+            self.stopped = True
+            raise StopEvaluation
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+
+
+class FiniteGuard(TrainerCallback):
+    """
+    Stops the run at the first NaN or infinite gradient, before the optimizer step, so that the weights stay good.
+
+    On a CPU the check is immediate. On a GPU the flag travels to the host in the background and is read a step later;
+    until then the fused optimizer leaves the weights alone (`found_inf`), so nothing waits and nothing is spoilt.
+    """
+
+    def __init__(self):
+        self._pending: tuple[torch.Tensor, torch.cuda.Event, int] | None = None
+
+    def check(self, value: torch.Tensor, step: int, optimizer, output_dir: str) -> None:
+        """value: 0-D, whatever must be finite in this step. Raises UserError for this step or the one before."""
+        finite = torch.isfinite(value)
+        if finite.device.type != "cuda":
+            if not finite:
+                self._stop(step, output_dir)
+            return
+        self.settle(output_dir)
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if any(group.get("fused") for group in inner.param_groups):
+            inner.found_inf = (~finite).float()
+        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+        flag.copy_(finite, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending = (flag, event, step)
+
+    def settle(self, output_dir: str) -> None:
+        """Wait for the check under way, if any; before a checkpoint, so that none holds a NaN."""
+        if self._pending is not None:
+            flag, event, step = self._pending
+            self._pending = None
+            event.synchronize()
+            if not flag:
+                self._stop(step, output_dir)
+
+    def _stop(self, step: int, output_dir: str) -> None:
+        kept = list_checkpoints(output_dir)
+        where = f"the last good checkpoint is {kept[-1].name}: --resume it" if kept else "no checkpoint yet: start again"
+        raise UserError(
+            f"the gradient became NaN or infinite in step {step}, and the run stopped before the weights changed; {where} "
+            "with a lower --learning_rate (and --accept_changes), or look at the data and at fp16, which overflows"
+        )
+
+
+class DecayCheckpoint(TrainerCallback):
+    """Saves where the learning rate begins to fall, and keeps that checkpoint: from there a run can be extended."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = True
+        return control
+
+
+class Samples(TrainerCallback):
+    """Prints a continuation of a prompt every so many steps, on the main process; `sample(prompt) -> text` makes it."""
+
+    def __init__(self, sample, prompt: str, every: int):
+        self.sample, self.prompt, self.every = sample, prompt, every
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.every and state.global_step % self.every == 0 and state.is_world_process_zero:
+            _say(f"sample at step {state.global_step}: {self.sample(self.prompt)}")
+
+
+class HealthAdvice(TrainerCallback):
+    """
+    Says what to look at when a run is not well; each thing once, a spike each time.
+
+    A fresh model starts at ln(50304) = 10.8, and a loss above 5 is normal for the first tens of millions of tokens, so
+    that threshold counts only after them.
+    """
+
+    def __init__(self, loss_limit=5.0, after_tokens=40e6, patience=10, min_samples_per_second=5.0, say=None):
+        """patience: logging windows that must show progress; say: where advice goes (the console by default)."""
+        self.loss_limit, self.after_tokens, self.patience = loss_limit, after_tokens, patience
+        self.min_samples_per_second = min_samples_per_second
+        self.say = say or _say
+        self._losses: list[float] = []
+        self._said: set[str] = set()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        loss, rate = logs["loss"], logs.get("samples_per_second")
+        if logs.get("tokens", 0) >= self.after_tokens and loss > self.loss_limit:
+            self._once(
+                "high",
+                f"the loss is still above {self.loss_limit:g} after {logs['tokens']:,} tokens: check that the data is "
+                "clean text in one language (decode some of it), and try a learning rate 3x lower or higher",
+            )
+        recent = self._losses[-self.patience :]
+        if len(recent) == self.patience and loss > sum(recent) / len(recent) + 1:
+            self.say(
+                f"advice: the loss jumped to {loss:.2f} at step {state.global_step} from {recent[-1]:.2f}: if it does "
+                "not come back, resume from the checkpoint before with a lower --learning_rate"
+            )
+        self._losses.append(loss)
+        if len(self._losses) >= 2 * self.patience and logs.get("learning_rate", 1) > 0:
+            before = self._losses[-2 * self.patience : -self.patience]
+            if sum(self._losses[-self.patience :]) > 0.999 * sum(before):
+                self._once(
+                    "still",
+                    f"the loss has stood still at {loss:.2f} over the last {2 * self.patience} logs: the learning rate "
+                    "may be too low or too high, or the model has learned what the data holds; compare eval_loss",
+                )
+        if rate is not None and rate < self.min_samples_per_second and state.global_step > 1:
+            look = (
+                "this is a CPU: use a GPU for a real run, or a smaller --block_size"
+                if args.device.type == "cpu"
+                else "look whether another program uses the GPU (nvidia-smi), whether torch.compile and bf16 are on "
+                "(see the table above), and whether --per_device_train_batch_size could be larger"
+            )
+            self._once("slow", f"{rate:.2g} samples a second are fewer than {self.min_samples_per_second:g}: {look}")
+
+    def _once(self, kind: str, text: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            self.say(f"advice: {text}")
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to metrics.jsonl, one JSON object a line; time goes on where an earlier part of the run ended."""
+
+    keys = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "samples_per_second", "mfu", "epoch")
+
+    def __init__(self, folder: str | os.PathLike, seconds_before: float = 0.0):
+        self.path = Path(folder) / METRICS_FILE
+        self._start = time.perf_counter() - seconds_before
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
+            return
+        entry = {
+            "step": state.global_step,
+            "tokens": state.num_input_tokens_seen,
+            "time": round(time.perf_counter() - self._start, 3),
+        }
+        entry |= {k: v for k, v in logs.items() if k in self.keys or k.startswith(("loss_", "eval_"))}
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path} ({error.strerror}): free some space, then --resume") from error
+
+
+class ConsoleLog(ProgressCallback):
+    """A progress bar with the time that is left, where there is a terminal, and one readable line for each log."""
+
+    def __init__(self, throughput: Throughput, bar: bool | None = None):
+        super().__init__()
+        self.throughput = throughput
+        self.bar = sys.stderr.isatty() if bar is None else bar
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.current_step = 0
+        if self.bar:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
+            return
+        left = (state.max_steps - state.global_step) * self.throughput.seconds_per_step
+        _say(log_line(state.global_step, state.max_steps, logs, left), self.training_bar)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+
+def log_line(step: int, max_steps: int, logs: dict, seconds_left: float = math.nan) -> str:
+    """One log as a line for people: loss, losses by stream, gradient, rate, speed, time left; or an evaluation."""
+    parts = [f"step {step:>6,}/{max_steps:,}"]
+    streams = [key for key in logs if key.startswith("loss_")]
+    shapes = {"loss": "{:.4f}"} | {key: "{:.4f}" for key in streams}
+    shapes |= {"grad_norm": "{:.3g}", "learning_rate": "{:.3g}", "tokens_per_second": "{:,.0f} tokens/s"}
+    shapes |= {"samples_per_second": "{:.3g} samples/s", "mfu": "MFU {:.1%}"}
+    shapes |= {"eval_loss": "{:.4f}", "eval_perplexity": "{:.2f}", "eval_bits_per_byte": "{:.4f}"}
+    shapes |= {"eval_accuracy": "{:.2%}"}
+    for key, shape in shapes.items():
+        if isinstance(logs.get(key), int | float):
+            text = shape.format(logs[key])
+            parts.append(text if " " in shape else f"{key} {text}")
+    if "loss" in logs and math.isfinite(seconds_left):
+        parts.append(f"{format_seconds(seconds_left)} left")
+    return " | ".join(parts)
+
+
+def format_seconds(seconds: float) -> str:
+    """Hours, minutes and seconds as 1:02:03, with days before where there are any."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{days}d {hour}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
+
+
+def _say(text: str, bar=None) -> None:
+    """Print a line, above the progress bar where there is one."""
+    if bar is not None:
+        bar.write(text)
+    else:
+        print(text, flush=True)

@@ -1,0 +1,131 @@
+"""How this process was started, and starting the processes that `accelerate launch` promises but does not start.
+
+`accelerate launch --cpu --num_processes N` runs the script once, with N forgotten, unless MPI is configured
+(huggingface/accelerate issue 2741). Here the script starts its N ranks itself. And when a script fails, accelerate adds
+a traceback of its own below the script's message; one more line says what it is.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+import yaml
+
+from creature.errors import UserError, run_main
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """The `accelerate launch` process above this one: its id, the processes it was asked for, whether it is quiet."""
+
+    pid: int
+    processes: int
+    quiet: bool
+
+
+def find_launcher() -> Launcher | None:
+    """The parent process, if it is `accelerate launch`."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return None
+    import psutil
+
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return None
+    names = [os.path.basename(word).removesuffix(".exe") for word in words]
+    if not any(name.startswith("accelerate") for name in names[:4]) or "launch" not in names:
+        return None
+    own = [os.path.basename(word) for word in sys.argv[:1]]
+    end = names.index(own[0]) if own and own[0] in names else len(words)  # what follows is for the script
+    options = words[names.index("launch") + 1 : end]
+    quiet = bool({"-q", "--quiet"} & set(options))
+    return Launcher(os.getppid(), _count_processes(options), quiet)
+
+
+def _count_processes(options: list[str]) -> int:
+    values = {}
+    for word, following in zip(options, [*options[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        values[name.replace("-", "_").strip("_")] = value or following
+    count = values.get("num_processes")
+    if count is None and "config_file" in values:
+        try:
+            with open(values["config_file"], encoding="utf-8") as file:
+                count = (yaml.safe_load(file) or {}).get("num_processes")
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            pass
+    return int(count) if str(count).isdigit() else 1
+
+
+def start_cpu_processes() -> int | None:
+    """
+    Start the ranks that `accelerate launch --cpu --num_processes N` was asked for, and wait for them.
+
+    Returns their exit code, or None when this process is to do the work itself. The first rank that fails ends the
+    others; Ctrl+C and SIGTERM are passed on.
+    """
+    if "WORLD_SIZE" in os.environ or os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
+        return None
+    launcher = find_launcher()
+    if launcher is None or launcher.processes < 2:
+        return None
+    if os.environ.get("MASTER_ADDR", "127.0.0.1") not in ("127.0.0.1", "localhost"):
+        raise UserError("CPU processes on several machines need torchrun: see configs/accelerate/ddp.yaml")
+    count = launcher.processes
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    print(f"starting {count} processes on the CPU", flush=True)
+    ranks: list[subprocess.Popen] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), pass_on)
+    for rank in range(count):
+        settings = {key: str(value) for key, value in world.items()} | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(subprocess.Popen([sys.executable, *sys.argv], env=os.environ | settings))
+    return _wait_for(ranks, launcher, pass_on)
+
+
+def _wait_for(ranks: list[subprocess.Popen], launcher: Launcher, pass_on: Callable) -> int:
+    alone = False
+    while any(process.poll() is None for process in ranks):
+        failed = [process.returncode for process in ranks if process.poll()]
+        if failed:
+            time.sleep(2)  # the others may be about to say the same
+            for process in ranks:
+                if process.poll() is None:
+                    process.kill()
+        if not alone and os.getppid() != launcher.pid:
+            alone = True
+            pass_on(signal.SIGTERM, None)
+        time.sleep(0.1)
+    code = next((process.returncode for process in ranks if process.returncode), 0)
+    return code if code >= 0 else 128 - code
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """`run_main`, and a word on the traceback that accelerate prints below an error."""
+    try:
+        run_main(main)
+    except SystemExit as end:
+        launcher = find_launcher() if end.code else None
+        if launcher is not None and not launcher.quiet and int(os.environ.get("RANK", 0)) == 0:
+            print(
+                "(What follows is accelerate's report of the exit code; `accelerate launch --quiet` leaves it out.)",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise

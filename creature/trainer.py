@@ -1,0 +1,256 @@
+"""CreatureTrainer: the Hugging Face Trainer with per-stream losses, exact counts, true numbers and whole checkpoints."""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import SchedulerType
+
+from creature import checkpoints
+from creature.callbacks import FiniteGuard, StopEvaluation, StopSignals, Throughput
+from creature.errors import UserError
+from creature.files import free_bytes, is_disk_full
+from creature.metrics import text_metrics
+from streams_creature import STREAMS, count_targets
+
+
+class CreatureTrainer(Trainer):
+    """
+    A Trainer for MultiModalCreature.
+
+    What differs from `transformers.Trainer`:
+        - every stream is divided by its own count of targets over the whole accumulated batch and all ranks, and logged
+          as `loss_<stream>`;
+        - evaluation is token-weighted and gives loss, perplexity, bits per byte and accuracy without holding logits;
+        - weight decay on the matrices of the body only; warmup_stable_decay needs no keyword arguments;
+        - tokens/s, samples/s and MFU are of the last logging window and exclude evaluation, saving and compiling;
+        - a checkpoint appears whole or not at all, and the run stops before a NaN reaches the weights.
+    """
+
+    def __init__(
+        self,
+        *args,
+        byte_lengths: np.ndarray | None = None,
+        throughput: Throughput | None = None,
+        signals: StopSignals | None = None,
+        **kwargs,
+    ):
+        """byte_lengths [vocab_size]: bytes each id decodes to, for bits per byte; without it every id counts as one."""
+        super().__init__(*args, **kwargs)
+        self.throughput = throughput or Throughput()
+        self.signals = signals or StopSignals()
+        self.finite_guard = FiniteGuard()
+        for callback in (self.throughput, self.signals):
+            self.add_callback(callback)
+        self.compute_metrics = self.compute_metrics or self._text_metrics
+        self._byte_lengths = np.ones(self.model.config.vocab_size, dtype=np.int64) if byte_lengths is None else byte_lengths
+        self._stream_losses = torch.zeros(len(STREAMS), device=self.args.device)
+        self._stream_steps = torch.zeros(len(STREAMS), device=self.args.device)
+        self._aside: Path | None = None
+        self.protected_steps: set[int] = set()
+
+    # ---- Loss ----
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        """float32 [4]: what each stream's loss is divided by, over all micro-batches and ranks of the step."""
+        if not batch_samples:
+            return None
+        samples = sum(len(batch["input_ids"]) for batch in batch_samples) * self.args.world_size
+        tokens = sum(batch["input_ids"].numel() for batch in batch_samples) * self.args.world_size
+        self.throughput.count(tokens, samples)
+        self.state.num_input_tokens_seen += tokens
+        counts = torch.stack([count_targets(self.model.config, batch) for batch in batch_samples]).sum(0).to(device)
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        self._stream_steps += counts > 0
+        return counts
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The weighted sum of the streams' losses; each stream's loss is kept on the device until the next log."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        for name, value in (outputs["losses"] or {}).items():
+            self._stream_losses[STREAMS.index(name)] += value
+        return (loss, outputs) if return_outputs else loss
+
+    def _stream_log(self) -> dict[str, float]:
+        """The mean loss of every stream that had targets, over the steps of the window and all ranks."""
+        sums = self._stream_losses
+        if self.args.world_size > 1:
+            sums = self.accelerator.gather(sums[None]).sum(0)
+            sums = sums if self.args.average_tokens_across_devices else sums / self.args.world_size
+        weights = self.model_config.loss_weights
+        logs = {
+            f"loss_{name}": total / steps
+            for name, total, steps in zip(STREAMS, sums.tolist(), self._stream_steps.tolist(), strict=True)
+            if steps and weights[name]
+        }
+        self._stream_losses.zero_()
+        self._stream_steps.zero_()
+        return logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._stream_log() | self.throughput.window()
+            logs["tokens"] = self.state.num_input_tokens_seen
+        super().log(logs, start_time)
+
+    @property
+    def model_config(self):
+        return self.accelerator.unwrap_model(self.model).config
+
+    # ---- Optimizer and schedule ----
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """The matrices of the body. Embeddings, norms and gains are not pulled to zero."""
+        tables = {
+            f"{name}.{inner}" if name else inner
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Embedding)
+            for inner, _ in module.named_parameters(recurse=False)
+        }
+        tied = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in tables}
+        return [n for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in tied]
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        args = self.args
+        if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+            warmup, decay = schedule_steps(args, num_training_steps)
+            args.lr_scheduler_kwargs = {"decay_type": "linear", **(args.lr_scheduler_kwargs or {}), "num_decay_steps": decay}
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the states, but keep the settings of this run: a checkpoint's would override them in silence."""
+        settings = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups]
+        rates = list(getattr(self.lr_scheduler, "base_lrs", []))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not hasattr(self.lr_scheduler, "lr_lambdas"):
+            return
+        self.lr_scheduler.base_lrs = rates
+        step = self.lr_scheduler.last_epoch
+        for group, kept, rate, factor in zip(
+            self.optimizer.param_groups, settings, rates, self.lr_scheduler.lr_lambdas, strict=True
+        ):
+            group.update(kept)
+            group["lr"] = rate * factor(step)
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # fp16 overflows by design: its gradient scaler skips such a step. Then only the loss must be finite.
+        value = self._tr_loss if self.accelerator.scaler is not None else torch.as_tensor(grad_norm)
+        self.finite_guard.check(value, self.state.global_step + 1, self.optimizer, self.args.output_dir)
+        return grad_norm
+
+    # ---- Evaluation ----
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with self.throughput.paused():
+            try:
+                return super().evaluate(*args, **kwargs)
+            except StopEvaluation:
+                self.control.should_evaluate = False
+                self.control.should_save = self.control.should_training_stop = True
+                return {}
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """(None, (token_losses [B, T-1], predictions [B, T-1]), labels [B, T]); the logits live in chunks only."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, return_logits=False)
+        return None, (outputs.token_losses.float(), outputs.predictions.to(torch.int32)), inputs["labels"]
+
+    def _text_metrics(self, prediction) -> dict[str, float]:
+        token_losses, predictions = prediction.predictions
+        return text_metrics(token_losses, predictions, prediction.label_ids, self._byte_lengths)
+
+    # ---- Checkpoints ----
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write the checkpoint aside, seal it, and put it in place in one step; then delete what is too old."""
+        args, folder = self.args, Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        self.finite_guard.settle(args.output_dir)
+        limit, args.save_total_limit = args.save_total_limit, None
+        self._aside = folder / checkpoints.WRITING_FOLDER
+        with self.throughput.paused():
+            try:
+                if args.should_save:
+                    shutil.rmtree(self._aside, ignore_errors=True)
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if args.should_save:
+                    self._keep_best(folder, name)
+                    checkpoints.seal_checkpoint(self._aside / name)
+                    _put_in_place(self._aside / name, folder / name)
+                    checkpoints.rotate(folder, limit, self.protected_steps | {self.state.best_global_step or -1})
+                self.accelerator.wait_for_everyone()
+            except Exception as error:
+                if _is_disk_full(error, folder):
+                    raise UserError(
+                        f"the disk is full while writing {folder / name}: free some space, then --resume; "
+                        f"{_last_name(folder)} is intact"
+                    ) from error
+                raise
+            finally:
+                args.save_total_limit, self._aside = limit, None
+
+    def _keep_best(self, folder: Path, name: str) -> None:
+        """Correct the path of the best checkpoint, which the Trainer thinks is the folder aside."""
+        if self.state.best_global_step:
+            best = folder / f"checkpoint-{self.state.best_global_step}"
+            if best.exists() or best.name == name:
+                self.state.best_model_checkpoint = str(best)
+                self.state.save_to_json(str(self._aside / name / "trainer_state.json"))
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Tied weights are stored once, so they are missing by design; anything else is another model's checkpoint."""
+        missing = set(load_result.missing_keys) - set(self.model_config_tied_names())
+        if missing or load_result.unexpected_keys:
+            names = sorted(missing | set(load_result.unexpected_keys))
+            raise UserError(
+                f"the checkpoint is of another configuration ({names[0]} and {len(names) - 1} more differ): resume it "
+                "with the configuration it was trained with"
+            )
+
+    def model_config_tied_names(self) -> list[str]:
+        return list(self.accelerator.unwrap_model(self.model)._tied_weights_keys or [])
+
+
+def schedule_steps(args, num_training_steps: int) -> tuple[int, int]:
+    """(warm-up steps, decay steps) of warmup_stable_decay; values below 1 are shares of all steps."""
+    warmup = min(args.get_warmup_steps(num_training_steps), num_training_steps)
+    decay = args.decay_steps if args.decay_steps >= 1 else round(args.decay_steps * num_training_steps)
+    return warmup, min(int(decay), num_training_steps - warmup)
+
+
+def _put_in_place(written: Path, final: Path) -> None:
+    if final.exists():  # of a timeline that a resume left, or broken
+        final.rename(written.with_name("replaced"))
+    os.replace(written, final)
+    with contextlib.suppress(OSError):  # the rename itself must survive a power cut; not every system can say so
+        descriptor = os.open(final.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    shutil.rmtree(written.parent, ignore_errors=True)
+
+
+def _is_disk_full(error: Exception, folder: Path) -> bool:
+    if isinstance(error, OSError):
+        return is_disk_full(error)
+    # torch and safetensors report a failed write as errors of their own
+    return "No space left" in str(error) or ("writ" in str(error) and free_bytes(folder) < 1 << 20)
+
+
+def _last_name(folder: Path) -> str:
+    kept = checkpoints.list_checkpoints(folder)
+    return kept[-1].name if kept else "nothing else"
