@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
 # The output streams, in the one order used wherever they are counted, weighted or listed.
@@ -176,31 +177,40 @@ class CreatureConfig(PreTrainedConfig):
                 problems.append(
                     f"{total} ({getattr(self, total)}) must be a multiple of {parts} ({getattr(self, parts)})"
                 )
-        if self.head_dim * self.num_attention_heads != self.hidden_size and self.hidden_size % self.num_attention_heads:
+        # A head_dim that is the rounded quotient was derived and not chosen; any other one is free of hidden_size.
+        rounded = self.head_dim == self.hidden_size // self.num_attention_heads
+        if self.hidden_size % self.num_attention_heads and rounded:
             problems.append(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
                 f"({self.num_attention_heads}), unless head_dim says otherwise"
             )
         if self.head_dim % 2:
             problems.append(f"head_dim ({self.head_dim}) must be even for rotary positions")
-        ids = {"bos_token_id": self.bos_token_id, "null_token_id": self.null_token_id, "pad_token_id": self.pad_token_id}
         ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
-        named_ids = [*ids.items(), *(("eos_token_id", end) for end in ends)]
+        named_ids = [(name, getattr(self, name)) for name in ("bos_token_id", "null_token_id", "pad_token_id")]
+        named_ids += [("eos_token_id", end) for end in ends]
         for name, token in named_ids:
-            if token is not None and token >= self.vocab_size:
+            if token is not None and token < 0:
+                problems.append(f"{name} is {token}; it must be at least 0, or None")
+            elif token is not None and token >= self.vocab_size:
                 problems.append(
                     f"vocab_size ({self.vocab_size}) is smaller than the tokenizer needs: {name} is {token}"
                 )
         for name in ("attention_dropout", "initializer_range"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 problems.append(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        if not 0.0 < self.rms_norm_eps:
+            problems.append(f"rms_norm_eps is {self.rms_norm_eps}; it must be more than 0")
+        if self.hidden_act not in ACT2FN:
+            problems.append(f"hidden_act {self.hidden_act!r} is unknown; known are {', '.join(sorted(ACT2FN))}")
         return problems
 
     def _loss_problems(self) -> list[str]:
         problems = []
         for stream, weight in self.loss_weights.items():
             if stream not in STREAMS:
-                problems.append(f"loss_weights names the unknown stream {stream!r}; the streams are {', '.join(STREAMS)}")
+                known = ", ".join(STREAMS)
+                problems.append(f"loss_weights names the unknown stream {stream!r}; the streams are {known}")
             elif isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
                 problems.append(f"loss_weights[{stream!r}] is {weight!r}; it must be a number of at least 0")
         if self.null_loss_weight < 0:
