@@ -1,0 +1,211 @@
+"""Micro creatures and random batches for the tests of the model: every sense, every stream, milliseconds a pass."""
+
+import torch
+from torch import nn
+
+from configuration_creature import SENSES, CreatureConfig
+from modeling_creature import MultiModalCreature
+from senses_creature import SenseProjection
+from streams_creature import pack_animation
+
+ALL_STREAMS = ("internal_text", "external_text", "audio", "animation")
+EVERY_WEIGHT = {"internal_text": 1.0, "external_text": 0.7, "audio": 0.5, "animation": 0.3}
+
+# The arguments of `forward` that carry each sense, efference copy and stream.
+SENSE_ARGUMENTS = {
+    "internal_voice": ("input_ids",),
+    "external_voice": ("external_voice_ids",),
+    "audio": ("input_features", "input_features_mask"),
+    "vision": ("pixel_values", "pixel_mask"),
+    "proprioception": ("joint_positions", "joint_rotations", "body_mask"),
+    "touch": ("touch_points", "touch_surfaces", "touch_values", "touch_mask"),
+}
+COPY_ARGUMENTS = {
+    "external_text": ("external_text_ids",),
+    "audio": ("audio_codes",),
+    "animation": ("animation", "animation_mask"),
+}
+LABEL_ARGUMENTS = {
+    "internal_text": ("labels",),
+    "external_text": ("external_text_labels",),
+    "audio": ("audio_labels",),
+    "animation": ("rotation_labels", "blend_shape_labels", "eye_labels", "animation_label_mask"),
+}
+# The module of each sense and efference copy, by its name in `model.model.senses`.
+SENSE_MODULES = (*SENSES[1:], "own_text", "own_voice", "own_command")
+
+assert tuple(SENSE_ARGUMENTS) == SENSES
+
+
+def micro_config(**changes) -> CreatureConfig:
+    """Hidden size 32, two layers, 128 tokens: NULL is 126, padding 127, end of text 125."""
+    sizes = dict(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        bos_token_id=125,
+        eos_token_id=125,
+        null_token_id=126,
+        pad_token_id=127,
+        loss_weights=dict(EVERY_WEIGHT),
+        sense_hidden_size=16,
+        num_mel_bins=4,
+        audio_frames_per_tick=2,
+        vision_image_size=8,
+        vision_patch_size=4,
+        vision_hidden_size=8,
+        vision_num_layers=1,
+        vision_num_heads=2,
+        num_joints=3,
+        subframes_per_tick=2,
+        num_touch_points=10,
+        num_touch_surfaces=6,
+        touch_embedding_size=4,
+        num_audio_codebooks=3,
+        audio_codebook_size=11,
+        audio_code_size=8,
+        depth_hidden_size=16,
+        depth_num_layers=1,
+        depth_num_heads=2,
+        num_blend_shapes=5,
+    )
+    return CreatureConfig(**{**sizes, **changes})
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Redraw what starts at zero (the senses' projections), and every matrix so large that each input matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                # What comes out is about as large as what goes in.
+                std = 0.5 if isinstance(module, (SenseProjection, nn.Embedding)) else module.weight.shape[1] ** -0.5
+                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * std)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("code_table", "position_embeddings", "cls_token")):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return model
+
+
+def micro_model(seed: int = 0, attn_implementation: str = "sdpa", random: bool = True, **changes) -> MultiModalCreature:
+    """A micro creature in evaluation mode, the same for the same arguments; random: see `randomize`."""
+    torch.manual_seed(seed)
+    config = micro_config(**changes)
+    config._attn_implementation = attn_implementation
+    model = MultiModalCreature(config).eval()
+    return randomize(model, seed) if random else model
+
+
+def random_quaternions(*shape: int) -> torch.Tensor:
+    return nn.functional.normalize(torch.randn(*shape, 4), dim=-1)
+
+
+def random_batch(
+    config: CreatureConfig, rows: int = 3, ticks: int = 8, seed: int = 0, presence: float = 0.7, contacts: int = 3
+) -> dict:
+    """Every argument of `forward`: all senses, efference copies and labels; each is there at a tick with `presence`."""
+    torch.manual_seed(seed)
+    shape = (rows, ticks)
+    subframes, joints, books = config.subframes_per_tick, config.num_joints, config.num_audio_codebooks
+
+    def there(*sizes):
+        return torch.rand(*sizes) < presence
+
+    def tokens():
+        ids = torch.randint(0, config.vocab_size - 3, shape)
+        return ids.masked_fill(torch.rand(shape) < 0.2, config.null_token_id)
+
+    def codes():
+        return torch.randint(0, config.audio_codebook_size, (*shape, books)).masked_fill(~there(*shape, 1), -100)
+
+    def eyes():
+        gaze = nn.functional.normalize(torch.randn(*shape, 2, 3), dim=-1)
+        return torch.cat((gaze, torch.rand(*shape, 2, 1)), dim=-1)
+
+    pixel_mask = there(*shape)
+    size = config.vision_image_size
+    return {
+        "input_ids": tokens(),
+        "external_voice_ids": tokens().masked_fill(~there(*shape), -100),
+        "input_features": torch.randn(*shape, config.audio_feature_size),
+        "input_features_mask": there(*shape),
+        "pixel_values": torch.rand(int(pixel_mask.sum()), 2, 3, size, size),
+        "pixel_mask": pixel_mask,
+        "joint_positions": torch.randn(*shape, subframes, joints, 3),
+        "joint_rotations": random_quaternions(*shape, subframes, joints),
+        "body_mask": there(*shape),
+        "touch_points": torch.randint(0, config.num_touch_points, (*shape, contacts)),
+        "touch_surfaces": torch.randint(0, config.num_touch_surfaces, (*shape, contacts)),
+        "touch_values": torch.cat((torch.rand(*shape, contacts, 1) * 20, torch.randn(*shape, contacts, 4)), dim=-1),
+        "touch_mask": there(*shape, contacts),
+        "external_text_ids": tokens().masked_fill(~there(*shape), -100),
+        "audio_codes": codes(),
+        "animation": pack_animation(
+            random_quaternions(*shape, subframes, joints), torch.rand(*shape, config.num_blend_shapes), eyes()
+        ),
+        "animation_mask": there(*shape),
+        "labels": tokens().masked_fill(~there(*shape), -100),
+        "external_text_labels": tokens().masked_fill(~there(*shape), -100),
+        "audio_labels": codes(),
+        "rotation_labels": random_quaternions(*shape, subframes, joints),
+        "blend_shape_labels": torch.rand(*shape, config.num_blend_shapes),
+        "eye_labels": eyes(),
+        "animation_label_mask": there(*shape),
+    }
+
+
+def without_labels(batch: dict) -> dict:
+    return {name: value for name, value in batch.items() if "label" not in name}
+
+
+def select(batch: dict, groups: dict, names) -> dict:
+    """The arguments of `batch` that belong to `names` in one of the `..._ARGUMENTS` tables above."""
+    return {argument: batch[argument] for name in names for argument in groups[name]}
+
+
+def select_rows(batch: dict, rows: slice) -> dict:
+    """A slice of the rows of a batch; pictures are counted by present tick, not by row."""
+    part = {name: value[rows] for name, value in batch.items() if name != "pixel_values"}
+    if "pixel_values" in batch:
+        per_tick = batch["pixel_mask"].new_zeros(batch["pixel_mask"].shape, dtype=torch.long)
+        per_tick[batch["pixel_mask"]] = torch.arange(len(batch["pixel_values"]))
+        part["pixel_values"] = batch["pixel_values"][per_tick[rows][batch["pixel_mask"][rows]]]
+    return part
+
+
+def absent_is(batch: dict, value: float) -> dict:
+    """The same batch with `value` (NaN, say) written wherever a mask says that nothing is there."""
+    batch = dict(batch)
+    masks = {
+        "input_features": "input_features_mask",
+        "joint_positions": "body_mask",
+        "joint_rotations": "body_mask",
+        "touch_values": "touch_mask",
+        "animation": "animation_mask",
+        "rotation_labels": "animation_label_mask",
+        "blend_shape_labels": "animation_label_mask",
+        "eye_labels": "animation_label_mask",
+    }
+    for name, mask_name in masks.items():
+        if name in batch:
+            mask, further = batch[mask_name], [1] * (batch[name].dim() - batch[mask_name].dim())
+            batch[name] = batch[name].masked_fill(~mask.view(*mask.shape, *further), value)
+    return batch
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The gradients by name, zeros where there is none; cleared on the way."""
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_close(actual: dict, expected: dict, atol: float, rtol: float = 1e-5) -> None:
+    """Two dicts of tensors agree, name by name."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}")
