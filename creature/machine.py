@@ -73,8 +73,7 @@ def training_values(settings: Settings, plan: Plan, config) -> dict[str, Any]:
         values.setdefault("dataloader_pin_memory", False)
     if settings.dry_run:
         steps = values["max_steps"]
-        values |= {"logging_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
-        values["warmup_steps"] = min(values.get("warmup_steps", 1), steps)
+        values |= {"logging_steps": 1, "save_steps": steps, "eval_steps": steps}
     return values
 
 

@@ -1,0 +1,354 @@
+"""The steps of the training job, each a function that `run_clm_creature.py` calls in order."""
+
+import contextlib
+import copy
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, set_seed
+
+from configuration_creature import CreatureConfig
+from creature import checkpoints
+from creature.args import DataArguments, Settings
+from creature.callbacks import (
+    ConsoleLog,
+    DecayCheckpoint,
+    HealthAdvice,
+    MetricsFile,
+    Samples,
+    StopSignals,
+    Throughput,
+)
+from creature.card import write_card
+from creature.data import Splits, collate_blocks, load_splits
+from creature.errors import UserError
+from creature.hardware import fit_micro_batch
+from creature.launch import find_launcher
+from creature.machine import Plan, training_values
+from creature.tokenizer import token_byte_lengths, tokenizer_hash
+from creature.trainer import CreatureTrainer, schedule_steps
+from creature.training_arguments import CreatureTrainingArguments
+from modeling_creature import MultiModalCreature
+
+DRY_RUN_EVAL_BLOCKS = 2
+
+
+def build_config(settings: Settings) -> CreatureConfig:
+    """The model's configuration; UserError with every problem of its values."""
+    try:
+        return CreatureConfig(**settings.model)
+    except (ValueError, TypeError) as error:
+        text = str(error.__cause__ or error)
+        raise UserError(f"the model section is not valid: {' '.join(text.split())}") from error
+
+
+def build_arguments(settings: Settings, plan: Plan, config: CreatureConfig) -> CreatureTrainingArguments:
+    """TrainingArguments for this machine; this starts the process group where there are several processes."""
+    values = training_values(settings, plan, config)
+    try:
+        (args,) = transformers.HfArgumentParser(CreatureTrainingArguments).parse_dict(values)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"the training section is not valid: {error}") from error
+    if args.max_steps <= 0 and "num_train_epochs" not in values:
+        raise UserError("how long to train is not said: give --max_steps or --num_train_epochs")
+    if args.n_gpu > 1:
+        # nn.DataParallel would count the batch differently; accelerate launch is the way to several GPUs.
+        plan.notes.append(f"using 1 of {args.n_gpu} GPUs; `accelerate launch` without --num_processes uses all")
+        args._n_gpu = 1
+    transformers.utils.logging.disable_progress_bar()  # of writing and reading model files
+    return args
+
+
+def build_data(settings: Settings, plan: Plan, config: CreatureConfig, args) -> tuple[Splits, DataArguments]:
+    """(the splits, the data section): opened, or made first where no data was named. The main process goes first."""
+    (data,) = transformers.HfArgumentParser(DataArguments).parse_dict(settings.data)
+    with args.main_process_first(desc="data"):
+        source = data.data or _sample_corpus(data, plan.notes)
+        splits = load_splits(
+            source,
+            block_size=plan.block_size,
+            vocab_size=config.vocab_size,
+            tokenizer_name=data.tokenizer_name,
+            validation_fraction=data.validation_fraction,
+            cache_dir=data.cache_dir,
+        )
+    limit = data.max_eval_blocks or (DRY_RUN_EVAL_BLOCKS if settings.dry_run else None)
+    if splits.validation is None or not len(splits.validation):
+        splits = replace(splits, validation=None)
+        if "eval_strategy" in settings.given and args.eval_strategy != "no":
+            raise UserError("there is no validation text to evaluate on: raise --validation_fraction, or --eval_strategy no")
+        args.eval_strategy = transformers.trainer_utils.IntervalStrategy("no")
+        plan.notes.append("no validation text, so nothing is evaluated; --validation_fraction holds some out")
+    elif limit and limit < len(splits.validation):
+        splits = replace(splits, validation=splits.validation.select(range(limit)))
+        plan.notes.append(f"evaluating on the first {limit} validation blocks")
+    return splits, data
+
+
+def _sample_corpus(data: DataArguments, notes: list[str]) -> str:
+    from creature.stories import write_story_corpus
+
+    path = Path(data.cache_dir) / f"sample_stories_{data.sample_corpus_tokens}.txt"
+    if not path.is_file():
+        print(f"no --data given: writing a sample corpus of {data.sample_corpus_tokens:,} tokens to {path}", flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_story_corpus(path, data.sample_corpus_tokens, seed=0)
+    notes.append(f"no --data given: training on the sample corpus {path}, which teaches little beyond its own stories")
+    return str(path)
+
+
+def total_steps(args, plan: Plan, splits) -> int:
+    """Optimizer steps of the whole run, from max_steps or from the epochs."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = -(-len(splits.train) // (plan.micro_batch * plan.world_size))
+    return max(1, int(-(-args.num_train_epochs * max(1, -(-batches // plan.accumulation)) // 1)))
+
+
+def resume_point(settings: Settings, folder: str, args, old: dict | None, steps: int) -> Path | None:
+    """
+    The checkpoint to go on from, or None for a new run. Moves later checkpoints of an extended run out of the way.
+
+    A run that is extended goes on where its learning rate began to fall, so that the rate does not jump: from there on
+    it is the run that a longer one would have been.
+    """
+    if not settings.resume:
+        return None
+    at_most = None
+    if old["identity"]["max_steps"] != steps:
+        at_most = old.get("decay_start")
+        if old["identity"]["schedule"] != "warmup_stable_decay":
+            at_most = None if settings.accept_changes else _refuse_horizon(old, steps)
+        elif steps < old["identity"]["max_steps"]:
+            at_most = min(at_most, steps - schedule_steps(args, steps)[1])
+    checkpoint, skipped = checkpoints.choose_checkpoint(folder, settings.resume, at_most)
+    for name, why in skipped:
+        print(f"skipped {name}: {why}", flush=True)
+    if at_most is not None and checkpoints.step_of(checkpoint) > at_most:
+        raise UserError(f"{checkpoint.name} is past step {at_most}, where the rate began to fall: --resume without a value")
+    step = checkpoints.step_of(checkpoint)
+    if step >= steps:
+        raise UserError(f"the run has its {steps} steps already: give more --max_steps to extend it")
+    return checkpoint
+
+
+def _refuse_horizon(old: dict, steps: int) -> None:
+    raise UserError(
+        f"max_steps was {old['identity']['max_steps']} and is now {steps}, and the learning rate of a "
+        f"{old['identity']['schedule']} schedule would jump: resume with the old value, or --accept_changes"
+    )
+
+
+def check_identity(old: dict, new: dict, accept: bool) -> None:
+    """UserError when a resumed run would not go on as it began, with every difference; max_steps may grow."""
+    ignored = {"max_steps", "decay_steps"}
+    found = checkpoints.differences(
+        {k: v for k, v in old["identity"].items() if k not in ignored},
+        {k: v for k, v in new["identity"].items() if k not in ignored},
+    )
+    found += checkpoints.differences(
+        {"decay_steps": old["identity"]["decay_steps"]}, {"decay_steps": new["identity"]["decay_steps"]}
+    ) if old["identity"]["max_steps"] == new["identity"]["max_steps"] else []  # fmt: skip
+    model = [text for text in found if text.startswith("model.")]
+    if model:
+        raise UserError(f"the checkpoint is of another configuration: {'; '.join(model)}; use the one it was trained with")
+    if found and not accept:
+        raise UserError(f"this run is not the one to resume: {'; '.join(found)}; --accept_changes goes on all the same")
+    for text in found:
+        print(f"accepted: {text}", flush=True)
+
+
+def set_aside_later(folder: str, checkpoint: Path) -> None:
+    """Rename what is newer than the checkpoint we go on from, so that no later --resume takes it for this run's."""
+    for path in checkpoints.list_checkpoints(folder):
+        if checkpoints.step_of(path) > checkpoints.step_of(checkpoint):
+            target = path.with_name(path.name.replace("checkpoint", "replaced"))
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+
+
+def build_model(config: CreatureConfig, args) -> MultiModalCreature:
+    """A fresh creature from the seed, with everything but the internal voice frozen."""
+    set_seed(args.seed)
+    model = MultiModalCreature(config)
+    weights = config.loss_weights
+    streams = tuple(name for name, weight in weights.items() if weight)
+    model.train_only(senses=("internal_voice",), streams=streams)
+    return model
+
+
+def build_trainer(settings: Settings, data: DataArguments, run: dict, args, model, splits, tokenizer, seconds_before: float):
+    """The Trainer with everything that watches the run."""
+    throughput = Throughput(run["flops_per_token"], run["peak_flops"])
+    launcher = find_launcher()
+    signals = StopSignals(launcher.pid if launcher else None).install()
+    trainer = CreatureTrainer(
+        model=model,
+        args=args,
+        train_dataset=splits.train,
+        eval_dataset=splits.validation,
+        data_collator=collate_blocks,
+        processing_class=tokenizer,
+        byte_lengths=token_byte_lengths(tokenizer, model.config.vocab_size),
+        throughput=throughput,
+        signals=signals,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(MetricsFile(args.output_dir, seconds_before))
+    trainer.add_callback(ConsoleLog(throughput, bar=False if args.disable_tqdm else None))
+    trainer.add_callback(HealthAdvice())
+    if run["decay_start"] and not settings.dry_run:
+        trainer.protected_steps.add(run["decay_start"])
+        trainer.add_callback(DecayCheckpoint(run["decay_start"]))
+    if args.sample_steps:
+        trainer.add_callback(Samples(lambda prompt: sample(trainer.model, tokenizer, prompt), data.prompt, args.sample_steps))
+    return trainer
+
+
+def train(trainer: CreatureTrainer, plan: Plan, config: CreatureConfig, checkpoint: Path | None) -> None:
+    """Train to the end or to a signal; running out of memory ends in a sentence that names the batch that would fit."""
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        fits = fit_micro_batch(config, plan.block_size, plan.device, plan.precision, compiled=plan.compiled)
+        smaller = max((d for d in range(1, plan.micro_batch) if plan.micro_batch % d == 0 and d <= max(fits, 1)), default=0)
+        remedy = (
+            f"use --per_device_train_batch_size {smaller} (the tokens of a step stay {plan.tokens_per_step:,})"
+            if smaller
+            else "one block does not fit: use a smaller --block_size, --activation_checkpointing, or a smaller model"
+        )
+        raise UserError(f"out of memory on {plan.device.name} with micro-batch {plan.micro_batch}: {remedy}") from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error).lower() for word in words)
+
+
+def sample(model, tokenizer, prompt: str, max_new_tokens: int = 40) -> str:
+    """A seeded continuation of a prompt, prompt included; leaves the random state and the model's mode as they were."""
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    training, room = model.training, model.config.max_position_embeddings - inputs["input_ids"].shape[1]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        torch.manual_seed(0)
+        ids = model.eval().generate(
+            **inputs, max_new_tokens=max(1, min(max_new_tokens, room)), do_sample=True, top_k=50,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+    model.train(training)
+    return " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
+
+
+def finish(trainer: CreatureTrainer, settings: Settings, data: DataArguments, run: dict, splits) -> None:
+    """After training: the final model, plots and card, the checks of a dry run; or a word on how to go on."""
+    folder, step = Path(trainer.args.output_dir), trainer.state.global_step
+    stopped = trainer.signals.stopped and step < trainer.state.max_steps
+    if stopped:
+        if trainer.is_world_process_zero():
+            checkpoints.update_run(folder, status="stopped", steps_done=step)
+            print(f"stopped after step {step:,} and saved; go on with: {resume_command(run['command'])}", flush=True)
+        return
+    _publish(trainer, folder)
+    if not trainer.is_world_process_zero():
+        return
+    model = _plain_model(trainer)
+    text = sample(model, trainer.processing_class, data.prompt)
+    if settings.dry_run:
+        check_saved(model, folder / f"checkpoint-{step}", splits.train)
+        print(f"continuation: {text}", flush=True)
+    run = (checkpoints.read_run(folder) or run) | {"status": "finished", "steps_done": step, "sample": text}
+    run |= {"dry_run": "passed"} if settings.dry_run else {}
+    write_card(folder, run, text)
+    _plot(folder)
+    checkpoints.write_run(folder, run)
+    if settings.dry_run:
+        print(f"dry run passed: {step} steps, checkpoint written, read back with equal logits", flush=True)
+    else:
+        print(f"finished {step:,} steps; the model is in {folder}", flush=True)
+
+
+def _publish(trainer: CreatureTrainer, folder: Path) -> None:
+    """Put the final model and its tokenizer into the folder of the run, file by file, each whole."""
+    aside = folder / checkpoints.WRITING_FOLDER
+    trainer.save_model(str(aside))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
+        for path in sorted(aside.iterdir()):
+            os.replace(path, folder / path.name)
+        aside.rmdir()
+    trainer.accelerator.wait_for_everyone()
+
+
+def _plain_model(trainer: CreatureTrainer):
+    """The trained model without wrappers and autocast."""
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+
+
+def check_saved(model, checkpoint: Path, dataset) -> None:
+    """Read a checkpoint back from the disk and compare its logits with the model's, bit for bit, on the CPU."""
+    ids = collate_blocks([dataset[0]])["input_ids"][:, :256]
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    trained = (model if model.device.type == "cpu" else copy.deepcopy(model).cpu()).eval()
+    with torch.no_grad():
+        same = torch.equal(trained(ids).logits.float(), loaded(ids).logits.float())
+    if not same:
+        raise UserError(f"the model read back from {checkpoint} gives other logits than the trained one: a bug, report it")
+
+
+def _plot(folder: Path) -> None:
+    from creature import plots
+
+    with contextlib.suppress(UserError):  # a run too short to plot
+        plots.plot_run([str(folder)], str(folder / "loss.png"))
+
+
+def resume_command(command: str) -> str:
+    """The command of a run with --resume; flags that began it afresh are left out."""
+    words = [word for word in command.split() if word not in ("--overwrite_output_dir", "--overwrite-output-dir")]
+    return " ".join(words if "--resume" in words else [*words, "--resume"])
+
+
+def check_tokenizer(tokenizer, info: dict, config: CreatureConfig) -> str:
+    """The hash of the tokenizer; UserError where the data was made with another, or the model has too few ids."""
+    own = tokenizer_hash(tokenizer)
+    if info.get("tokenizer_hash") not in (None, own):
+        raise UserError(
+            f"{info['path']} was tokenized with another tokenizer than the one in use: give its --tokenizer_name, or "
+            "tokenize the text again"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer):,} ids and the model {config.vocab_size:,}: raise vocab_size to a "
+            f"multiple of 64 of at least {len(tokenizer):,}"
+        )
+    return own
+
+
+def open_folder(folder: str, args, run: dict, checkpoint: Path | None, *, keep: bool) -> float:
+    """
+    Take the output folder for this run and write run.json; the main process does, the others wait.
+
+    Returns the seconds that the run has trained before, 0.0 for a new one.
+    """
+    seconds = 0.0
+    with args.main_process_first(desc="output folder"):
+        if args.process_index == 0:
+            weights = 4 * run["parameters"]["total"]
+            checkpoints.require_space(folder, weights + 8 * run["parameters"]["trainable"])
+            checkpoints.claim_output(folder, keep=keep)
+            if checkpoint is not None:
+                set_aside_later(folder, checkpoint)
+                entries = checkpoints.rewind_metrics(folder, checkpoints.step_of(checkpoint))
+                seconds = max((entry.get("time", 0.0) for entry in entries), default=0.0)
+                run["notes"].append(f"resuming from {checkpoint.name}")
+            checkpoints.write_run(folder, run)
+    return seconds

@@ -1,0 +1,126 @@
+"""What a run says about itself: run.json, and the same as a table, once, at the start."""
+
+import hashlib
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+from creature.args import PROJECT, Settings
+from creature.callbacks import format_seconds
+from creature.estimate import count_parameters, flops_per_token, hours
+from creature.hardware import attention_kernel, peak_flops
+from creature.machine import Plan
+from creature.trainer import schedule_steps
+
+
+def identity(settings: Settings, plan: Plan, args, config, data_info: dict, steps: int) -> dict:
+    """What a resumed run must agree with, so that it goes on exactly as it began."""
+    warmup, decay = schedule_steps(args, steps)
+    return {
+        "tokens_per_step": plan.tokens_per_step,
+        "micro_batch": plan.micro_batch,
+        "accumulation": plan.accumulation,
+        "world_size": plan.world_size,
+        "block_size": plan.block_size,
+        "precision": plan.precision,
+        "data_hash": data_info["data_hash"],
+        "data_tokens": data_info["tokens"],
+        "tokenizer_hash": data_info["tokenizer_hash"],
+        "seed": args.seed,
+        "data_seed": args.data_seed,
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "learning_rate": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "max_grad_norm": args.max_grad_norm,
+        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "warmup_steps": warmup,
+        "decay_steps": decay,
+        "max_steps": steps,
+        "model": config.to_dict(),
+    }
+
+
+def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, steps: int) -> dict:
+    """The content of run.json, ready to be printed by `run_table`."""
+    config = model.config
+    tokens = steps * plan.tokens_per_step
+    flops = flops_per_token(config, plan.block_size)
+    peak = peak_flops(plan.device.name) if plan.device.kind == "cuda" else None
+    expected = hours(config, tokens, plan.device.name, plan.block_size) if peak else None
+    kernel, kernel_reason = attention_kernel(plan.device, plan.precision, config._attn_implementation or "sdpa")
+    own = identity(settings, plan, args, config, data_info, steps)
+    return {
+        "kind": "dry_run" if settings.dry_run else "run",
+        "status": "started",
+        "command": "accelerate launch " + " ".join(sys.argv),
+        "config": settings.config,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "output_dir": args.output_dir,
+        "parameters": {
+            "total": sum(p.numel() for p in model.parameters()),
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "parts": {name: int(count) for name, count in count_parameters(config).items()},
+        },
+        "flops_per_token": flops,
+        "precision": plan.precision,
+        "precision_reason": plan.precision_reason,
+        "attention_kernel": kernel,
+        "attention_reason": kernel_reason,
+        "compiled": plan.compiled,
+        "compile_reason": plan.compile_reason,
+        "device": plan.device.name,
+        "device_memory_bytes": plan.device.memory_bytes,
+        "threads": plan.threads,
+        "peak_flops": peak * plan.world_size if peak else None,
+        "steps": steps,
+        "tokens": tokens,
+        "epochs": round(tokens / max(data_info["tokens"], 1), 4),
+        "decay_start": steps - own["decay_steps"] if own["schedule"] == "warmup_stable_decay" else None,
+        "expected_seconds": expected * 3600 / plan.world_size if expected else None,
+        "data": data_info,
+        "code_hash": code_hash(),
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
+        "notes": plan.notes,
+        "identity": own,
+    }
+
+
+def code_hash() -> str:
+    """sha256 over the model files, `creature/` and the script, in order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted([*PROJECT.glob("*_creature.py"), *Path(__file__).parent.glob("*.py")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def run_table(run: dict) -> str:
+    """run.json as a table for people."""
+    own, parameters, data = run["identity"], run["parameters"], run["data"]
+    parts = ", ".join(f"{name} {count:,}" for name, count in parameters["parts"].items() if "total" not in name)
+    left = run["expected_seconds"]
+    expected = f"{format_seconds(left)} (scripts/estimate.py says why)" if left else "told by the log lines"
+    held_out = data.get("validation_tokens") or 0
+    rows = {
+        "run": f"{'dry run' if run['kind'] == 'dry_run' else 'run'} in {run['output_dir']}, settings of {run['config']}",
+        "parameters": f"{parameters['total']:,} total, {parameters['trainable']:,} trainable",
+        "": parts,
+        "FLOPs per token": f"{run['flops_per_token']:.4g} (forward and backward)",
+        "device": run["device"] + (f", {run['threads']} threads" if run["threads"] else "")
+        + (f", {own['world_size']} processes" if own["world_size"] > 1 else ""),
+        "precision": f"{run['precision']} ({run['precision_reason']})",
+        "attention": f"{run['attention_kernel']} ({run['attention_reason']})",
+        "torch.compile": f"{'on' if run['compiled'] else 'off'} ({run['compile_reason']})",
+        "batch": f"{own['tokens_per_step']:,} tokens a step = micro-batch {own['micro_batch']} x block "
+        f"{own['block_size']} x accumulation {own['accumulation']} x {own['world_size']} process(es)",
+        "data": f"{data['path']}: {data['tokens']:,} tokens, {held_out:,} for validation",
+        "length": f"{run['steps']:,} steps, {run['tokens']:,} tokens, {run['epochs']:.3g} epochs",
+        "schedule": f"{own['schedule']}: peak {own['learning_rate']:.3g}, {own['warmup_steps']:,} steps up, "
+        f"{own['decay_steps']:,} down",
+        "expected time": expected,
+    }  # fmt: skip
+    width = max(map(len, rows))
+    lines = [f"{name:<{width}}  {text}" for name, text in rows.items()]
+    return "\n".join(lines + [f"{'note':<{width}}  {note}" for note in run["notes"]])
