@@ -46,7 +46,7 @@ def encode_present(encode, mask: torch.Tensor | None, *inputs: torch.Tensor) -> 
 
 
 def scatter_present(mask: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """mask [...] with N trues, vectors [N, size] in the order of the mask -> [..., size], zero where the mask is false."""
+    """mask [...] with N trues, vectors [N, size] in the mask's order -> [..., size], zero where the mask is false."""
     empty = vectors.new_zeros(*mask.shape, vectors.shape[-1])
     return empty.masked_scatter(mask[..., None], vectors)
 
@@ -72,9 +72,12 @@ class AudioSense(nn.Module):
         self.act = nn.GELU()
         self.proj = SenseProjection(config.sense_hidden_size, config)
 
+    def _encode(self, features: torch.Tensor) -> torch.Tensor:
+        return self.proj(self.act(self.up_proj(features)))
+
     def forward(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """features [B, T, frames * bands] log-mel, mask [B, T] bool -> [B, T, hidden_size]."""
-        return encode_present(lambda x: self.proj(self.act(self.up_proj(x.to(self.up_proj.weight.dtype)))), mask, features)
+        return encode_present(self._encode, mask, features.to(self.up_proj.weight.dtype))
 
 
 class VisionSense(nn.Module):
@@ -102,7 +105,12 @@ class VisionSense(nn.Module):
         self.proj = SenseProjection(config.vision_hidden_size, config)
 
     def forward(self, pixel_values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """pixel_values [N, 2, 3, height, width] of the N present ticks, mask [B, T] bool with N trues -> [B, T, hidden]."""
+        """pixel_values [N, 2, 3, H, W] of the N present ticks, mask [B, T] bool with N trues -> [B, T, hidden_size]."""
+        if mask is None:
+            raise ValueError("pixel_values [N, 2, 3, H, W] needs pixel_mask [B, T]: the N ticks they belong to.")
+        # Too many pictures would be scattered to the wrong ticks in silence.
+        if not torch.compiler.is_compiling() and pixel_values.shape[0] != (ticks := int(mask.sum())):
+            raise ValueError(f"pixel_values holds {pixel_values.shape[0]} ticks, but pixel_mask is true at {ticks}.")
         pixels = pixel_values.flatten(1, 2).to(self.proj.weight.dtype)
         if pixels.shape[0] == 0:
             vectors = self.proj.weight.new_zeros(0, self.proj.out_features)
@@ -125,7 +133,7 @@ class ProprioceptionSense(nn.Module):
         return self.proj(self.act(self.up_proj(pose.to(self.up_proj.weight.dtype))))
 
     def forward(self, positions: torch.Tensor, rotations: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """positions [B, T, sub-frames, joints, 3] m, rotations [..., 4] unit quaternions (w, x, y, z), mask [B, T] bool."""
+        """positions [B, T, sub-frames, joints, 3] m, rotations [..., 4] quaternions (w, x, y, z), mask [B, T] bool."""
         return encode_present(self._encode, mask, positions, rotations)
 
 
@@ -165,7 +173,7 @@ class VoiceCopy(nn.Module):
 
     def __init__(self, config: CreatureConfig):
         super().__init__()
-        # Factorised tables, one a codebook, tied to the audio stream's depth decoder, which reads and predicts with them.
+        # Factorised tables, one a codebook, tied to the audio stream's depth decoder: it reads and predicts with them.
         self.code_table = nn.Parameter(
             torch.empty(config.num_audio_codebooks, config.audio_codebook_size, config.audio_code_size)
         )
