@@ -1,0 +1,396 @@
+"""The senses: absent ones cost and change nothing, present ones count at their tick and never before it."""
+
+import itertools
+
+import pytest
+import torch
+from creatures import (
+    ALL_STREAMS,
+    COPY_ARGUMENTS,
+    LABEL_ARGUMENTS,
+    SENSE_ARGUMENTS,
+    SENSE_MODULES,
+    absent_is,
+    assert_close,
+    gradients,
+    micro_config,
+    micro_model,
+    random_batch,
+    select,
+    without_labels,
+)
+
+from configuration_creature import SENSES, STREAMS
+from senses_creature import SenseProjection, TouchSense, encode_present, rest_pose, scatter_present
+from streams_creature import pack_animation
+
+OUTPUTS = ("logits", "external_text_logits", "audio_logits", "animation", "last_hidden_state")
+ROWS, TICKS = 3, 8
+
+
+@pytest.fixture(scope="module")
+def model():
+    return micro_model()
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    return random_batch(model.config, ROWS, TICKS)
+
+
+@torch.no_grad()
+def outputs(model, batch):
+    out = model(**batch, output_streams=ALL_STREAMS)
+    return {name: out[name] for name in OUTPUTS}
+
+
+def silent_row(batch, row):
+    """The batch with nothing but the internal voice in one row."""
+    batch = without_labels(batch)
+    for name in ("input_features_mask", "body_mask", "touch_mask", "animation_mask"):
+        batch[name] = batch[name].clone()
+        batch[name][row] = False
+    for name in ("external_voice_ids", "external_text_ids", "audio_codes"):
+        batch[name] = batch[name].clone()
+        batch[name][row] = -100
+    keep = batch["pixel_mask"].nonzero()[:, 0] != row
+    batch["pixel_values"] = batch["pixel_values"][keep]
+    batch["pixel_mask"] = batch["pixel_mask"].clone()
+    batch["pixel_mask"][row] = False
+    return batch
+
+
+# --- absent senses ---------------------------------------------------------------------------------------------------
+
+
+def test_text_only_row_is_bit_equal_beside_rows_with_senses(model, batch):
+    text_only = outputs(model, {"input_ids": batch["input_ids"]})
+    for row in range(ROWS):
+        mixed = outputs(model, silent_row(batch, row))
+        for name in OUTPUTS:
+            assert torch.equal(mixed[name][row], text_only[name][row]), name
+            others = [other for other in range(ROWS) if other != row]
+            assert not torch.equal(mixed[name][others], text_only[name][others]), name
+
+
+def test_text_only_is_the_backbone_alone(model, batch):
+    ids = batch["input_ids"]
+    with torch.no_grad():
+        by_embeds = model(inputs_embeds=model.model.embed_tokens(ids)).logits
+        backbone = model.lm_head(model.model(input_ids=ids).last_hidden_state)
+        logits = model(input_ids=ids).logits
+    assert torch.equal(logits, by_embeds) and torch.equal(logits, backbone)
+
+
+def test_absent_senses_are_not_computed(batch):
+    model = micro_model()
+    modules = [getattr(model.model.senses, name) for name in SENSE_MODULES] + list(model.streams.children())
+    assert len(modules) == 5 + 3 + 3
+
+    def refuse(module, arguments):
+        raise AssertionError(f"{type(module).__name__} was computed")
+
+    for module in modules:
+        module.register_forward_pre_hook(refuse)
+    model(input_ids=batch["input_ids"])
+    model.generate(batch["input_ids"], max_new_tokens=2)
+    for sense in SENSES[1:]:
+        with pytest.raises(AssertionError, match="was computed"):
+            model(input_ids=batch["input_ids"], **select(batch, SENSE_ARGUMENTS, [sense]))
+
+
+def test_no_sense_costs_a_position(model, batch):
+    for given in ({"input_ids": batch["input_ids"]}, without_labels(batch)):
+        out = model(**given, use_cache=True)
+        assert out.last_hidden_state.shape == (ROWS, TICKS, model.config.hidden_size)
+        assert out.past_key_values.get_seq_length() == TICKS
+
+
+def test_connecting_an_untrained_sense_changes_no_logit(batch):
+    model = micro_model(random=False)
+    projections = [module for module in model.modules() if isinstance(module, SenseProjection)]
+    assert len(projections) == len(SENSE_MODULES)
+    assert all(not module.weight.any() and module.bias is None for module in projections)
+    with torch.no_grad():
+        text_only = model(input_ids=batch["input_ids"]).logits
+        assert torch.equal(model(**without_labels(batch)).logits, text_only)
+
+
+def test_present_but_silent_is_not_absent(model, batch):
+    ids = batch["input_ids"]
+    with torch.no_grad():
+        absent = model(input_ids=ids).logits
+        null = model(input_ids=ids, external_voice_ids=torch.full_like(ids, model.config.null_token_id)).logits
+        missing = model(input_ids=ids, external_voice_ids=torch.full_like(ids, -100)).logits
+        silence = model(input_ids=ids, input_features=torch.full((ROWS, TICKS, 8), -10.0)).logits  # of a log-mel
+    assert torch.equal(missing, absent)
+    assert not torch.allclose(null, absent)
+    assert not torch.allclose(silence, absent)
+
+
+def test_token_zero_is_a_token_like_any_other(model):
+    # GPT-2's id 0 is "!": a padding_idx of 0 would silence it and stop its training.
+    model.zero_grad()
+    heard = torch.zeros(1, 3, dtype=torch.long)
+    model(input_ids=heard, external_voice_ids=heard, labels=heard).loss.backward()
+    assert model.model.embed_tokens.padding_idx is None
+    assert gradients(model)["model.embed_tokens.weight"][0].abs().sum() > 0
+
+
+# --- 64 subsets, NaN at absent places --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_no_nan_for_any_subset_of_the_senses(batch, copies):
+    """Forward and backward of all streams for all 64 subsets; NaN stands wherever a mask says that nothing is there."""
+    model = micro_model()
+    model.train()
+    poisoned = absent_is(batch, float("nan"))
+    labels = select(poisoned, LABEL_ARGUMENTS, STREAMS)
+    for chosen in itertools.product((False, True), repeat=len(SENSES)):
+        senses = select(poisoned, SENSE_ARGUMENTS, itertools.compress(SENSES, chosen))
+        if copies:
+            senses |= select(poisoned, COPY_ARGUMENTS, COPY_ARGUMENTS)
+        if not senses:
+            with pytest.raises(ValueError, match="no input"):
+                model(**labels)
+            continue
+        out = model(**senses, **labels, output_streams=ALL_STREAMS, return_logits=True)
+        for name in (*OUTPUTS, "loss"):
+            assert out[name].isfinite().all(), (chosen, name)
+        out.loss.backward()
+        for name, gradient in gradients(model).items():
+            assert gradient.isfinite().all(), (chosen, name)
+
+
+def test_what_stands_at_absent_places_is_never_read(batch):
+    model = micro_model()
+    results = []
+    for value in (0.0, float("nan")):
+        part = absent_is(batch, value)
+        # Ids out of every range, where the mask says there is no contact.
+        for name in ("touch_points", "touch_surfaces"):
+            part[name] = batch[name].masked_fill(~batch["touch_mask"], 0 if value == 0.0 else 10**6)
+        loss = model(**part).loss
+        loss.backward()
+        results.append({"loss": loss.detach(), **outputs(model, part), **gradients(model)})
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_everything_absent_in_an_all_false_batch(model, batch):
+    """Masks that are false everywhere: nothing at all is felt, and with or without an internal voice nothing breaks."""
+    for row in range(ROWS):
+        batch = silent_row(batch, row)
+    nothing = {name: value for name, value in absent_is(batch, float("nan")).items() if name != "input_ids"}
+    assert not nothing["touch_mask"].any() and not len(nothing["pixel_values"])
+    assert all(value.isfinite().all() for value in outputs(model, nothing).values())
+    beside_text = outputs(model, {"input_ids": batch["input_ids"], **nothing})
+    for name, value in outputs(model, {"input_ids": batch["input_ids"]}).items():
+        assert torch.equal(beside_text[name], value), name
+
+
+def test_no_contact_is_exactly_zero(model, batch):
+    arguments = select(batch, SENSE_ARGUMENTS, ["touch"]).values()
+    points, surfaces, values, mask = arguments
+    touch: TouchSense = model.model.senses.touch
+    mask = mask.clone()
+    mask[1] = False
+    felt = touch(points, surfaces, values, mask)
+    assert not felt[1].any() and felt[0].any()
+    # A sum over contacts: their order means nothing, and two at once are the sum of each alone.
+    torch.testing.assert_close(touch(points.flip(2), surfaces.flip(2), values.flip(2), mask.flip(2)), felt)
+    alone = [touch(points[:, :, [c]], surfaces[:, :, [c]], values[:, :, [c]], mask[:, :, [c]]) for c in range(3)]
+    torch.testing.assert_close(sum(alone), felt)
+    # Forces span decades.
+    strong = values.clone()
+    strong[..., 0] = 1e6
+    assert touch(points, surfaces, strong, mask).abs().max() < 100
+
+
+def test_encode_present_runs_on_the_present_ticks_only():
+    mask = torch.tensor([[True, False, True], [False, False, False]])
+    values = torch.arange(12.0).view(2, 3, 2)
+    seen = []
+
+    def encode(x):
+        seen.append(x)
+        return x * 10
+
+    encoded = encode_present(encode, mask, values)
+    assert seen[0].tolist() == [[0, 1], [4, 5]]
+    assert encoded.tolist() == [[[0, 10], [0, 0], [40, 50]], [[0, 0]] * 3]
+    assert torch.equal(encode_present(encode, None, values), values * 10)
+    assert torch.equal(scatter_present(mask, torch.ones(2, 4)).sum(-1), mask * 4.0)
+
+
+def test_an_absent_mask_means_present_everywhere(model, batch):
+    ids = batch["input_ids"]
+    everywhere = torch.ones(ROWS, TICKS, dtype=torch.bool)
+    for sense, mask in (("audio", "input_features_mask"), ("proprioception", "body_mask"), ("touch", "touch_mask")):
+        given = select(batch, SENSE_ARGUMENTS, [sense])
+        full = torch.ones_like(given[mask]) if sense == "touch" else everywhere
+        given[mask] = full
+        with_mask = outputs(model, {"input_ids": ids, **given})
+        given.pop(mask)
+        assert_close(outputs(model, {"input_ids": ids, **given}), with_mask, atol=1e-5)
+
+
+def test_pictures_must_match_their_mask(model, batch):
+    given = {"input_ids": batch["input_ids"], "pixel_mask": batch["pixel_mask"]}
+    for count in (-1, 1):
+        pictures = torch.rand(len(batch["pixel_values"]) + count, 2, 3, 8, 8)
+        with pytest.raises(ValueError, match="pixel_mask"):
+            model(**given, pixel_values=pictures)
+    with pytest.raises(ValueError, match="needs pixel_mask"):
+        model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"])
+
+
+# --- causality --------------------------------------------------------------------------------------------------------
+
+PERTURBED = (
+    "input_ids",
+    "external_voice_ids",
+    "input_features",
+    "input_features_mask",
+    "pixel_values",
+    "pixel_mask",
+    "joint_positions",
+    "joint_rotations",
+    "body_mask",
+    "touch_points",
+    "touch_surfaces",
+    "touch_values",
+    "touch_mask",
+    "external_text_ids",
+    "audio_codes",
+    "animation",
+    "animation_mask",
+    "sense_embeds",
+    "inputs_embeds",
+)
+
+
+def perturb(batch, name, tick):
+    """The batch with one argument changed at one tick, in every row."""
+    batch = dict(batch)
+    if name == "pixel_mask":
+        keep = batch["pixel_mask"].nonzero()[:, 1] != tick
+        batch["pixel_values"] = batch["pixel_values"][keep]
+    value = batch[name].clone()
+    if name == "pixel_values":
+        value[batch["pixel_mask"].nonzero()[:, 1] == tick] += 1.0
+    elif value.dtype == torch.bool:
+        value[:, tick] = False
+    elif value.dtype == torch.long:
+        value[:, tick] = (value[:, tick] + 1) % 5
+    elif name in ("joint_rotations", "animation"):
+        value[:, tick] = value[:, tick].flip(-1)
+    else:
+        value[:, tick] += 1.0
+    batch[name] = value
+    return batch
+
+
+@pytest.mark.parametrize("name", PERTURBED)
+def test_causality(name):
+    model = micro_model()
+    batch = without_labels(random_batch(model.config, 2, TICKS, presence=1.1))  # everything is there at every tick
+    batch["sense_embeds"] = torch.randn(2, TICKS, model.config.hidden_size)
+    if name == "inputs_embeds":
+        batch["inputs_embeds"] = torch.randn(2, TICKS, model.config.hidden_size)
+        del batch["input_ids"]
+    assert not {*batch} - {*PERTURBED}  # no sense is forgotten
+    before = outputs(model, batch)
+    for tick in (0, 3, TICKS - 1):
+        after = outputs(model, perturb(batch, name, tick))
+        for stream in OUTPUTS:
+            torch.testing.assert_close(after[stream][:, :tick], before[stream][:, :tick], atol=1e-5, rtol=1e-5)
+            for row in range(2):
+                moved = (after[stream][row, tick] - before[stream][row, tick]).abs().max()
+                assert moved > 1e-4, (stream, tick)
+
+
+def test_every_argument_of_forward_is_covered_by_the_causality_test():
+    import inspect
+
+    from modeling_creature import MultiModalCreature
+
+    arguments = [*inspect.signature(MultiModalCreature.forward).parameters]
+    senses = arguments[arguments.index("external_voice_ids") : arguments.index("external_text_labels")]
+    assert {*senses, "input_ids", "inputs_embeds"} == {*PERTURBED}
+
+
+# --- the parts --------------------------------------------------------------------------------------------------------
+
+
+def test_the_eyes_are_told_apart_and_pictures_reach_their_own_tick(model):
+    torch.manual_seed(0)
+    mask = torch.zeros(2, 4, dtype=torch.bool)
+    mask[0, 2] = mask[1, 1] = True
+    pictures = torch.rand(2, 2, 3, 8, 8)
+    vision = model.model.senses.vision
+    with torch.no_grad():
+        seen = vision(pictures, mask)
+        swapped = vision(pictures.flip(1), mask)
+        first = vision(pictures[:1], mask[:1])
+    assert torch.equal(seen.any(-1), mask)
+    torch.testing.assert_close(first[0], seen[0])
+    assert not torch.allclose(seen, swapped)
+
+
+def test_rotations_are_poses_not_numbers(model, batch):
+    """q and -q are the same pose, for the body as it is felt, as it was commanded, and as it is asked for."""
+    before = outputs(model, batch)
+    loss = model(**batch).loss
+    flipped = dict(batch, joint_rotations=-batch["joint_rotations"], rotation_labels=-batch["rotation_labels"])
+    rotations = model.config.subframes_per_tick * model.config.num_joints * 4
+    flipped["animation"] = batch["animation"].clone()
+    flipped["animation"][..., :rotations] *= -1
+    assert_close(outputs(model, flipped), before, atol=1e-5)
+    torch.testing.assert_close(model(**flipped).loss, loss)
+
+
+def test_the_pose_is_felt_else_commanded_else_at_rest(model):
+    config = model.config
+    torch.manual_seed(0)
+    joints = (config.subframes_per_tick, config.num_joints)
+    felt = torch.nn.functional.normalize(torch.randn(1, 3, *joints, 4), dim=-1)
+    commanded = torch.nn.functional.normalize(torch.randn(1, 3, *joints, 4), dim=-1)
+    animation = pack_animation(commanded, torch.zeros(1, 3, config.num_blend_shapes), torch.zeros(1, 3, 2, 4))
+    inputs = {
+        "joint_rotations": felt,
+        "body_mask": torch.tensor([[True, False, False]]),
+        "animation": animation,
+        "animation_mask": torch.tensor([[True, True, False]]),
+    }
+    pose = model.model.senses.pose(inputs)
+    assert torch.equal(pose[:, 0], felt[:, 0, -1])  # the last sub-frame of the tick is the present
+    assert torch.equal(pose[:, 1], commanded[:, 1, -1])
+    assert torch.equal(pose[:, 2], rest_pose(pose[:, 2])) and pose[0, 2, 0].tolist() == [1, 0, 0, 0]
+    assert model.model.senses.pose({}) is None
+
+
+def test_efference_copies_and_senses_add_up(model, batch):
+    """One tick's input is the sum of its senses: `sense_embeds` in two parts gives what the senses give at once."""
+    senses = without_labels(batch)
+    with torch.no_grad():
+        vectors = model.model.senses(senses, model.model.embed_tokens)
+        assert len(vectors) == len(SENSE_MODULES)
+        summed = model.model.embed(batch["input_ids"], None, senses)
+        torch.testing.assert_close(summed, model.model.embed_tokens(batch["input_ids"]) + sum(vectors))
+        outer = {name: value for name, value in senses.items() if name != "input_ids"}
+        by_embeds = model(input_ids=batch["input_ids"], sense_embeds=model.encode_senses(**outer)).logits
+        torch.testing.assert_close(by_embeds, model(**senses).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_internal_voice_is_given_once(model, batch):
+    with pytest.raises(ValueError, match="not both"):
+        model(input_ids=batch["input_ids"], inputs_embeds=torch.zeros(ROWS, TICKS, 32))
+
+
+def test_only_one_token_table():
+    model = micro_model(random=False)
+    config = micro_config()
+    tables = [n for n, p in model.named_parameters() if config.vocab_size in p.shape]
+    assert tables == ["model.embed_tokens.weight"]
