@@ -4,6 +4,7 @@ Every number is counted from the architecture as it is built: parameters from th
 no time), memory from the tensors that a step keeps. `tests/test_estimate.py` holds it against a real training step.
 """
 
+from collections import Counter
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from creature.errors import UserError
 from creature.hardware import CARDS, card_name
 
 OPTIMIZERS = ("muon", "adamw")
+MUON_TEMPORARIES = 9  # stacks of matrices of one shape alive in `optimizer._muon_step`
 PRECISION_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 # Share of the peak rate that training reaches (model FLOPs utilization, Chowdhery et al. 2022, "PaLM", appendix B).
@@ -80,6 +82,10 @@ def _count(config_json: str, config_class: type) -> SimpleNamespace:
     head = 0 if model.lm_head.weight is model.model.embed_tokens.weight else model.lm_head.weight.numel()
     layers = list(model.model.layers.parameters())
     body = total(layers) + total(model.model.norm.parameters())
+    stacks = Counter()
+    for parameter in layers:
+        if parameter.ndim == 2:
+            stacks[parameter.shape] += parameter.numel()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return SimpleNamespace(
         token_table=table,
@@ -90,7 +96,7 @@ def _count(config_json: str, config_class: type) -> SimpleNamespace:
         streams=total(model.streams.parameters()),
         text_only=table + body + head,
         trainable=total(trainable),
-        largest=max(parameter.numel() for parameter in trainable),
+        largest_stack=max(stacks.values()),
         total=total(model.parameters()),
     )
 
@@ -157,13 +163,17 @@ def memory_parts(
     lasting = parts["weights"] + parts["optimizer_state"]
     loss_gradients = parts["gradients"] if accumulating else 0
     at_loss = lasting + loss_gradients + parts["weight_copies"] + activations + parts["head"]
-    # While the backward pass begins, the head's gradient exists twice (the kept one and its scaled copy).
+    # When the backward pass begins, the head's gradient exists twice (the kept one and its scaled copy); then layer by
+    # layer is recomputed, if need be, and has the gradients of the MLP's wide tensors.
     head_gradient = 4 * config.vocab_size * config.hidden_size
-    in_backward = lasting + loss_gradients + parts["weight_copies"] + activations + 2 * head_gradient + recomputed
+    working = tokens * 2 * wide * config.intermediate_size
+    in_backward = lasting + loss_gradients + parts["weight_copies"] + activations + head_gradient
+    in_backward += max(head_gradient, recomputed + working)
     # At its end all gradients are there, and the table has two: from the head and from the lookup.
-    after_backward = lasting + parts["gradients"] + head_gradient + tokens * per_layer
-    # The optimizer's temporaries: two copies of the parameter it is at.
-    in_step = lasting + parts["gradients"] + 2 * 4 * inventory.largest
+    after_backward = lasting + parts["gradients"] + head_gradient + tokens * per_layer + working
+    # Muon stacks the matrices of one shape; the fused AdamW works in place.
+    stacked = MUON_TEMPORARIES * 4 * inventory.largest_stack if optimizer == "muon" else 0
+    in_step = lasting + parts["gradients"] + stacked
     parts["peak"] = max(at_loss, in_backward, after_backward, in_step)
     return {name: int(size) for name, size in parts.items()}
 

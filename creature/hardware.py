@@ -184,7 +184,7 @@ def card_name(name: str) -> str | None:
     """
     The key in CARDS of a GPU's name as a driver or a person writes it, or None when it is not known exactly.
 
-    "NVIDIA GeForce RTX 3090" -> "RTX 3090"; "NVIDIA H100 80GB HBM3" -> "H100 SXM"; a laptop GPU, a slice of a card (MIG)
+    "NVIDIA GeForce RTX 3090" -> "RTX 3090"; "NVIDIA H100 80GB HBM3" -> "H100 SXM"; a laptop GPU, a card's slice (MIG)
     or a virtual GPU -> None.
     """
     words = name.replace("-", " ").replace("_", " ").lower().split()

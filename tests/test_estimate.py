@@ -1,0 +1,201 @@
+"""The estimate against the real thing: counted parameters and FLOPs, and the memory of a training step on the CPU."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from configuration_creature import CreatureConfig
+from creature.errors import UserError
+from creature.estimate import (
+    ASSUMED_MFU,
+    count_parameters,
+    expected_mfu,
+    flops_per_token,
+    hours,
+    layer_bytes_per_token,
+    matmul_flops,
+    memory_parts,
+    tokens_per_second,
+)
+from creature.optimizer import MuonAdamW, parameter_groups
+from modeling_creature import MultiModalCreature
+
+
+def micro_config(**changes) -> CreatureConfig:
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "sense_hidden_size": 16,
+        "num_touch_points": 16,
+        "vision_hidden_size": 24,
+        "vision_num_layers": 1,
+        "depth_hidden_size": 16,
+        "audio_codebook_size": 32,
+    }
+    return CreatureConfig(**(sizes | changes))
+
+
+def test_parameters_of_the_guides_creature():
+    counts = count_parameters(CreatureConfig())
+    assert counts["token_table"] == 50304 * 512
+    assert counts["body"] == 6 * (4 * 512 * 512 + 2 * 512 * 2048 + 2 * 512 + 2 * 64) + 512
+    assert counts["head"] == 0
+    assert counts["text_only"] == counts["token_table"] + counts["body"] == counts["trainable"]
+    assert counts["total"] == counts["text_only"] + counts["senses"] + counts["streams"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 2}])
+def test_parameters_equal_the_built_model(changes):
+    config = micro_config(**changes)
+    model = MultiModalCreature(config)
+    counts = count_parameters(config)
+    assert counts["total"] == sum(parameter.numel() for parameter in model.parameters())
+    model.train_only()
+    assert counts["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert counts["head"] == (0 if config.tie_word_embeddings else 512 * 64)
+
+
+def test_a_stream_with_a_weight_is_trained():
+    more = count_parameters(micro_config(loss_weights={"internal_text": 1.0, "audio": 0.5}))
+    less = count_parameters(micro_config())
+    assert more["trainable"] > less["trainable"] and more["total"] == less["total"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}, {"head_dim": 32}])
+def test_flops_against_a_counter(changes):
+    """torch's counter sees every product of a forward pass; it counts attention in full, the formula half of it."""
+    config = micro_config(attn_implementation="eager", **changes)
+    model = MultiModalCreature(config).eval()
+    block = 128
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.zeros(1, block, dtype=torch.long))
+    width = config.num_attention_heads * config.head_dim
+    skipped = 2 * config.num_hidden_layers * width * block  # the upper half of scores and their use, per token
+    assert 3 * (counter.get_total_flops() / block - skipped) == pytest.approx(flops_per_token(config, block), rel=0.01)
+
+
+def test_flops_of_the_guides_creature():
+    assert flops_per_token(CreatureConfig(), 2048) == pytest.approx(0.305e9, rel=0.005)
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes of tensors alive at one time: what a CUDA device would call max_memory_allocated."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.live, self.now, self.peak = {}, 0, 0
+        for tensor in tensors:
+            self._track(tensor)
+
+    def _track(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.live:
+            self.live[key] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key):
+        self.now -= self.live.pop(key, 0)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._track(leaf)
+        return out
+
+
+def real_peak(config, batch, block, precision, optimizer, accumulation, checkpointing):
+    model = MultiModalCreature(config).train()
+    model.train_only()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # 5.17 knows no other name for it
+    groups = parameter_groups(model, 1e-3, 1e-2, 0.1)
+    for group in groups:
+        group["muon"] = group["muon"] and optimizer == "muon"
+    stepper = MuonAdamW(groups)
+    ids = torch.randint(0, config.vocab_size, (batch, block))
+    with PeakMemory(model.parameters()) as memory:
+        for _ in range(2):  # the optimizer's states exist from the end of the first step
+            for _ in range(accumulation):
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+                    loss = model(input_ids=ids, labels=ids).loss
+                loss.backward()
+                del loss
+            stepper.step()
+            stepper.zero_grad()
+    return memory.peak
+
+
+@pytest.mark.parametrize(
+    ("batch", "block", "precision", "optimizer", "accumulation", "checkpointing", "changes"),
+    [
+        (4, 256, "fp32", "adamw", 1, False, {}),
+        (2, 256, "bf16", "muon", 2, False, {}),
+        (1, 256, "bf16", "muon", 2, False, {"vocab_size": 50304, "hidden_size": 32}),  # the head weighs most
+        (1, 32, "fp32", "muon", 1, False, {"hidden_size": 256, "intermediate_size": 1024}),  # the weights do
+        (4, 256, "fp32", "adamw", 1, False, {"num_key_value_heads": 2, "hidden_act": "gelu"}),
+        (4, 256, "bf16", "muon", 1, True, {"num_hidden_layers": 8}),
+    ],
+)
+def test_memory_of_a_real_step(batch, block, precision, optimizer, accumulation, checkpointing, changes):
+    torch.manual_seed(0)
+    config = micro_config(**changes)
+    real = real_peak(config, batch, block, precision, optimizer, accumulation, checkpointing)
+    parts = memory_parts(
+        config,
+        batch,
+        block,
+        precision,
+        optimizer,
+        device_kind="cpu",
+        activation_checkpointing=checkpointing,
+        accumulating=accumulation > 1,
+    )
+    assert parts["peak"] == pytest.approx(real, rel=0.1)
+
+
+def test_memory_parts():
+    config = CreatureConfig()
+    parts = memory_parts(config, 32, 2048)
+    counts = count_parameters(config)
+    assert parts["weights"] == 4 * counts["total"]
+    assert parts["gradients"] == 4 * counts["text_only"]
+    assert parts["peak"] == sum(size for name, size in parts.items() if name != "peak")
+    adamw = memory_parts(config, 32, 2048, optimizer="adamw")
+    assert adamw["optimizer_state"] == 8 * counts["text_only"] > parts["optimizer_state"]
+    assert memory_parts(config, 32, 2048, "fp32")["activations"] > parts["activations"]
+    assert layer_bytes_per_token(config, "bf16", compiled=True) < layer_bytes_per_token(config, "bf16")
+    # The design's limit for the guide's batch, and no tensor of all tokens times the vocabulary in it.
+    compiled = memory_parts(config, 32, 2048, compiled=True)
+    assert compiled["peak"] < 12e9 and compiled["head"] < 32 * 2048 * 50304 * 2
+
+
+def test_bad_names_are_told():
+    with pytest.raises(UserError, match="unknown precision 'int8': use one of bf16"):
+        memory_parts(micro_config(), 1, 8, "int8")
+    with pytest.raises(UserError, match="unknown optimizer"):
+        memory_parts(micro_config(), 1, 8, optimizer="sgd")
+
+
+def test_hours():
+    config = CreatureConfig()
+    speed = 71.2e12 * ASSUMED_MFU / flops_per_token(config, 2048)
+    assert expected_mfu("RTX 3090") == (ASSUMED_MFU, "assumed")
+    assert tokens_per_second(config, 2048, "NVIDIA GeForce RTX 3090") == pytest.approx(speed)
+    assert hours(config, 1e9, "RTX 3090") == pytest.approx(1e9 / speed / 3600)
+    assert hours(config, 1e9, "RTX 3090 Laptop GPU") is None
+
+
+def test_matmul_is_timed():
+    assert 1e8 < matmul_flops("cpu", "fp32", seconds=0.05) < 1e15
