@@ -1,6 +1,5 @@
 """The steps of the training job, each a function that `run_clm_creature.py` calls in order."""
 
-import contextlib
 import copy
 import os
 import shutil
@@ -131,7 +130,7 @@ def resume_point(settings: Settings, folder: str, args, old: dict | None, steps:
     if at_most is not None and checkpoints.step_of(checkpoint) > at_most:
         raise UserError(f"{checkpoint.name} is past step {at_most}, where the rate began to fall: --resume without a value")
     step = checkpoints.step_of(checkpoint)
-    if step >= steps:
+    if step >= steps and old.get("status") == "finished":
         raise UserError(f"the run has its {steps} steps already: give more --max_steps to extend it")
     return checkpoint
 
@@ -213,7 +212,10 @@ def build_trainer(settings: Settings, data: DataArguments, run: dict, args, mode
 def train(trainer: CreatureTrainer, plan: Plan, config: CreatureConfig, checkpoint: Path | None) -> None:
     """Train to the end or to a signal; running out of memory ends in a sentence that names the batch that would fit."""
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint and checkpoints.step_of(checkpoint) >= trainer.args.max_steps > 0:
+            trainer.load_finished(checkpoint)  # only its end was lost
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -305,10 +307,12 @@ def check_saved(model, checkpoint: Path, dataset) -> None:
 
 
 def _plot(folder: Path) -> None:
-    from creature import plots
+    from creature.plots import plot_run
 
-    with contextlib.suppress(UserError):  # a run too short to plot
-        plots.plot_run([str(folder)], str(folder / "loss.png"))
+    try:
+        plot_run([str(folder)], str(folder / "loss.png"))
+    except Exception as error:  # a picture is not worth a finished run
+        print(f"no plots were drawn: {error}", flush=True)
 
 
 def resume_command(command: str) -> str:

@@ -1,6 +1,7 @@
 """What a run says about itself: run.json, and the same as a table, once, at the start."""
 
 import hashlib
+import json
 import platform
 import sys
 import time
@@ -38,7 +39,7 @@ def identity(settings: Settings, plan: Plan, args, config, data_info: dict, step
         "warmup_steps": warmup,
         "decay_steps": decay,
         "max_steps": steps,
-        "model": config.to_dict(),
+        "model": json.loads(json.dumps(config.to_dict(), default=str)),  # as it will be read back
     }
 
 

@@ -1,13 +1,14 @@
 """CreatureTrainer: the Hugging Face Trainer with per-stream losses, exact counts, true numbers and whole checkpoints."""
 
 import contextlib
+import json
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import SchedulerType
 
 from creature import checkpoints
@@ -44,13 +45,14 @@ class CreatureTrainer(Trainer):
         self.throughput = throughput or Throughput()
         self.signals = signals or StopSignals()
         self.finite_guard = FiniteGuard()
-        for callback in (self.throughput, self.signals):
+        for callback in (self.throughput, self.signals, _TrainBegin(self._restore_window)):
             self.add_callback(callback)
         self.compute_metrics = self.compute_metrics or self._text_metrics
         self._byte_lengths = np.ones(self.model.config.vocab_size, dtype=np.int64) if byte_lengths is None else byte_lengths
         self._stream_losses = torch.zeros(len(STREAMS), device=self.args.device)
         self._stream_steps = torch.zeros(len(STREAMS), device=self.args.device)
         self._aside: Path | None = None
+        self._resumed_from: str | None = None
         self.protected_steps: set[int] = set()
 
     # ---- Loss ----
@@ -169,6 +171,51 @@ class CreatureTrainer(Trainer):
 
     # ---- Checkpoints ----
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Load the weights as `from_pretrained` does: it knows the names that parts of transformers are saved under."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        target = self.model if model is None else model
+        loaded, info = type(target).from_pretrained(resume_from_checkpoint, output_loading_info=True)
+        if names := sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])}):
+            raise UserError(
+                f"{resume_from_checkpoint} is of another configuration ({names[0]} and {len(names) - 1} more differ): "
+                "resume it with the configuration it was trained with"
+            )
+        target.load_state_dict(loaded.state_dict())
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """With the random state, every rank saves the logging window it is in: a resumed run logs the same means."""
+        super()._save_rng_state(output_dir)
+        window = {
+            "since": self._globalstep_last_logged,
+            "loss": self._tr_loss.item(),
+            "stream_losses": self._stream_losses.tolist(),
+            "stream_steps": self._stream_steps.tolist(),
+        }
+        Path(output_dir, f"log_window_{self.args.process_index}.json").write_text(json.dumps(window), encoding="utf-8")
+
+    def _restore_window(self) -> None:
+        path = Path(self._resumed_from or "", f"log_window_{self.args.process_index}.json")
+        self._stream_losses.zero_()
+        self._stream_steps.zero_()
+        if self._resumed_from and path.is_file():
+            window = json.loads(path.read_text(encoding="utf-8"))
+            self._globalstep_last_logged = window["since"]
+            self._tr_loss.fill_(window["loss"])
+            self._stream_losses.copy_(torch.tensor(window["stream_losses"]))
+            self._stream_steps.copy_(torch.tensor(window["stream_steps"]))
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        self._resumed_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def load_finished(self, checkpoint: Path) -> None:
+        """Take weights and state from the checkpoint of the last step, where nothing is left to train."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
     def _get_output_dir(self, trial) -> str:
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
 
@@ -210,18 +257,15 @@ class CreatureTrainer(Trainer):
                 self.state.best_model_checkpoint = str(best)
                 self.state.save_to_json(str(self._aside / name / "trainer_state.json"))
 
-    def _issue_warnings_after_load(self, load_result) -> None:
-        """Tied weights are stored once, so they are missing by design; anything else is another model's checkpoint."""
-        missing = set(load_result.missing_keys) - set(self.model_config_tied_names())
-        if missing or load_result.unexpected_keys:
-            names = sorted(missing | set(load_result.unexpected_keys))
-            raise UserError(
-                f"the checkpoint is of another configuration ({names[0]} and {len(names) - 1} more differ): resume it "
-                "with the configuration it was trained with"
-            )
 
-    def model_config_tied_names(self) -> list[str]:
-        return list(self.accelerator.unwrap_model(self.model)._tied_weights_keys or [])
+class _TrainBegin(TrainerCallback):
+    """Calls a function when training begins, after the Trainer has reset its counters."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.function()
 
 
 def schedule_steps(args, num_training_steps: int) -> tuple[int, int]:
