@@ -11,10 +11,12 @@ from transformers.utils import ModelOutput
 
 try:
     from .configuration_creature import STREAMS
-    from .streams_creature import IGNORE_INDEX, pick
+    from .losses_creature import IGNORE_INDEX
+    from .streams_creature import pick
 except ImportError:
     from configuration_creature import STREAMS
-    from streams_creature import IGNORE_INDEX, pick
+    from losses_creature import IGNORE_INDEX
+    from streams_creature import pick
 
 
 # The senses that arrive from outside, and the efference copies, which a loop feeds back itself.

@@ -24,12 +24,14 @@ try:
     from .configuration_creature import SENSES, STREAMS, CreatureConfig
     from .generation_creature import CreatureGenerationMixin
     from .senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
-    from .streams_creature import CreatureStreams, count_targets, linear_token_losses, text_loss
+    from .losses_creature import linear_token_losses
+    from .streams_creature import CreatureStreams, count_targets, text_loss
 except ImportError:
     from configuration_creature import SENSES, STREAMS, CreatureConfig
     from generation_creature import CreatureGenerationMixin
     from senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
-    from streams_creature import CreatureStreams, count_targets, linear_token_losses, text_loss
+    from losses_creature import linear_token_losses
+    from streams_creature import CreatureStreams, count_targets, text_loss
 
 
 @dataclass
@@ -101,21 +103,17 @@ class CreatureRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """position_ids [1 or B, T] -> cos, sin [1 or B, T, head_dim] in the dtype of x."""
+        """position_ids [1 or B, T] -> cos, sin [1 or B, T, head_dim / 2] in the dtype of x."""
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
 def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [B, heads, T, head_dim], cos and sin [1 or B, T, head_dim]."""
-    return x * cos[:, None] + rotate_half(x) * sin[:, None]
+    """Rotate the halves of x [B, heads, T, head_dim] against each other; cos, sin [1 or B, T, head_dim / 2]."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def eager_attention_forward(

@@ -11,117 +11,10 @@ from torch import nn
 
 try:
     from .configuration_creature import STREAMS, CreatureConfig
+    from .losses_creature import IGNORE_INDEX, linear_cross_entropy
 except ImportError:
     from configuration_creature import STREAMS, CreatureConfig
-
-
-IGNORE_INDEX = -100  # a text or code target that is unknown
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Vocabulary head and cross entropy, chunk by chunk
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _chunk_tokens(device: torch.device) -> int:
-    """Tokens whose logits exist at one time: enough to fill the device, few enough to stay small beside the model."""
-    return 8192 if device.type == "cuda" else 1024
-
-
-def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype matrix products run in: autocast's where it is on, else the tensor's own."""
-    if torch.is_autocast_enabled(tensor.device.type):
-        return torch.get_autocast_dtype(tensor.device.type)
-    return tensor.dtype
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """
-    Sum of weighted cross entropies of `hidden @ weight.T`, with the gradients made in the forward pass.
-
-    The logits of a chunk are used up for its loss and for both of its gradients while they exist, so neither
-    [tokens, vocabulary] logits nor their gradient are ever alive as a whole (the idea of Wijmans et al. 2024, "Cut Your
-    Losses", and of Liger-Kernel's fused head, here in plain torch so that the compiler can fuse it).
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, target_weights, dtype, chunk):
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        cast_weight = weight.to(dtype)
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden = []
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        for x, target, w in zip(
-            hidden.split(chunk), targets.split(chunk), target_weights.split(chunk), strict=True
-        ):  # x: [chunk, hidden_size]
-            x = x.to(dtype)
-            logits = (x @ cast_weight.t()).float()  # [chunk, vocab_size]
-            log_norm = logits.logsumexp(dim=-1, keepdim=True)
-            picked = logits.gather(1, target[:, None])
-            loss = loss + ((log_norm - picked).squeeze(1) * w).sum()
-            if need_hidden or need_weight:
-                hit = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
-                grad_logits = (((logits - log_norm).exp() - hit.float()) * w[:, None]).to(dtype)
-                if need_hidden:
-                    grad_hidden.append(grad_logits @ cast_weight)
-                if need_weight:
-                    grad_weight += grad_logits.t() @ x
-        ctx.save_for_backward(torch.cat(grad_hidden) if need_hidden else None, grad_weight)
-        ctx.dtypes = hidden.dtype, weight.dtype
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        hidden_dtype, weight_dtype = ctx.dtypes
-        if grad_hidden is not None:
-            grad_hidden = (grad_hidden * grad_loss).to(hidden_dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad_loss).to(weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
-
-
-def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, target_weights: torch.Tensor
-) -> torch.Tensor:
-    """
-    Weighted sum of `cross_entropy(hidden @ weight.T, targets)` without ever holding the logits of all tokens.
-
-    Args:
-        hidden: [N, hidden_size]. weight: [vocab_size, hidden_size]. targets: [N] ids; any id where the weight is 0.
-        target_weights: [N] float32; 0 drops a token.
-
-    Returns:
-        The sum in nats, a float32 scalar: gradients are once differentiable.
-    """
-    return _LinearCrossEntropy.apply(
-        hidden, weight, targets, target_weights, _compute_dtype(hidden), _chunk_tokens(hidden.device)
-    )
-
-
-@torch.no_grad()
-def linear_token_losses(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The cross entropy of every token and the likeliest id, chunk by chunk: for evaluation, without gradients.
-
-    Args:
-        hidden: [N, hidden_size]. weight: [vocab_size, hidden_size]. targets: [N] ids, or -100.
-
-    Returns:
-        losses [N] float32 in nats, 0 where the target is -100, and predictions [N] int64.
-    """
-    dtype = _compute_dtype(hidden)
-    cast_weight = weight.to(dtype)
-    losses, predictions = [], []
-    for x, target in zip(
-        hidden.split(_chunk_tokens(hidden.device)), targets.split(_chunk_tokens(hidden.device)), strict=True
-    ):
-        logits = (x.to(dtype) @ cast_weight.t()).float()
-        losses.append(F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="none"))
-        predictions.append(logits.argmax(dim=-1))
-    return torch.cat(losses), torch.cat(predictions)
+    from losses_creature import IGNORE_INDEX, linear_cross_entropy
 
 
 def text_target_weights(config: CreatureConfig, labels: torch.Tensor) -> torch.Tensor:
@@ -432,4 +325,4 @@ class CreatureStreams(nn.Module):
         self.animation = AnimationStream(config)
 
 
-__all__ = ["STREAMS", "CreatureStreams", "count_targets", "linear_cross_entropy", "linear_token_losses"]
+__all__ = ["CreatureStreams", "count_targets"]

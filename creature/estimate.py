@@ -218,9 +218,9 @@ def _head_bytes(config, tokens: int, wide: int, device_kind: str, compiled: bool
     """Bytes of the chunked head and loss at their peak (`streams_creature.linear_cross_entropy`)."""
     import torch
 
-    from streams_creature import _chunk_tokens
+    from losses_creature import chunk_tokens
 
-    chunk = min(tokens, _chunk_tokens(torch.device(device_kind)))
+    chunk = min(tokens, chunk_tokens(torch.device(device_kind)))
     later_chunks = tokens > chunk
     # Bytes per logit. Compiled: the logits and their gradient. Eager: fp32 logits, probabilities, targets as numbers
     # and their difference, the mask, and from the chunk before, the gradient that is still bound to its name.

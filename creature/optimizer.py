@@ -1,0 +1,166 @@
+"""Muon for the matrices of the body, AdamW for everything else, as one optimizer object.
+
+One object, so that the scheduler, gradient clipping, the checkpoint and accelerate see an ordinary optimizer.
+"""
+
+import torch
+from torch import nn
+from torch.optim.adamw import adamw
+
+# Newton-Schulz coefficients, one triple an iteration (Amsel et al. 2025, "The Polar Express"): together they carry the
+# singular values of a matrix of norm below 1 to 1 faster than one triple repeated, also in bfloat16.
+_POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """
+    The nearest semi-orthogonal matrix of each of a stack, approximately: singular values land near 1.
+
+    matrices [N, rows, columns] -> the same shape, in `dtype` (default: bfloat16 on a GPU, float32 elsewhere).
+    """
+    if dtype is None:
+        dtype = torch.bfloat16 if matrices.is_cuda else torch.float32
+    x = matrices.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:  # the products below are square in the number of rows: take the smaller side
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in _POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+def _muon_step(
+    params: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    buffers: list[torch.Tensor],
+    lr: torch.Tensor,
+    weight_decay: float,
+    momentum: float,
+) -> None:
+    """One Muon update of matrices of one shape, in place."""
+    gradient = torch.stack(gradients).float()  # [N, rows, columns]
+    buffer = torch.stack(buffers)
+    buffer = buffer.lerp(gradient, 1 - momentum)
+    update = orthogonalize(gradient.lerp(buffer, momentum)).float()  # Nesterov: look one step ahead
+    # A step of equal size for every output, whatever the shape (Jordan 2024; Bernstein 2025).
+    scale = max(1.0, update.shape[-2] / update.shape[-1]) ** 0.5
+    for param, old, new, step in zip(params, buffers, buffer.unbind(), update.unbind(), strict=True):
+        old.copy_(new)
+        param.mul_(1 - lr * weight_decay)
+        param.sub_((lr * scale * step).to(param.dtype))
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """
+    Muon (Jordan et al. 2024) where `group["muon"]` is true, AdamW (Loshchilov and Hutter 2019) elsewhere.
+
+    Muon replaces the momentum of a matrix by the nearest orthogonal one, so that every direction of the matrix learns at
+    the same rate; it keeps one state per weight where AdamW keeps two.
+
+    Args:
+        params: parameter groups, each with "muon" (bool) and its own "lr"; "weight_decay", "betas", "eps", "momentum"
+            where the defaults do not fit. Muon groups hold 2-D parameters.
+        compiled: compile the Muon update; worth it on a GPU, where it is otherwise hundreds of small kernels.
+
+    Raises:
+        ValueError: for a Muon parameter that is not a matrix.
+    """
+
+    def __init__(self, params, lr: float = 0.02, weight_decay: float = 0.0, compiled: bool = False):
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "muon": False,
+            "momentum": 0.95,
+            "betas": (0.9, 0.95),
+            "eps": 1e-10,
+        }
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if group["muon"] and param.dim() != 2:
+                    raise ValueError(f"Muon updates matrices; a parameter of shape {tuple(param.shape)} goes to AdamW.")
+        self._muon_step = torch.compile(_muon_step, dynamic=False, fullgraph=True) if compiled else _muon_step
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
+            if group["muon"]:
+                self._step_muon(group, params)
+            else:
+                self._step_adamw(group, params)
+        return loss
+
+    def _step_muon(self, group: dict, params: list[torch.Tensor]) -> None:
+        by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+        for param in params:
+            by_shape.setdefault(param.shape, []).append(param)
+            if not self.state[param]:
+                self.state[param]["momentum_buffer"] = torch.zeros_like(param, dtype=torch.float32)
+        # A tensor, so that a new learning rate does not mean a new compilation.
+        lr = torch.as_tensor(group["lr"], dtype=torch.float32)
+        for same in by_shape.values():
+            gradients = [param.grad for param in same]
+            buffers = [self.state[param]["momentum_buffer"] for param in same]
+            self._muon_step(same, gradients, buffers, lr, group["weight_decay"], group["momentum"])
+
+    def _step_adamw(self, group: dict, params: list[torch.Tensor]) -> None:
+        for param in params:
+            if not self.state[param]:
+                self.state[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+                self.state[param]["exp_avg"] = torch.zeros_like(param)
+                self.state[param]["exp_avg_sq"] = torch.zeros_like(param)
+        states = [self.state[param] for param in params]
+        beta1, beta2 = group["betas"]
+        adamw(
+            params,
+            [param.grad for param in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def parameter_groups(model: nn.Module, learning_rate: float, matrix_learning_rate: float, weight_decay: float) -> list:
+    """
+    The trainable parameters of a creature in three groups: matrices of the body (Muon), tables, and everything else.
+
+    Args:
+        learning_rate: of the token table and of everything that is not a matrix of the body.
+        matrix_learning_rate: of the matrices of the body.
+        weight_decay: of the matrices of the body; tables and norms do not decay.
+    """
+    matrices, others = [], []
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            (matrices if param.dim() == 2 and ".layers." in name else others).append(param)
+    groups = [
+        {"params": matrices, "lr": matrix_learning_rate, "weight_decay": weight_decay, "muon": True},
+        {"params": others, "lr": learning_rate, "weight_decay": 0.0, "muon": False},
+    ]
+    return [group for group in groups if group["params"]]
