@@ -175,16 +175,18 @@ class CreatureGenerationMixin(GenerationMixin):
         length = max(vector.shape[1] for vector in vectors)
         return sum(F.pad(vector, (0, 0, 0, length - vector.shape[1])) for vector in vectors)
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, emission=None, **kwargs):
+    # `inputs_embeds` is spelled out because `generate` looks for it by name before it accepts embeddings as a prompt.
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, inputs_embeds=None, emission=None, **kwargs
+    ):
         """As in `GenerationMixin`; what goes along the ticks is cut to the ticks of this pass."""
         per_tick = {name: kwargs.pop(name) for name in TICK_INPUTS if kwargs.get(name) is not None}
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, **kwargs
+            input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )
         now = model_inputs["inputs_embeds"] if model_inputs.get("input_ids") is None else model_inputs["input_ids"]
-        embeds = kwargs.get("inputs_embeds")
         # With `inputs_embeds` as the prompt, `input_ids` holds the new tokens only.
-        end = input_ids.shape[1] + (embeds.shape[1] if embeds is not None else 0)
+        end = input_ids.shape[1] + (inputs_embeds.shape[1] if inputs_embeds is not None else 0)
         if emission is not None:
             emission.ticks = end
             model_inputs["output_streams"] = tuple(stream for stream in emission.streams if stream != "audio")
