@@ -1,0 +1,585 @@
+"""The streams: losses to the last digit, counts, chunks, rotations, and who is reached by which gradient."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from creatures import (
+    ALL_STREAMS,
+    COPY_ARGUMENTS,
+    EVERY_WEIGHT,
+    LABEL_ARGUMENTS,
+    SENSE_ARGUMENTS,
+    SENSE_MODULES,
+    assert_close,
+    gradients,
+    micro_config,
+    micro_model,
+    random_batch,
+    random_quaternions,
+    select,
+    select_rows,
+    without_labels,
+)
+
+import losses_creature
+import modeling_creature
+from configuration_creature import SENSES, STREAMS
+from losses_creature import linear_cross_entropy, linear_token_losses
+from streams_creature import (
+    count_targets,
+    matrix_from_6d,
+    matrix_to_quaternion,
+    pack_animation,
+    pick,
+    quaternion_to_6d,
+    text_loss,
+    unpack_animation,
+)
+
+HEADS = {"external_text": "streams.external_text.", "audio": "streams.audio.", "animation": "streams.animation."}
+
+
+def only(stream: str) -> dict:
+    return {stream: 1.0}
+
+
+@pytest.fixture
+def batch():
+    return random_batch(micro_config())
+
+
+# --- losses by hand --------------------------------------------------------------------------------------------------
+
+
+def test_text_loss_by_hand():
+    config = micro_config(null_loss_weight=0.3)
+    table = torch.zeros(config.vocab_size, 2)
+    table[5], table[6] = torch.tensor([math.log(3.0), 0.0]), torch.tensor([0.0, math.log(2.0)])
+    others = config.vocab_size - 2
+    hidden = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [7.0, 7.0]]])
+    labels = torch.tensor([[99, 5, config.null_token_id, -100]])
+    # Tick 0 predicts 5, whose weight is 3 among 127 ones; tick 1 predicts NULL beside a 2; tick 2 has no target.
+    by_hand = math.log((3 + 1 + others) / 3) + 0.3 * math.log(2 + 1 + others)
+    assert text_loss(config, hidden, table, labels).item() == pytest.approx(by_hand, rel=1e-6)
+    assert count_targets(config, {"labels": labels}).tolist() == pytest.approx([1.3, 0, 0, 0])
+
+
+def test_all_losses_of_the_model_by_hand():
+    """With tables and last layers of zero every choice is equally likely and every residual is none."""
+    model = micro_model()
+    config = model.config
+    with torch.no_grad():
+        model.model.embed_tokens.weight.zero_()
+        model.streams.audio.out_proj.weight.zero_()
+        model.streams.animation.out_proj.weight.zero_()
+        model.streams.animation.out_proj.bias.zero_()
+    null = config.null_token_id
+    half_turn = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(1, 4, config.subframes_per_tick, config.num_joints, 4)
+    codes = torch.tensor([[[1, 2, 3], [4, 5, -100], [-100, -100, -100], [7, 8, 9]]])
+    eyes = torch.tensor([1.0, 0.0, 0.0, 1.0]).expand(1, 4, 2, 4)
+    out = model(
+        input_ids=torch.tensor([[1, 2, 3, 4]]),
+        labels=torch.tensor([[1, 2, null, -100]]),
+        external_text_labels=torch.tensor([[null, null, null, 7]]),
+        audio_labels=codes,
+        rotation_labels=half_turn,
+        blend_shape_labels=torch.ones(1, 4, config.num_blend_shapes),
+        eye_labels=eyes,
+        animation_label_mask=torch.tensor([[True, True, False, True]]),
+    )
+    losses = {name: value.item() for name, value in out.losses.items()}
+    assert losses["internal_text"] == pytest.approx(math.log(128), rel=1e-6)
+    assert losses["external_text"] == pytest.approx(math.log(128), rel=1e-6)
+    assert losses["audio"] == pytest.approx(math.log(11), rel=1e-6)
+    # Half a turn about z is at the squared chordal distance |diag(-2, -2, 0)|^2 = 8; sigmoid(0) is 0.5 off for shapes
+    # and openness; a gaze without direction has a cosine of 0.
+    assert losses["animation"] == pytest.approx(8 + 0.25 + (1 + 0.25), rel=1e-5)
+    assert out.loss.item() == pytest.approx(sum(EVERY_WEIGHT[name] * value for name, value in losses.items()), rel=1e-6)
+    counts = count_targets(config, dict(labels=torch.tensor([[1, 2, null, -100]]), audio_labels=codes))
+    assert counts.tolist() == pytest.approx([1.3, 0, 5, 0])
+
+
+def test_audio_and_external_text_losses_are_plain_cross_entropies(batch):
+    model = micro_model()
+    batch["labels"][0, 3] = batch["external_text_labels"][1, 2] = model.config.null_token_id
+    out = model(**batch, output_streams=("external_text", "audio"))
+    targets = batch["audio_labels"][:, 1:].flatten()
+    audio = F.cross_entropy(out.audio_logits[:, :-1].flatten(0, 2), targets, ignore_index=-100)
+    torch.testing.assert_close(out.losses["audio"], audio)
+    for logits, labels, name in (
+        (out.logits, "labels", "internal_text"),
+        (out.external_text_logits, "external_text_labels", "external_text"),
+    ):
+        targets = batch[labels][:, 1:].flatten()
+        each = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100, reduction="none")
+        weights = (targets >= 0) * torch.where(targets == model.config.null_token_id, 0.3, 1.0)
+        assert (targets == model.config.null_token_id).any()
+        torch.testing.assert_close(out.losses[name], (each * weights).sum() / weights.sum())
+
+
+def test_the_likeliest_animation_is_the_label():
+    """Labels made of the model's own animation, one tick later, cost nothing; any other pose does."""
+    model = micro_model(loss_weights=only("animation"))
+    batch = without_labels(random_batch(model.config))
+    with torch.no_grad():
+        own = model(**batch, output_streams=("animation",)).animation
+        labels = unpack_animation(model.config, torch.cat((own[:, :1], own[:, :-1]), dim=1))
+        names = ("rotation_labels", "blend_shape_labels", "eye_labels")
+        targets = dict(zip(names, labels, strict=True))
+        assert model(**batch, **targets).loss < 1e-5
+        for name in names:
+            assert model(**batch, **{**targets, name: targets[name].flip(-1)}).loss > 1e-2
+
+
+def test_first_animation_stays_near_the_pose():
+    model = micro_model(random=False)
+    batch = without_labels(random_batch(model.config, presence=1.1))
+    with torch.no_grad():
+        rotations = unpack_animation(model.config, model(**batch, output_streams=("animation",)).animation)[0]
+    now = batch["joint_rotations"][:, :, -1:].expand_as(rotations)
+    assert (rotations * now).sum(-1).abs().min() > 0.98
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_a_batch_without_targets_gives_zero_not_nan(stream, batch):
+    model = micro_model(loss_weights=only(stream)).train()
+    for name in LABEL_ARGUMENTS[stream]:
+        value = batch[name]
+        if value.dtype == torch.bool:
+            batch[name] = torch.zeros_like(value)
+        else:
+            batch[name] = torch.full_like(value, float("nan") if value.is_floating_point() else -100)
+    for count in (None, count_targets(model.config, batch), torch.tensor(0.0)):
+        out = model(**batch, num_items_in_batch=count)
+        assert out.loss.item() == 0.0 and out.losses[stream].item() == 0.0
+        out.loss.backward()
+        assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+def test_one_tick_has_no_target():
+    model = micro_model()
+    out = model(**random_batch(model.config, ticks=1))
+    assert out.loss.item() == 0.0
+
+
+def test_without_labels_there_is_no_loss(batch):
+    out = micro_model()(**without_labels(batch))
+    assert out.loss is None and out.losses is None
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("silent", STREAMS)
+def test_weight_zero_computes_nothing(silent, batch, monkeypatch):
+    weights = {**EVERY_WEIGHT, silent: 0.0}
+    model = micro_model(loss_weights=weights).train()
+
+    def refuse(*arguments, **named):
+        raise AssertionError("computed")
+
+    if silent == "internal_text":
+        monkeypatch.setattr(modeling_creature, "text_loss", refuse)
+        monkeypatch.setattr(model.lm_head, "forward", refuse)
+    else:
+        head = getattr(model.streams, silent)
+        for part in (head, *head.modules()):
+            monkeypatch.setattr(part, "forward", refuse)
+        monkeypatch.setattr(head, "loss", refuse)
+    out = model(**batch)
+    assert set(out.losses) == {stream for stream in STREAMS if stream != silent}
+    # The same calls are seen where the weight is not zero: otherwise this test would say nothing.
+    model.config.loss_weights = EVERY_WEIGHT
+    with pytest.raises(AssertionError, match="computed"):
+        model(**batch)
+
+
+def test_a_stream_without_labels_is_not_computed(batch, monkeypatch):
+    model = micro_model().train()
+    monkeypatch.setattr(model.streams.audio, "forward", None)
+    del batch["audio_labels"]
+    assert set(model(**batch).losses) == {"internal_text", "external_text", "animation"}
+
+
+def test_loss_is_the_weighted_sum_of_detached_losses(batch):
+    model = micro_model()
+    out = model(**batch)
+    torch.testing.assert_close(out.loss, sum(EVERY_WEIGHT[name] * loss for name, loss in out.losses.items()))
+    assert not any(loss.requires_grad for loss in out.losses.values())
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_each_loss_reaches_its_own_head_and_the_senses_present(stream, batch):
+    model = micro_model(loss_weights=only(stream), tie_word_embeddings=False).train()
+    labels = select(batch, LABEL_ARGUMENTS, STREAMS)  # the labels of all streams: three have no weight
+    for present in (SENSES, ("internal_voice",), ("internal_voice", "touch", "vision"), ("audio",)):
+        copies = COPY_ARGUMENTS if present == SENSES else ()
+        senses = select(batch, SENSE_ARGUMENTS, present) | select(batch, COPY_ARGUMENTS, copies)
+        model(**senses, **labels).loss.backward()
+        reached = {name for name, gradient in gradients(model).items() if gradient.any()}
+
+        for head, prefix in HEADS.items():
+            own = {name for name, _ in model.named_parameters() if name.startswith(prefix)}
+            if head == stream:
+                assert own <= reached
+            else:
+                assert not own & reached
+        assert ("lm_head.weight" in reached) == (stream == "internal_text")
+        for module in SENSE_MODULES:
+            prefix = f"model.senses.{module}."
+            is_present = module in present or (present == SENSES and module.startswith("own_"))
+            own = {name for name in reached if name.startswith(prefix)}
+            assert (f"{prefix}proj.weight" in own) == is_present, module
+            if module == "own_voice":  # its table is also the audio stream's
+                assert (f"{prefix}code_table" in own) == (is_present or stream == "audio")
+            elif not is_present:
+                assert not own, module
+        text = {"internal_voice", "external_voice"} & {*present}
+        assert ("model.embed_tokens.weight" in reached) == bool(text or stream == "external_text")
+        assert "model.layers.0.self_attn.q_proj.weight" in reached
+
+
+def test_the_code_table_is_shared_by_voice_and_ears(batch):
+    model = micro_model(loss_weights=only("audio"))
+    table = model.model.senses.own_voice.code_table
+    shape = (model.config.num_audio_codebooks, model.config.audio_codebook_size, model.config.audio_code_size)
+    assert [n for n, p in model.named_parameters() if p.shape == shape] == ["model.senses.own_voice.code_table"]
+    given = {"input_ids": batch["input_ids"], "audio_codes": batch["audio_codes"]}
+    with torch.no_grad():
+        before = model(**given, output_streams=("audio",))
+        table += torch.randn_like(table)
+        after = model(**given, output_streams=("audio",))
+    assert not torch.allclose(before.audio_logits, after.audio_logits)
+    assert not torch.allclose(before.last_hidden_state, after.last_hidden_state)
+
+
+# --- counts and micro-batches ----------------------------------------------------------------------------------------
+
+
+def test_count_targets_counts_shifted_weighted_targets():
+    config = micro_config()
+    null = config.null_token_id
+    batch = {
+        "labels": torch.tensor([[1, 2, 3, null], [5, -100, null, -100]]),
+        "external_text_labels": torch.tensor([[4, null, null, null], [-100, 1, 1, 1]]),
+        "audio_labels": torch.tensor([[[1, 1, 1], [1, -100, 1]], [[-100] * 3, [2, 2, 2]]]),
+        "eye_labels": torch.zeros(2, 3, 2, 4),
+        "animation_label_mask": torch.tensor([[True, True, False], [True, False, False]]),
+    }
+    counts = count_targets(config, batch)
+    assert counts.dtype == torch.float32 and counts.shape == (4,)
+    assert counts.tolist() == pytest.approx([2 + 0.3 + 0.3, 3 * 0.3 + 3, 2 + 3, 1])
+    assert count_targets(config, {}).tolist() == [0, 0, 0, 0]
+    del batch["animation_label_mask"]
+    assert count_targets(config, batch)[3] == 4
+
+
+def test_gradient_accumulation_is_exact(batch):
+    batch = random_batch(micro_config(), rows=4)
+    batch["touch_mask"][1:] = False  # the micro-batches are as different as they come
+    batch["labels"][2, 2:] = -100
+    batch["audio_labels"][3] = -100
+    model = micro_model().train()
+    whole = model(**batch)
+    whole.loss.backward()
+    expected = gradients(model)
+
+    parts = [select_rows(batch, slice(row, row + 1)) for row in range(4)]
+    counts = sum(count_targets(model.config, part) for part in parts)
+    torch.testing.assert_close(counts, count_targets(model.config, batch))
+    losses = []
+    for part in parts:
+        out = model(**part, num_items_in_batch=counts)
+        out.loss.backward()
+        losses.append(out.loss.detach())
+    torch.testing.assert_close(sum(losses), whole.loss.detach(), atol=1e-6, rtol=1e-6)
+    assert_close(gradients(model), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [int, float, torch.tensor])
+def test_a_single_count_divides_the_internal_text_only(kind, batch):
+    model = micro_model()
+    own = model(**batch).losses
+    count = count_targets(model.config, batch)[0].item()
+    given = model(**batch, num_items_in_batch=kind(20)).losses
+    torch.testing.assert_close(given["internal_text"], own["internal_text"] * count / 20)
+    for stream in STREAMS[1:]:
+        assert torch.equal(given[stream], own[stream])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_change_a_rows_loss(side):
+    model = micro_model()
+    batch = random_batch(model.config, rows=1)
+    # The first tick of a row has nothing to be predicted from, and left padding must not become that.
+    batch["labels"][:, 0] = batch["external_text_labels"][:, 0] = batch["audio_labels"][:, 0] = -100
+    batch["animation_label_mask"][:, 0] = False
+    alone = model(**batch)
+    before, after = (5, 0) if side == "left" else (0, 5)
+
+    def pad(value, name):
+        if name == "pixel_values":
+            return value
+        filler = {torch.bool: False, torch.float32: float("nan")}.get(value.dtype, -100)
+        if name in ("input_ids", "touch_points", "touch_surfaces"):
+            filler = 0
+        return F.pad(value, (0, 0) * (value.dim() - 2) + (before, after), value=filler)
+
+    padded = {name: pad(value, name) for name, value in batch.items()}
+    padded["attention_mask"] = pad(torch.ones(1, 8, dtype=torch.long), "input_ids")
+    out = model(**padded)
+    for stream in STREAMS:
+        torch.testing.assert_close(out.losses[stream], alone.losses[stream], atol=1e-5, rtol=1e-5)
+    # Beside a longer row, too, each row has the sum that it has alone.
+    longer = random_batch(model.config, rows=1, ticks=13, seed=1)
+    longer["attention_mask"] = torch.ones(1, 13, dtype=torch.long)
+    both = {name: torch.cat((padded[name], longer[name])) for name in longer}
+    ones = torch.ones(4)
+    together = model(**both, num_items_in_batch=ones)
+    rows = [model(**row, num_items_in_batch=ones) for row in (batch, longer)]
+    torch.testing.assert_close(together.loss, rows[0].loss + rows[1].loss, atol=1e-4, rtol=1e-5)
+
+
+# --- chunked linear cross entropy ------------------------------------------------------------------------------------
+
+
+def random_head(tokens=50, size=24, vocab=97, dtype=torch.float64):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(tokens, size, dtype=dtype), torch.randn(vocab, size, dtype=dtype) * 0.5
+    return hidden, weight, torch.randint(0, vocab, (tokens,)), torch.rand(tokens).round(decimals=1)
+
+
+def plain_cross_entropy(hidden, weight, targets, target_weights):
+    losses = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    return (losses * target_weights.to(losses.dtype)).sum()
+
+
+def value_and_gradients(function, hidden, weight, *rest, scale=1.0):
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = function(hidden, weight, *rest)
+    (loss * scale).backward()
+    return loss.detach().double(), hidden.grad.double(), weight.grad.double()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 25, 50, 1000])
+def test_chunked_cross_entropy_equals_the_plain_one(chunk, monkeypatch):
+    monkeypatch.setattr(losses_creature, "chunk_tokens", lambda device: chunk)
+    hidden, weight, *rest = random_head()
+    expected = value_and_gradients(plain_cross_entropy, hidden, weight, *rest, scale=0.25)
+    found = value_and_gradients(linear_cross_entropy, hidden.float(), weight.float(), *rest, scale=0.25)
+    for mine, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, true, atol=1e-6, rtol=2e-6)
+
+
+def test_chunked_cross_entropy_under_bf16_autocast(monkeypatch):
+    monkeypatch.setattr(losses_creature, "chunk_tokens", lambda device: 16)
+    hidden, weight, *rest = random_head()
+    expected = value_and_gradients(plain_cross_entropy, hidden, weight, *rest)
+
+    def autocast(*arguments):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_cross_entropy(*arguments)
+        assert loss.dtype == torch.float32  # a bf16 sum of losses has two digits
+        return loss
+
+    for dtype in (torch.float32, torch.bfloat16):
+        found = value_and_gradients(autocast, hidden.to(dtype), weight, *rest)
+        for mine, true in zip(found, expected, strict=True):
+            assert (mine - true).norm() / true.norm() < 1e-2
+
+
+def test_chunked_cross_entropy_of_frozen_parts():
+    hidden, weight, *rest = random_head(dtype=torch.float32)
+    expected = value_and_gradients(linear_cross_entropy, hidden, weight, *rest)
+    only_weight = weight.clone().requires_grad_()
+    linear_cross_entropy(hidden, only_weight, *rest).backward()
+    assert torch.equal(only_weight.grad.double(), expected[2])
+    only_hidden = hidden.clone().requires_grad_()
+    linear_cross_entropy(only_hidden, weight, *rest).backward()
+    assert torch.equal(only_hidden.grad.double(), expected[1])
+    assert not linear_cross_entropy(hidden, weight, *rest).requires_grad
+
+
+def test_cross_entropy_of_huge_logits_is_finite():
+    hidden, weight, *rest = random_head(dtype=torch.float32)
+    for value in value_and_gradients(linear_cross_entropy, hidden * 1e4, weight, *rest):
+        assert value.isfinite().all()
+
+
+def test_token_losses_and_predictions(monkeypatch):
+    monkeypatch.setattr(losses_creature, "chunk_tokens", lambda device: 16)
+    hidden, weight, targets, _ = random_head(dtype=torch.float32)
+    targets[3:9] = -100
+    losses, predictions = linear_token_losses(hidden, weight, targets)
+    logits = hidden @ weight.T
+    torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none"))
+    assert torch.equal(predictions, logits.argmax(-1)) and not losses[3:9].any()
+
+
+def test_the_tied_table_has_the_gradient_of_all_its_uses(batch):
+    """Against autograd through plain logits, and against finite differences along the gradient."""
+    model = micro_model(loss_weights={"internal_text": 1.0, "external_text": 0.7})
+    table = model.model.embed_tokens.weight
+    assert model.lm_head.weight is table
+    loss = model(**batch).loss
+    loss.backward()
+    found = gradients(model)
+
+    out = model(**without_labels(batch), output_streams=("external_text",))
+    plain = 0.0
+    for logits, name, weight in ((out.logits, "labels", 1.0), (out.external_text_logits, "external_text_labels", 0.7)):
+        targets = batch[name][:, 1:].flatten()
+        weights = (targets >= 0) * torch.where(targets == model.config.null_token_id, 0.3, 1.0)
+        each = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100, reduction="none")
+        plain = plain + weight * (each * weights).sum() / weights.sum()
+    torch.testing.assert_close(loss, plain)
+    plain.backward()
+    assert_close(found, gradients(model), atol=1e-6, rtol=1e-4)
+
+    slope = found["model.embed_tokens.weight"].norm()
+    direction = found["model.embed_tokens.weight"] / slope
+    with torch.no_grad():
+        table += 5e-3 * direction
+        above = model(**batch).loss
+        table -= 1e-2 * direction
+        below = model(**batch).loss
+    assert (above - below).item() / 1e-2 == pytest.approx(slope.item(), rel=1e-2)
+
+
+# --- audio, codes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_code_sees_the_codes_before_it_and_no_other():
+    model = micro_model()
+    audio, table = model.streams.audio, model.model.senses.own_voice.code_table
+    torch.manual_seed(0)
+    hidden, codes = torch.randn(4, 32), torch.randint(0, 11, (4, 3))
+    with torch.no_grad():
+        before = audio(hidden, codes, table)
+        assert before.shape == (4, 3, 11)
+        for changed in range(3):
+            other = codes.clone()
+            other[:, changed] = (other[:, changed] + 1) % 11
+            after = audio(hidden, other, table)
+            torch.testing.assert_close(after[:, : changed + 1], before[:, : changed + 1])
+            for later in range(changed + 1, 3):
+                assert not torch.allclose(after[:, later], before[:, later])
+
+
+def test_emitted_codes_are_the_likeliest_given_the_ones_before():
+    model = micro_model()
+    audio, table = model.streams.audio, model.model.senses.own_voice.code_table
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 32)
+    codes, logits = audio.emit(hidden, table)
+    with torch.no_grad():
+        forced = audio(hidden, codes, table)
+    torch.testing.assert_close(logits, forced)
+    assert torch.equal(codes, forced.argmax(-1))
+    sampled, _ = audio.emit(hidden.repeat(40, 1), table, temperature=3.0)
+    assert len(sampled[::5].unique(dim=0)) > 5 and sampled.min() >= 0 and sampled.max() < 11
+
+
+def test_audio_labels_of_a_tick_change_the_logits_of_that_tick_only():
+    model = micro_model()
+    batch = random_batch(model.config, presence=1.1)
+    with torch.no_grad():
+        before = model(**batch, output_streams=ALL_STREAMS)
+        batch["audio_labels"] = batch["audio_labels"].clone()
+        batch["audio_labels"][:, 4, 1] = (batch["audio_labels"][:, 4, 1] + 1) % 11
+        after = model(**batch, output_streams=ALL_STREAMS)
+    moved = (before.audio_logits != after.audio_logits).any(-1)
+    assert moved[:, 3, 2].all()  # the code after the changed one, predicted at the tick before
+    moved[:, 3, 2] = False
+    assert not moved.any()
+    assert torch.equal(before.logits, after.logits) and torch.equal(before.animation, after.animation)
+
+
+def test_pick():
+    logits = torch.tensor([[[0.0, 9.0, 1.0], [5.0, 0.0, 4.0]]])
+    assert pick(logits).tolist() == [[1, 0]]
+    torch.manual_seed(0)
+    drawn = pick(torch.tensor([0.0, math.log(3.0)]).expand(4000, 2), temperature=1.0)
+    assert drawn.float().mean().item() == pytest.approx(0.75, abs=0.03)
+    hot = pick(torch.tensor([0.0, math.log(9.0)]).expand(4000, 2), temperature=2.0)
+    assert hot.float().mean().item() == pytest.approx(0.75, abs=0.03)
+
+
+# --- rotations -------------------------------------------------------------------------------------------------------
+
+
+def angle_between(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The rotation in radians from quaternion a to b."""
+    return 2 * (a * b).sum(-1).abs().clamp(max=1).acos()
+
+
+def test_quaternion_round_trip():
+    torch.manual_seed(0)
+    quaternions = random_quaternions(1000).double()
+    back = matrix_to_quaternion(matrix_from_6d(quaternion_to_6d(quaternions)))
+    torch.testing.assert_close(back * back[:, :1].sign(), quaternions * quaternions[:, :1].sign())
+    assert (back[:, 0] >= 0).all()
+    torch.testing.assert_close(quaternion_to_6d(-quaternions), quaternion_to_6d(quaternions))
+    torch.testing.assert_close(quaternion_to_6d(quaternions * 3), quaternion_to_6d(quaternions))
+
+
+def test_known_rotations():
+    root = math.sqrt(0.5)
+    quarter_about_z = torch.tensor([root, 0.0, 0.0, root])
+    matrix = matrix_from_6d(quaternion_to_6d(quarter_about_z))
+    torch.testing.assert_close(matrix, torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(matrix_to_quaternion(matrix), quarter_about_z)
+    assert quaternion_to_6d(torch.tensor([1.0, 0, 0, 0])).tolist() == [1, 0, 0, 0, 1, 0]
+    # Half turns have w = 0, where the usual formula divides by it.
+    for axis in ([0.0, 1, 0, 0], [0.0, 0, 1, 0], [0.0, 0, 0, 1], [0.0, root, root, 0.0], [0.0, 0.6, 0.0, -0.8]):
+        half_turn = torch.tensor(axis)
+        found = matrix_to_quaternion(matrix_from_6d(quaternion_to_6d(half_turn)))
+        assert angle_between(found, half_turn) < 1e-3
+
+
+def test_matrix_to_quaternion_near_half_turns():
+    torch.manual_seed(0)
+    axis = F.normalize(torch.randn(2000, 3), dim=-1)
+    angle = math.pi - torch.logspace(-7, -1, 2000)
+    quaternions = torch.cat(((angle / 2).cos()[:, None], (angle / 2).sin()[:, None] * axis), dim=-1)
+    matrix = matrix_from_6d(quaternion_to_6d(quaternions))
+    back = matrix_to_quaternion(matrix)
+    assert torch.linalg.norm(matrix_from_6d(quaternion_to_6d(back)) - matrix, dim=(-2, -1)).max() < 1e-5
+    assert (back.norm(dim=-1) - 1).abs().max() < 1e-5
+    matrix.requires_grad_()
+    matrix_to_quaternion(matrix).sum().backward()
+    assert matrix.grad.isfinite().all()
+
+
+def test_gram_schmidt_makes_rotations_of_anything():
+    torch.manual_seed(0)
+    matrix = matrix_from_6d(torch.randn(100, 6))
+    torch.testing.assert_close(matrix.transpose(1, 2) @ matrix, torch.eye(3).expand(100, 3, 3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.linalg.det(matrix), torch.ones(100))
+    degenerate = [[0.0] * 6, [1.0, 0, 0, 0, 0, 0], [0.0, 0, 0, 1, 0, 0], [1.0, 2, 3, 1, 2, 3]]
+    degenerate = torch.tensor([*degenerate, [1e-20] * 6, [1e15] * 6, [1.0, 0, 0, -2, 0, 0]]).requires_grad_()
+    matrix = matrix_from_6d(degenerate)
+    quaternions = matrix_to_quaternion(matrix)
+    (matrix.square().sum() + quaternions.sum()).backward()
+    assert matrix.isfinite().all() and quaternions.isfinite().all() and degenerate.grad.isfinite().all()
+
+
+def test_animation_packs_and_unpacks():
+    config = micro_config()
+    torch.manual_seed(0)
+    parts = (random_quaternions(2, 5, 2, 3), torch.rand(2, 5, 5), torch.rand(2, 5, 2, 4))
+    packed = pack_animation(*parts)
+    assert packed.shape == (2, 5, config.animation_size)
+    for mine, part in zip(unpack_animation(config, packed), parts, strict=True):
+        assert torch.equal(mine, part)
+
+
+def test_animation_output_is_in_range(batch):
+    model = micro_model()
+    animation = model(**batch, output_streams=("animation",)).animation
+    rotations, shapes, eyes = unpack_animation(model.config, animation)
+    torch.testing.assert_close(rotations.norm(dim=-1), torch.ones_like(rotations[..., 0]))
+    torch.testing.assert_close(eyes[..., :3].norm(dim=-1), torch.ones_like(eyes[..., 0]))
+    assert 0 <= shapes.min() and shapes.max() <= 1 and 0 <= eyes[..., 3].min() and eyes[..., 3].max() <= 1
