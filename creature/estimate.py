@@ -9,7 +9,7 @@ from functools import lru_cache
 from types import SimpleNamespace
 
 from creature.errors import UserError
-from creature.hardware import CARDS, card_name
+from creature.hardware import CARDS, card_name, triton_available
 
 OPTIMIZERS = ("muon", "adamw")
 MUON_TEMPORARIES = 9  # stacks of matrices of one shape alive in `optimizer._muon_step`
@@ -215,19 +215,25 @@ def _norm_bytes(size: int, wide: int, device_kind: str, compiled: bool = False) 
 
 
 def _head_bytes(config, tokens: int, wide: int, device_kind: str, compiled: bool) -> int:
-    """Bytes of the chunked head and loss at their peak (`streams_creature.linear_cross_entropy`)."""
+    """Bytes of the chunked head and loss at their peak (`losses_creature.linear_cross_entropy`)."""
     import torch
 
     from losses_creature import chunk_tokens
 
     chunk = min(tokens, chunk_tokens(torch.device(device_kind)))
-    later_chunks = tokens > chunk
-    # Bytes per logit. Compiled: the logits and their gradient. Eager: fp32 logits, probabilities, targets as numbers
-    # and their difference, the mask, and from the chunk before, the gradient that is still bound to its name.
-    per_logit = 2 * wide if compiled else 17 + (wide if later_chunks else 0)
+    before = wide if tokens > chunk else 0  # the gradient of the chunk before is still bound to its name
+    if device_kind == "cuda" and (compiled or triton_available()):
+        per_logit = wide + before  # the kernel turns logits into their gradient in place
+    else:
+        # The logits, in fp32 where they are not, and the exponentials that logsumexp sums.
+        per_logit = (wide if wide < 4 else 0) + 4 + 4 + before
     table = config.vocab_size * config.hidden_size
+    logits = chunk * config.vocab_size
+    working = max(
+        logits * per_logit, logits * wide + table * wide
+    )  # ...or the gradient and its product with the states
     copies = 4 * table + (wide * table if wide < 4 else 0)
-    return chunk * config.vocab_size * per_logit + copies + tokens * wide * config.hidden_size
+    return working + copies + tokens * wide * config.hidden_size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
