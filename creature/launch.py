@@ -51,7 +51,8 @@ def find_launcher() -> Launcher | None:
 
 def _count_processes(options: list[str]) -> int:
     values = {}
-    for word, following in zip(options, [*options[1:], ""], strict=True):
+    for position, word in enumerate(options):
+        following = options[position + 1] if position + 1 < len(options) else ""
         name, _, value = word.partition("=")
         values[name.replace("-", "_").strip("_")] = value or following
     count = values.get("num_processes")
