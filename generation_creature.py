@@ -133,6 +133,9 @@ class CreatureGenerationMixin(GenerationMixin):
                 everywhere = torch.ones(felt.shape[:2], dtype=torch.bool, device=felt.device)
                 # With a mask, ticks beyond the felt body are absent, not joints of zero length.
                 kwargs |= {"joint_rotations": felt, "body_mask": given.get("body_mask", everywhere)}
+        commanded = kwargs.get("animation")
+        if commanded is not None and kwargs.get("animation_mask") is None:
+            kwargs["animation_mask"] = torch.ones(commanded.shape[:2], dtype=torch.bool, device=commanded.device)
         streams = tuple(stream for stream in output_streams if stream != "internal_text")
         if not streams:
             return super().generate(inputs, *args, **kwargs)
@@ -184,16 +187,17 @@ class CreatureGenerationMixin(GenerationMixin):
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )
+        if emission is None and not per_tick:
+            return model_inputs
         now = model_inputs["inputs_embeds"] if model_inputs.get("input_ids") is None else model_inputs["input_ids"]
-        # With `inputs_embeds` as the prompt, `input_ids` holds the new tokens only.
-        end = input_ids.shape[1] + (inputs_embeds.shape[1] if inputs_embeds is not None else 0)
+        # Counted from the cache: `input_ids` holds the whole text or, after a prompt of embeddings, the new tokens only.
+        cache = model_inputs.get("past_key_values")
+        end = now.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
         if emission is not None:
             emission.ticks = end
             model_inputs["output_streams"] = tuple(stream for stream in emission.streams if stream != "audio")
         for name, value in per_tick.items():
-            value = value[:, end - now.shape[1] : end]
-            missing = now.shape[1] - value.shape[1]
-            model_inputs[name] = F.pad(value, (0, 0) * (value.dim() - 2) + (0, missing), value=TICK_INPUTS[name])
+            model_inputs[name] = _at_ticks(name, value, end - now.shape[1], end)
         return model_inputs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
@@ -207,14 +211,12 @@ class CreatureGenerationMixin(GenerationMixin):
             emission.emitted.setdefault(stream, []).append(tick)
             # The ticks before the first emission are absent, unless the caller knows what was said in the prompt.
             name = EFFERENCE[stream]
-            ticks = model_kwargs.get(name)
-            if ticks is None:
-                ticks = torch.full_like(tick, TICK_INPUTS[name])[:, None].repeat_interleave(emission.ticks, dim=1)
-                if name == "animation":
-                    model_kwargs["animation_mask"] = ticks.new_zeros(ticks.shape[:2], dtype=torch.bool)
-            model_kwargs[name] = torch.cat((ticks, tick[:, None]), dim=1)
-            if model_kwargs.get("animation_mask") is not None and name == "animation":
-                model_kwargs["animation_mask"] = F.pad(model_kwargs["animation_mask"], (0, 1), value=True)
+            before = model_kwargs.get(name, tick[:, None][:, :0])
+            model_kwargs[name] = torch.cat((_at_ticks(name, before, 0, emission.ticks), tick[:, None]), dim=1)
+            if stream == "animation":
+                mask = model_kwargs.get("animation_mask", tick.new_zeros((len(tick), 0), dtype=torch.bool))
+                mask = _at_ticks("animation_mask", mask, 0, emission.ticks)
+                model_kwargs["animation_mask"] = F.pad(mask, (0, 1), value=True)
         return model_kwargs
 
     def _emit(self, outputs: ModelOutput, streams: tuple[str, ...], temperature: float | None) -> dict:
@@ -260,6 +262,13 @@ class CreatureGenerationMixin(GenerationMixin):
         if "internal_text" in output_streams:
             emitted["internal_text"] = pick(logits, temperature)
         return CreatureStep(**emitted, logits=logits, past_key_values=outputs.past_key_values)
+
+
+def _at_ticks(name: str, value: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """The ticks from `start` to before `end` of one of `TICK_INPUTS` [B, T, ...], filled up with its absence beyond T."""
+    value = value[:, start:end]
+    missing = end - start - value.shape[1]
+    return F.pad(value, (0, 0) * (value.dim() - 2) + (0, missing), value=TICK_INPUTS[name])
 
 
 __all__ = ["CreatureGenerateOutput", "CreatureGenerationMixin", "CreatureStep"]
