@@ -1,0 +1,45 @@
+"""Plot the curves of one run, or of several over each other.
+
+examples:
+  python scripts/plot_run.py checkpoints/text_only
+  python scripts/plot_run.py checkpoints/text_only checkpoints/small --x tokens --output curves.png
+
+Training loss raw and smoothed, validation loss as dots, a line for each stream where there are several, and tokens per
+second. Works while a run is still training.
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from creature.errors import run_main  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, with metrics.jsonl in it")
+    parser.add_argument(
+        "--x", choices=("step", "tokens", "time"), default="step", help="horizontal axis (default step)"
+    )
+    parser.add_argument("--output", help="a .png, .svg or .pdf file (default: RUN/curves.png, or runs.png for several)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from creature.plots import plot_run
+
+    output = arguments.output or (Path(arguments.runs[0]) / "curves.png" if len(arguments.runs) == 1 else "runs.png")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        path = plot_run(arguments.runs, output, arguments.x)
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    print(path)
+
+
+if __name__ == "__main__":
+    run_main(main)
