@@ -59,9 +59,7 @@ def main() -> None:
 
         for workers in sorted({1, cores}):
             output = Path(folder, f"corpus{workers}.bin")
-            manifest = tokenize_corpus(
-                [str(text)], str(output), workers=workers, validation_fraction=0, progress=False
-            )
+            manifest = tokenize_corpus([str(text)], str(output), workers=workers, validation_fraction=0, progress=False)
             name = f"tokenize_corpus, {workers} thread{'s' * (workers > 1)}"
             row(name, manifest["seconds"], np.fromfile(output, "<u2"))
 

@@ -195,9 +195,7 @@ def _make_coder(tokenizer_name: str) -> _Coder:
 
     dtype = np.dtype("<u2") if len(tokenizer) <= 1 << 16 else np.dtype("<u4")
     # One thread: encode_batch runs on all cores by itself.
-    return _Coder(
-        encode_other, tokenizer.eos_token_id, dtype, len(tokenizer), tokenizer_hash(tokenizer), threads=False
-    )
+    return _Coder(encode_other, tokenizer.eos_token_id, dtype, len(tokenizer), tokenizer_hash(tokenizer), threads=False)
 
 
 def _in_order(work: Callable, items: Iterator, workers: int) -> Iterator:

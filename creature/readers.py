@@ -317,11 +317,9 @@ def _decided(text: str, done: int, line_start: bool) -> int:
     last = text.rfind("\n", max(done, len(text) - len(line) - 1))
     if last >= 0 and line.startswith(text[last + 1 :]):
         return last - 1 if last > done and text[last - 1] == "\r" else last
-    if text.endswith("\r"):
-        return len(text) - 1
     if line_start and line.startswith(text[done:]):
         return done
-    return len(text)
+    return len(text) - 1 if text.endswith("\r") else len(text)
 
 
 # Records

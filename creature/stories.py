@@ -253,7 +253,7 @@ PLOTS = {
         "home].",
         "{H} played with the {toy} all [morning|by {self}|day long]. But after a while, [it was boring|it was not "
         "much fun|something was missing]. There was [nobody to laugh with|no one who said hello|no one to show it to].",
-        '?{E} [sat down beside {him}|looked up from the {food}]. "[Why so quiet|All alone]?" {ehe} asked. "A {toy} '
+        '?{E} [sat down beside {him}|looked up from the {food}]. "[Why so quiet|All alone]?" {ehe} asked. "A(n) {toy} '
         'cannot laugh at your jokes, you know."',
         "{H} thought about that [for a long time|while the clouds went by]. Then {he} [ran|hurried] to {place}, where "
         "{F} was [throwing stones into the water|drawing in the sand|sitting on a log].",
@@ -303,8 +303,8 @@ PLOTS = {
         "help",
         "One [cool|sunny|misty] morning near {place}, {H} heard a [soft|sad|tiny] [cry|sound]. [Under a bush|In the "
         "grass|Behind a stone] sat a little {small}.",
-        '"I cannot find my [mother|family|way home]," said the {small}. "[I only looked away once|I followed a {look} '
-        'leaf|I fell asleep], and then [they were gone|everything looked different]."',
+        '"I cannot find my [mother|family|way home]," said the {small}. "[I only looked away once|I followed a(n) '
+        '{look} leaf|I fell asleep], and then [they were gone|everything looked different]."',
         '"[Do not cry|Do not worry]," said {H}. "[I know this place well|I will help you]." They looked [behind every '
         "tree|along the water|up the hill], but [there was nobody|they found no one].",
         "?They called and called until {H} [had no voice left|was hoarse].",

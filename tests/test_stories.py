@@ -1,0 +1,89 @@
+"""The story grammar: seeded, varied, correct in the small things, and fast."""
+
+import itertools
+import re
+import time
+from collections import Counter
+
+import pytest
+
+from creature.errors import UserError
+from creature.readers import MARKER, find_sources, read_documents
+from creature.stories import BOYS, GIRLS, PLOTS, generate_stories, write_story_corpus
+from creature.tokenizer import load_encoding
+
+
+@pytest.fixture(scope="module")
+def stories():
+    return list(itertools.islice(generate_stories(3), 1500))
+
+
+def test_the_seed_decides_the_stories(stories):
+    assert list(itertools.islice(generate_stories(3), 50)) == stories[:50]
+    assert list(itertools.islice(generate_stories(4), 50)) != stories[:50]
+
+
+def test_no_story_twice_and_openings_vary(stories):
+    assert len(set(stories)) == len(stories)
+    openings = Counter(" ".join(story.split()[:12]) for story in stories)
+    assert len(openings) > 0.9 * len(stories) and openings.most_common(1)[0][1] <= 0.01 * len(stories)
+    kinds = Counter(story.split("\n\n")[1].split()[0] for story in stories)
+    assert len(kinds) > len(PLOTS)
+
+
+def test_nothing_of_the_grammar_is_left_in_the_text(stories):
+    for story in stories:
+        assert not re.search(r"[\[\]{}|<>]|\(n\)|  | [.,!?]|\.\.|,\.| \n", story), story
+        assert story.count('"') % 2 == 0, story
+        assert 80 < len(story.split()) < 450
+
+
+def test_articles_and_capitals_are_right(stories):
+    text = "\n".join(stories)
+    assert not re.search(r"\b[Aa] (?:[aeiouAEIOU]|hon)", text)
+    assert not re.search(r"\b[Aa]n (?![aeiouAEIOU]|hon)", text)
+    assert not re.search(r"(?:^|[.!?] |\n)[a-z]", text, re.M)
+
+
+def test_pronouns_agree_with_the_hero(stories):
+    # In the stories of two girls (or boys) and one elder of the same sex, no word of the other sex may stand.
+    checked = 0
+    for story in stories:
+        names = set(re.findall(r"[A-Z][a-z]+", story)) & {*GIRLS, *BOYS}
+        elders = set(re.findall(r"Grandma|Aunt|Mother", story)), set(re.findall(r"Grandpa|Uncle|Father", story))
+        if names and names <= set(GIRLS) and not elders[1]:
+            checked += 1
+            assert not re.search(r"\b(?:he|him|his|himself|boy)\b", story), story
+        if names and names <= set(BOYS) and not elders[0]:
+            checked += 1
+            assert not re.search(r"\b(?:she|hers|herself|girl)\b", story), story
+    assert checked > 100
+
+
+def test_the_sample_corpus_is_long_enough_fast_enough_and_read_back_story_for_story(tmp_path):
+    path = tmp_path / "stories.txt"
+    began = time.perf_counter()
+    counts = write_story_corpus(path, tokens=300_000, seed=5)
+    assert time.perf_counter() - began < 15  # about 0.5 s on a quiet machine
+    assert 300_000 <= counts["tokens"] < 301_000
+    sources, _ = find_sources([str(path)])
+    read = [text for text, _ in read_documents_whole(sources[0])]
+    assert read == list(itertools.islice(generate_stories(5), counts["stories"]))
+    assert sum(len(load_encoding().encode_ordinary(story)) + 1 for story in read) == counts["tokens"]
+    assert path.read_text(encoding="utf-8").endswith(f"\n{MARKER}\n")
+
+
+def read_documents_whole(source):
+    parts = []
+    for text, ends in read_documents(source):
+        parts.append(text)
+        if ends:
+            if "".join(parts):
+                yield "".join(parts), True
+            parts = []
+
+
+def test_a_senseless_size_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--tokens 0"):
+        write_story_corpus(tmp_path / "x.txt", tokens=0)
+    assert not list(tmp_path.iterdir())
