@@ -52,6 +52,7 @@ def main() -> int | None:
     trainer = job.build_trainer(settings, data, run, args, model, splits, tokenizer, seconds_before)
     job.train(trainer, plan, config, checkpoint)
     job.finish(trainer, settings, data, run, splits)
+    trainer.signals.restore()
     trainer.accelerator.end_training()
     return 0
 

@@ -307,10 +307,11 @@ def check_saved(model, checkpoint: Path, dataset) -> None:
 
 
 def _plot(folder: Path) -> None:
-    from creature.plots import plot_run
+    from creature.plots import plot_run, plot_throughput
 
     try:
-        plot_run([str(folder)], str(folder / "loss.png"))
+        plot_run([folder], folder / "loss.png")
+        plot_throughput([folder], folder / "throughput.png")
     except Exception as error:  # a picture is not worth a finished run
         print(f"no plots were drawn: {error}", flush=True)
 

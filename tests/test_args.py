@@ -1,0 +1,160 @@
+"""Settings: the YAML file first, flags on top, and every mistake at once, in words, without heavy imports."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from creature.args import DEFAULT_CONFIG, DRY_RUN_FOLDER, PROJECT, known_fields, parse_settings
+from creature.errors import UserError
+
+SCRIPT = PROJECT / "run_clm_creature.py"
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_flags_override_the_file_and_the_file_overrides_the_defaults(tmp_path):
+    config = write(tmp_path, "model:\n  hidden_size: 64\n  num_hidden_layers: 3\ntraining:\n  learning_rate: 6e-4\n")
+    settings = parse_settings(["--config", config, "--num-hidden-layers", "2", "--max_steps=50"])
+    assert settings.model == {"hidden_size": 64, "num_hidden_layers": 2}
+    assert settings.training["learning_rate"] == 6e-4  # YAML 1.1 reads 6e-4 as text
+    assert settings.training["max_steps"] == 50
+    assert settings.given == {"num_hidden_layers", "max_steps"}
+    assert not settings.dry_run
+
+
+def test_every_kind_of_value_arrives_in_its_type(tmp_path):
+    config = write(tmp_path, "training: {report_to: [tensorboard], bf16: true, run_name: null, save_total_limit: 2}\n")
+    settings = parse_settings([
+        "--config", config, "--tf32", "--no_logging_first_step", "--loss_weights", "{internal_text: 1.0}",
+        "--eval_steps", "0.1", "--warmup_steps", "20", "--run_name", "night", "--fp16", "false",
+    ])  # fmt: skip
+    training = settings.training
+    assert training["report_to"] == ["tensorboard"] and training["bf16"] is True and training["tf32"] is True
+    assert training["logging_first_step"] is False and training["fp16"] is False
+    assert settings.model["loss_weights"] == {"internal_text": 1.0}
+    assert training["eval_steps"] == 0.1 and training["warmup_steps"] == 20 and training["run_name"] == "night"
+
+
+def test_all_problems_are_reported_at_once_with_the_nearest_name(tmp_path):
+    config = write(
+        tmp_path,
+        "model:\n  hiden_size: 64\n  num_hidden_layers: many\n  n_head: 4\n"
+        "training:\n  max_steps: true\n  hidden_size: 3\n  use_liger_kernel: true\nlogging:\n  level: 3\n",
+    )
+    with pytest.raises(UserError) as caught:
+        parse_settings(["--config", config, "--learning-rat", "1", "--save_steps", "often"])
+    text = str(caught.value)
+    for part in (
+        "hiden_size (did you mean hidden_size?)",
+        "num_hidden_layers must be a whole number, not 'many'",
+        "n_head (did you mean num_attention_heads?)",
+        "max_steps must be a whole number, not true",
+        "hidden_size belongs under model:",
+        "use_liger_kernel",
+        "unknown section 'logging'",
+        "--learning-rat (did you mean learning_rate?)",
+        "save_steps must be a number, not 'often'",
+    ):
+        assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("- a\n- b\n", "must be a mapping"),
+        ("model: [1, 2]\n", "must be a mapping of fields"),
+        ("model: {hidden_size: 64\n", "line 2 is not valid YAML"),
+        ("model:\n  hidden_size: 64\n  hidden_size: 32\n", "occurs twice"),
+        ("model:\n  hidden_size: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+        ("training: {tokens_per_step: -1}\n", "must be greater than 0"),
+        ("training: {max_steps: 100, num_train_epochs: 2}\n", "give one of them"),
+        ("data: {block_size: 4096}\n", "longer than max_position_embeddings"),
+    ],
+)
+def test_broken_files_are_named_in_words(tmp_path, content, words):
+    with pytest.raises(UserError, match=words):
+        parse_settings(["--config", write(tmp_path, content)])
+
+
+def test_a_missing_file_and_a_binary_one(tmp_path):
+    with pytest.raises(UserError, match="no configuration file"):
+        parse_settings(["--config", str(tmp_path / "nowhere.yaml")])
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(UserError, match="UTF-8|not valid YAML"):
+        parse_settings(["--config", str(tmp_path / "binary.yaml")])
+
+
+def test_ten_steps_are_a_dry_run_unless_a_folder_is_named():
+    assert parse_settings(["--max_steps", "10"]).training["output_dir"] == DRY_RUN_FOLDER
+    assert parse_settings(["--dry-run"]).training["max_steps"] == 10
+    named = parse_settings(["--max_steps", "10", "--output_dir", "elsewhere"])
+    assert not named.dry_run and named.training["output_dir"] == "elsewhere"
+    assert not parse_settings(["--max_steps", "11"]).dry_run
+    with pytest.raises(UserError, match="--resume"):
+        parse_settings(["--dry_run", "--resume"])
+    with pytest.raises(UserError, match="dry run has 10 steps"):
+        parse_settings(["--dry_run", "--max_steps", "500"])
+
+
+def test_epochs_given_as_a_flag_replace_the_steps_of_the_file():
+    settings = parse_settings(["--num_train_epochs", "2"])
+    assert settings.training["num_train_epochs"] == 2 and "max_steps" not in settings.training
+
+
+def test_the_field_table_is_the_dataclasses_own():
+    from dataclasses import fields
+
+    from configuration_creature import CreatureConfig
+    from creature.args import DataArguments
+    from creature.training_arguments import CreatureTrainingArguments
+
+    known = known_fields()
+    names = {f.name for f in fields(CreatureTrainingArguments)} - {"use_cache"}
+    assert {name for name, info in known.items() if info.section == "training"} == names
+    assert {name for name, info in known.items() if info.section == "data"} == {f.name for f in fields(DataArguments)}
+    assert set(CreatureConfig.__annotations__) == {n for n, info in known.items() if info.section == "model"}
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configurations_are_valid_and_state_their_true_size(path):
+    from configuration_creature import CreatureConfig
+    from creature.estimate import count_parameters
+
+    settings = parse_settings(["--config", str(path)])
+    counts = count_parameters(CreatureConfig(**settings.model))
+    assert f"# Parameters: {counts['total']:,} in all, {counts['text_only']:,} of them text only" in path.read_text()
+
+
+def test_the_default_configuration_is_the_guides():
+    values = yaml.safe_load(DEFAULT_CONFIG.read_text())
+    model, training = values["model"], values["training"]
+    assert (model["num_hidden_layers"], model["hidden_size"], model["num_attention_heads"]) == (6, 512, 8)
+    assert (model["intermediate_size"], model["max_position_embeddings"]) == (2048, 2048)
+    assert training["tokens_per_step"] == 32 * 2048 and training["max_steps"] == 31250
+    assert (training["logging_steps"], training["save_steps"]) == (100, 5000)
+
+
+def test_help_and_a_wrong_flag_answer_without_heavy_imports():
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['run_clm_creature.py'] + sys.argv[1:]\n"
+        "try:\n    runpy.run_path({!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    heavy = [name for name in ('torch', 'transformers', 'datasets') if name in sys.modules]\n"
+        "    print('exit', end.code, 'heavy', heavy)\n"
+    ).format(str(SCRIPT))
+    for flag, exit_code in (("--help", 0), ("--no_such_flag", 1)):
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True, cwd=PROJECT)
+        seconds = time.monotonic() - start
+        assert f"exit {exit_code} heavy []" in done.stdout, done.stdout[-300:] + done.stderr
+        assert seconds < 10  # two on an idle machine
+    assert "unknown flag --no_such_flag" in done.stderr and "Traceback" not in done.stderr
