@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 
 try:
@@ -142,7 +141,8 @@ class CreatureGenerationMixin(GenerationMixin):
 
         unknown = set(streams) - set(STREAMS)
         if unknown:
-            raise ValueError(f"Unknown streams in output_streams: {sorted(unknown)}; the streams are {', '.join(STREAMS)}.")
+            known = ", ".join(STREAMS)
+            raise ValueError(f"Unknown streams in output_streams: {sorted(unknown)}; the streams are {known}.")
         base = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
 
         def setting(name):
@@ -190,7 +190,7 @@ class CreatureGenerationMixin(GenerationMixin):
         if emission is None and not per_tick:
             return model_inputs
         now = model_inputs["inputs_embeds"] if model_inputs.get("input_ids") is None else model_inputs["input_ids"]
-        # Counted from the cache: `input_ids` holds the whole text or, after a prompt of embeddings, the new tokens only.
+        # Counted from the cache: `input_ids` holds the whole text or, after a prompt of embeddings, only what is new.
         cache = model_inputs.get("past_key_values")
         end = now.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
         if emission is not None:
@@ -211,12 +211,13 @@ class CreatureGenerationMixin(GenerationMixin):
             emission.emitted.setdefault(stream, []).append(tick)
             # The ticks before the first emission are absent, unless the caller knows what was said in the prompt.
             name = EFFERENCE[stream]
-            before = model_kwargs.get(name, tick[:, None][:, :0])
+            before = tick[:, None][:, :0] if model_kwargs.get(name) is None else model_kwargs[name]
             model_kwargs[name] = torch.cat((_at_ticks(name, before, 0, emission.ticks), tick[:, None]), dim=1)
             if stream == "animation":
-                mask = model_kwargs.get("animation_mask", tick.new_zeros((len(tick), 0), dtype=torch.bool))
-                mask = _at_ticks("animation_mask", mask, 0, emission.ticks)
-                model_kwargs["animation_mask"] = F.pad(mask, (0, 1), value=True)
+                known = model_kwargs.get("animation_mask")
+                known = tick.new_zeros((len(tick), 0), dtype=torch.bool) if known is None else known
+                known = _at_ticks("animation_mask", known, 0, emission.ticks)
+                model_kwargs["animation_mask"] = F.pad(known, (0, 1), value=True)
         return model_kwargs
 
     def _emit(self, outputs: ModelOutput, streams: tuple[str, ...], temperature: float | None) -> dict:
@@ -241,14 +242,14 @@ class CreatureGenerationMixin(GenerationMixin):
         **senses,
     ) -> CreatureStep:
         """
-        One tick of a live loop: the senses of now in, one emission of every stream out, from one backbone pass.
+        One tick of a live loop: the senses of now in, an emission of every stream out, from one backbone pass.
 
         Args:
             past_key_values: the cache of the step before, None at the first tick.
             output_streams: the streams to emit.
             temperature: draw at this temperature; None is greedy.
             senses: the arguments of `forward` with T = 1 (or, at the first call, the ticks so far); feed back what the
-                step before emitted as `input_ids`, `external_text_ids`, `audio_codes` and `animation`, each [B, 1, ...].
+                step before emitted as `input_ids`, `external_text_ids`, `audio_codes` and `animation` [B, 1, ...].
 
         Returns:
             [`CreatureStep`].
@@ -265,7 +266,7 @@ class CreatureGenerationMixin(GenerationMixin):
 
 
 def _at_ticks(name: str, value: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """The ticks from `start` to before `end` of one of `TICK_INPUTS` [B, T, ...], filled up with its absence beyond T."""
+    """The ticks from `start` to before `end` of one of `TICK_INPUTS` [B, T, ...], filled up with absence beyond T."""
     value = value[:, start:end]
     missing = end - start - value.shape[1]
     return F.pad(value, (0, 0) * (value.dim() - 2) + (0, missing), value=TICK_INPUTS[name])
