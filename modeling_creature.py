@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -24,13 +25,13 @@ try:
     from .configuration_creature import SENSES, STREAMS, CreatureConfig
     from .generation_creature import CreatureGenerationMixin
     from .senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
-    from .losses_creature import linear_token_losses
+    from .losses_creature import IGNORE_INDEX, linear_token_losses
     from .streams_creature import CreatureStreams, count_targets, text_loss
 except ImportError:
     from configuration_creature import SENSES, STREAMS, CreatureConfig
     from generation_creature import CreatureGenerationMixin
     from senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
-    from losses_creature import linear_token_losses
+    from losses_creature import IGNORE_INDEX, linear_token_losses
     from streams_creature import CreatureStreams, count_targets, text_loss
 
 
@@ -448,7 +449,8 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             external_text_ids, audio_codes, animation: efference copies, what the creature emitted for this tick: [B, T]
                 ids and [B, T, 8] codes, negative where absent, [B, T, animation_size] with `animation_mask` [B, T].
             sense_embeds: [B, T, hidden_size] senses encoded before, see `encode_senses`.
-            labels, external_text_labels: [B, T] unshifted ids, -100 where unknown.
+            labels, external_text_labels: [B, T] unshifted ids, -100 where unknown. (`shift_labels` [B, T], in place of
+                `labels`, has at tick t what tick t is to predict.)
             audio_labels: [B, T, 8] codes, -100 where unknown.
             rotation_labels, blend_shape_labels, eye_labels: [B, T, 4, 24, 4] unit quaternions, [B, T, 51] in [0, 1],
                 [B, T, 2, 4] (gaze direction, openness); `animation_label_mask` [B, T].
@@ -483,6 +485,10 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             "animation_mask": animation_mask,
             "sense_embeds": sense_embeds,
         }
+        shift_labels = kwargs.pop("shift_labels", None)
+        if shift_labels is not None:
+            # Under sequence parallelism a row is a piece of a text, and brings the target of its last tick as well.
+            labels = F.pad(shift_labels, (1, 0), value=IGNORE_INDEX)
         targets = {
             "labels": labels,
             "external_text_labels": external_text_labels,
@@ -517,7 +523,7 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             logits = self.lm_head(kept)
         elif labels is not None and not self.training:
             flat, predicted = linear_token_losses(
-                hidden[:, :-1].flatten(0, 1), self.lm_head.weight, labels[:, 1:].flatten()
+                hidden[:, : labels.shape[1] - 1].flatten(0, 1), self.lm_head.weight, labels[:, 1:].flatten()
             )
             token_losses, predictions = flat.view_as(labels[:, 1:]), predicted.view_as(labels[:, 1:])
 
@@ -597,6 +603,9 @@ def _keep(x: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
 AutoConfig.register("creature", CreatureConfig, exist_ok=True)
 AutoModel.register(CreatureConfig, CreatureModel, exist_ok=True)
 AutoModelForCausalLM.register(CreatureConfig, MultiModalCreature, exist_ok=True)
+# What does not ask the auto classes goes by these names: the Trainer's label smoothing shifts labels for no others.
+MODEL_MAPPING_NAMES["creature"] = "CreatureModel"
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["creature"] = "MultiModalCreature"
 CreatureModel.register_for_auto_class("AutoModel")
 MultiModalCreature.register_for_auto_class("AutoModelForCausalLM")
 

@@ -35,10 +35,11 @@ def text_loss(
     """
     Sum of the next-token losses of a text stream.
 
-    hidden: [B, T, hidden_size] of ticks 0..T-1. weight: [vocab_size, hidden_size]. labels: [B, T], unshifted.
+    hidden: [B, T, hidden_size] of ticks 0..T-1. weight: [vocab_size, hidden_size]. labels: [B, T], unshifted, or
+    [B, T + 1] where the tick after the last is known too.
     """
-    # The last tick of a row gets a target of weight 0, so that `hidden` is used whole, without a copy.
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
+    # A last tick without a target gets one of weight 0, so that `hidden` is used whole, without a copy.
+    targets = F.pad(labels[:, 1:], (0, hidden.shape[1] + 1 - labels.shape[1]), value=IGNORE_INDEX).reshape(-1)
     weights = text_target_weights(config, targets)
     return linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), weight, targets.clamp(min=0), weights)
 
