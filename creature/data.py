@@ -23,7 +23,7 @@ from datasets.table import TableBlock, table_cast, table_flatten
 from creature.corpus import manifest_path, tokenize_corpus
 from creature.errors import UserError
 from creature.files import replace_file
-from creature.readers import Source, find_sources, is_hub_name
+from creature.readers import Source, find_sources, is_arrow_folder, is_hub_name
 from creature.tokenizer import gpt2_hash, load_tokenizer, tokenizer_hash
 
 logger = logging.getLogger(__name__)
@@ -353,7 +353,7 @@ def _find_streams(
 ) -> tuple[TokenStream, TokenStream | None, dict | None]:
     path = Path(source).expanduser()
     if path.is_dir():
-        if _is_arrow_folder(path):
+        if is_arrow_folder(path):
             found = _arrow_streams(path, block_size, cache)
             if found:
                 return found
@@ -422,10 +422,6 @@ def _check_tokenizer(manifest: dict, tokenizer_name: str, name: str) -> None:
 
 
 # Arrow folders and Hub datasets that hold tokens
-
-
-def _is_arrow_folder(folder: Path) -> bool:
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def _arrow_streams(folder: Path, block_size: int, cache: Path):
@@ -512,7 +508,8 @@ def _input_facts(sources: list[Source]) -> Iterator[list]:
     files."""
     for source in sources:
         if source.path is None:
-            yield [source.name]
+            states = sorted(Path(source.name).rglob("state.json")) if os.path.isdir(source.name) else []
+            yield [source.name, *map(sampled_hash, states)]
         elif source.size <= SAMPLE * SAMPLES:
             yield [source.path.name, sampled_hash(source.path)]
         else:

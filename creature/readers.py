@@ -7,7 +7,7 @@ pieces of text. What counts as a document:
   `<|endoftext|>`, each part between them. The marker takes its own line break and the one before it along: the
   documents joined by "\\n<|endoftext|>\\n" are the file again. Nothing else is changed: line ends stay as they are, a
   byte order mark is a character like any other, and the marker inside a line is ordinary text.
-- .jsonl, .json, .csv, .tsv, .parquet, Hub datasets: the text column of each record. A .json file is an array of
+- .jsonl, .json, .csv, .tsv, .parquet, Hub datasets, folders of `save_to_disk`: the text column of each record. A .json file is an array of
   records, one
   record, or records one after another; a record is an object or a bare string. One record may have up to 64 MiB of
   text.
@@ -98,13 +98,20 @@ def is_hub_name(name: str) -> bool:
     return looks and not is_file_name and not os.path.exists(name)
 
 
+def is_arrow_folder(path: Path) -> bool:
+    """Whether `path` is a folder that `datasets.load_from_disk` opens."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
 def _expand(name: str) -> tuple[list[Path] | None, int]:
-    """The files that one input stands for (None: a Hub dataset) and the number of files left out."""
+    """The files that one input stands for (None: a dataset) and the number of files left out."""
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() in TOKEN_FILES:
             raise UserError(f"{name} holds tokens or weights, not text: train on it as it is, or name a text file")
         return [path], 0
+    if is_arrow_folder(path):
+        return None, 0
     if path.is_dir():
         return _folder_files(path)
     if any(character in name for character in "*?["):
@@ -482,17 +489,24 @@ def _read_parquet(source: Source, column: str) -> Iterator[tuple[str, bool]]:
 
 
 def _read_hub(source: Source, column: str) -> Iterator[tuple[str, bool]]:
-    """Stream a Hub dataset, `owner/name[:configuration[:split]]` with split "train" by default."""
+    """Stream a Hub dataset, `owner/name[:configuration[:split]]`, or a folder; split "train" by default."""
     import datasets
 
-    name, configuration, split = (*source.name.split(":"), "", "")[:3]
+    local = os.path.isdir(source.name)
+    name, configuration, split = (source.name, "", "") if local else (*source.name.split(":"), "", "")[:3]
     try:
-        rows = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
+        if local:
+            rows = datasets.load_from_disk(name)
+            rows = rows["train"] if isinstance(rows, datasets.DatasetDict) else rows
+        else:
+            rows = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
         for number, row in enumerate(rows, 1):
             yield _record_text(row, source, f"record {number:,}", column), True
     except UserError:
         raise
     except Exception as error:  # the client raises a dozen unrelated types; each means that the data cannot be had
+        if local:
+            raise UserError(f"{name} is not a whole Arrow dataset ({_first_line(error)}): copy it again") from error
         raise UserError(
             f"{name} is neither a file or folder here nor a Hub dataset that can be reached ({_first_line(error)}): "
             "check the name, the configuration and split (owner/name:configuration:split) and the network"
