@@ -327,8 +327,6 @@ class CreatureModel(CreaturePreTrainedModel):
             # The residual stream is what a training step reads and writes most: keep it in the compute dtype.
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
 
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         # Only positions that the caller chose can mean packed documents. Handing over our own plain count would make
         # compiled graphs materialise a mask, and lose the fast causal kernels.
         causal_mask = create_causal_mask(
@@ -338,6 +336,9 @@ class CreatureModel(CreaturePreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        # After the mask: beside a cache, be it empty, transformers does not look for packed documents.
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + past_seen)[None]
