@@ -7,7 +7,8 @@ pieces of text. What counts as a document:
   `<|endoftext|>`, each part between them. The marker takes its own line break and the one before it along: the
   documents joined by "\\n<|endoftext|>\\n" are the file again. Nothing else is changed: line ends stay as they are, a
   byte order mark is a character like any other, and the marker inside a line is ordinary text.
-- .jsonl, .json, .csv, .tsv, .parquet, Hub datasets, folders of `save_to_disk`: the text column of each record. A .json file is an array of
+- .jsonl, .json, .csv, .tsv, .parquet, Hub datasets, folders of `save_to_disk`: the text column of each record. A
+  .json file is an array of
   records, one
   record, or records one after another; a record is an object or a bare string. One record may have up to 64 MiB of
   text.

@@ -210,8 +210,21 @@ def test_no_token_is_lost_or_duplicated(tmp_path_factory, files, workers, piece,
             assert rows == ids[: len(ids) // block_size * block_size]
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.text(st.sampled_from("aZ9 '\n\t\r.é漢½٣\u0301\u00a0\x1c") | st.characters(exclude_categories=["Cs"])))
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            ["a", "Z", "9", " ", "\n", "\t", "\r\n", "'s", ".", "é", "漢", "½", "٣", "\u0301", "\u00a0", "\x1c"]
+        )
+    )
+    .map("".join)
+    .filter(bool)
+    | st.text(st.characters(exclude_categories=["Cs"]))
+)
+@example("a\n\n")
+@example("a \n\n ")
+@example("it's")
+@example("don'")
 def test_a_safe_cut_changes_no_id(text):
     cut = last_safe_cut(text)
     encode = load_encoding().encode_ordinary

@@ -119,6 +119,7 @@ def test_without_a_validation_stream_the_end_is_held_out(tmp_path):
     splits = open_blocks(save_bin(tmp_path / "a.bin"), 100, validation_fraction=0.1)
     assert (rows(splits.train).ravel() == TOKENS[:9000]).all()
     assert (rows(splits.validation).ravel() == TOKENS[9000:]).all()
+    assert (rows(pickle.loads(pickle.dumps(splits.validation))).ravel() == TOKENS[9000:]).all()
     assert splits.info["tokens"] == 9000 and splits.info["validation_tokens"] == 1000
     save_bin(tmp_path / "a.valid.bin", TOKENS[:50])  # less than a block
     assert len(open_blocks(tmp_path / "a.bin", 100, validation_fraction=0.001).validation) == 1

@@ -26,6 +26,7 @@ STRINGS = [
     " ",
     "Hello world",
     "I'm sure they'll say it's theirs, we've won, you'd lose, HE'LL and I'D too",
+    "it's, don't, I'm, you're, we've, they'll, he'd",
     "  leading, trailing   and \t tabs \t\t",
     "\n\n\nthree line breaks\n\n \n and spaces between \n",
     "Windows\r\nline\r\n\r\nends\r",
