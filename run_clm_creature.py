@@ -32,7 +32,7 @@ def main() -> int | None:
     old = checkpoints.read_run(folder) if settings.resume else None
     config = job.build_config(settings)
     plan = plan_run(settings, config, old["identity"] if old else None)
-    args = job.build_arguments(settings, plan, config)
+    args = job.build_arguments(settings, plan)
     splits, data = job.build_data(settings, plan, config, args)
     tokenizer = load_tokenizer(data.tokenizer_name)
     splits.info["tokenizer_hash"] = job.check_tokenizer(tokenizer, splits.info, config)

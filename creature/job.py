@@ -45,9 +45,9 @@ def build_config(settings: Settings) -> CreatureConfig:
         raise UserError(f"the model section is not valid: {' '.join(text.split())}") from error
 
 
-def build_arguments(settings: Settings, plan: Plan, config: CreatureConfig) -> CreatureTrainingArguments:
+def build_arguments(settings: Settings, plan: Plan) -> CreatureTrainingArguments:
     """TrainingArguments for this machine; this starts the process group where there are several processes."""
-    values = training_values(settings, plan, config)
+    values = training_values(settings, plan)
     try:
         (args,) = transformers.HfArgumentParser(CreatureTrainingArguments).parse_dict(values)
     except (ValueError, TypeError, NotImplementedError) as error:

@@ -50,7 +50,7 @@ def plan_run(settings: Settings, config, resumed: dict | None = None) -> Plan:
     return plan
 
 
-def training_values(settings: Settings, plan: Plan, config) -> dict[str, Any]:
+def training_values(settings: Settings, plan: Plan) -> dict[str, Any]:
     """The keyword arguments of CreatureTrainingArguments: the settings, and what the plan adds."""
     values = dict(settings.training)
     values |= {
@@ -61,7 +61,6 @@ def training_values(settings: Settings, plan: Plan, config) -> dict[str, Any]:
         "fp16": plan.precision == "fp16",
         "torch_compile": plan.compiled,
         "use_cpu": plan.device.kind == "cpu",
-        "use_cache": config.use_cache,  # the Trainer writes this into the configuration that it saves
     }
     values.setdefault("per_device_eval_batch_size", plan.micro_batch)
     values.setdefault("ddp_find_unused_parameters", False)  # what is not trained is frozen

@@ -1,6 +1,7 @@
 """CreatureTrainer: the Hugging Face Trainer with per-stream losses, exact counts, true numbers and whole checkpoints."""
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -41,7 +42,10 @@ class CreatureTrainer(Trainer):
         **kwargs,
     ):
         """byte_lengths [vocab_size]: bytes each id decodes to, for bits per byte; without it every id counts as one."""
+        model = kwargs.get("model") or args[0]
+        use_cache = model.config.use_cache
         super().__init__(*args, **kwargs)
+        model.config.use_cache = use_cache  # the Trainer turns it off, and that would land in every checkpoint
         self.throughput = throughput or Throughput()
         self.signals = signals or StopSignals()
         self.finite_guard = FiniteGuard()
@@ -177,8 +181,13 @@ class CreatureTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         target = self.model if model is None else model
-        loaded, info = type(target).from_pretrained(resume_from_checkpoint, output_loading_info=True)
-        if names := sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])}):
+        loaded, info = type(target).from_pretrained(
+            resume_from_checkpoint,
+            config=copy.deepcopy(target.config),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        if names := sorted(str(name) for kind in info.values() for name in kind):
             raise UserError(
                 f"{resume_from_checkpoint} is of another configuration ({names[0]} and {len(names) - 1} more differ): "
                 "resume it with the configuration it was trained with"

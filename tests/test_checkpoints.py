@@ -1,0 +1,169 @@
+"""The folder of a run: only whole checkpoints count, and nothing of another run is ever overwritten."""
+
+import json
+import shutil
+
+import pytest
+
+from creature import checkpoints
+from creature.errors import UserError
+
+
+def make_checkpoint(folder, step, seal=True):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(bytes(range(256)) * 8)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (path / name).write_bytes(name.encode() * 20)
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    if seal:
+        checkpoints.seal_checkpoint(path)
+    return path
+
+
+def make_run(folder, **entries):
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints.write_run(folder, {"kind": "run", "status": "started", "identity": {}} | entries)
+
+
+def truncate(path):
+    file = path / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def flip_a_bit(path):
+    data = bytearray((path / "model.safetensors").read_bytes())
+    data[1000] ^= 4
+    (path / "model.safetensors").write_bytes(data)
+
+
+def lose_a_file(path):
+    (path / "trainer_state.json").unlink()
+
+
+def break_the_seal(path):
+    (path / checkpoints.COMPLETE_FILE).write_text('{"step": 3, "fi')
+
+
+def point_outside(path):
+    (path / checkpoints.COMPLETE_FILE).write_text(
+        json.dumps({"files": {name: {} for name in ("../../x", *checkpoints.NEEDED_FILES)}})
+    )
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_a_file, break_the_seal, point_outside])
+def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path, damage):
+    good, newer = make_checkpoint(tmp_path, 9), make_checkpoint(tmp_path, 10)
+    make_checkpoint(tmp_path, 2)
+    damage(newer)
+    found, skipped = checkpoints.newest_complete(tmp_path)
+    assert found == good
+    assert [name for name, _ in skipped] == ["checkpoint-10"] and skipped[0][1]
+
+
+def test_without_a_whole_checkpoint_there_is_nothing_to_resume(tmp_path):
+    make_checkpoint(tmp_path, 5, seal=False)
+    assert checkpoints.newest_complete(tmp_path)[0] is None
+    with pytest.raises(UserError, match="checkpoint-5: complete.json is missing"):
+        checkpoints.choose_checkpoint(tmp_path, True, None)
+    with pytest.raises(UserError, match="cannot be resumed"):
+        checkpoints.choose_checkpoint(tmp_path, str(tmp_path / "checkpoint-5"), None)
+    with pytest.raises(UserError, match="not a checkpoint folder"):
+        checkpoints.choose_checkpoint(tmp_path, str(tmp_path), None)
+
+
+def test_rotation_keeps_the_newest_and_the_protected_and_never_counts_broken_ones(tmp_path):
+    for step in (10, 20, 30, 40):
+        make_checkpoint(tmp_path, step)
+    make_checkpoint(tmp_path, 50, seal=False)
+    checkpoints.rotate(tmp_path, 1, {20})
+    assert {checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)} == {20, 40, 50}
+    checkpoints.rotate(tmp_path, None, set())
+    assert len(checkpoints.list_checkpoints(tmp_path)) == 3
+
+
+def test_differences_are_spelled_out_and_noise_is_not():
+    old = {"world_size": 1, "model": {"hidden_size": 32, "transformers_version": "5.17"}, "seed": 1}
+    new = {"world_size": 2, "model": {"hidden_size": 64, "transformers_version": "5.23"}, "seed": 1}
+    assert checkpoints.differences(old, new) == [
+        "model.hidden_size was 32 and is now 64",
+        "world_size was 1 and is now 2",
+    ]
+
+
+def test_metrics_are_rewound_and_a_cut_line_is_left_out(tmp_path):
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
+    (tmp_path / checkpoints.METRICS_FILE).write_text("\n".join(lines) + '\n{"step": 4, "lo')
+    assert [entry["step"] for entry in checkpoints.read_metrics(tmp_path)] == [1, 2, 3]
+    checkpoints.rewind_metrics(tmp_path, 2)
+    assert (tmp_path / checkpoints.METRICS_FILE).read_text() == "\n".join(lines[:2]) + "\n"
+
+
+def ask(folder, dry_run=False, resume=False, overwrite=False):
+    checkpoints.check_output(folder, dry_run=dry_run, resume=resume, overwrite=overwrite)
+
+
+def test_the_output_folder_of_another_run_is_refused_with_the_way_on(tmp_path):
+    run = tmp_path / "run"
+    ask(run)
+    with pytest.raises(UserError, match="no run in .* to resume"):
+        ask(run, resume=True)
+    make_run(run)
+    ask(run)  # it never wrote a checkpoint: nothing is lost
+    make_checkpoint(run, 7)
+    with pytest.raises(UserError, match="unfinished run with checkpoint-7.*--resume.*--overwrite_output_dir"):
+        ask(run)
+    ask(run, overwrite=True)
+    ask(run, resume=True)
+    make_run(run, status="finished", steps=7)
+    with pytest.raises(UserError, match="finished run of 7 steps.*--resume"):
+        ask(run)
+    with pytest.raises(UserError, match="real run"):
+        ask(run, dry_run=True)
+    make_run(run, kind="dry_run")
+    ask(run, dry_run=True)
+    with pytest.raises(UserError, match="dry run, which is not resumed"):
+        ask(run, resume=True)
+
+
+def test_a_folder_that_is_not_a_run_is_never_taken(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds no run"):
+            ask(tmp_path, overwrite=overwrite)
+    with pytest.raises(UserError, match="is a file"):
+        ask(tmp_path / "thesis.txt")
+    make_run(tmp_path / "broken")
+    (tmp_path / "broken" / "run.json").write_text("[1, 2")
+    with pytest.raises(UserError, match="not readable"):
+        ask(tmp_path / "broken")
+
+
+def test_claiming_clears_an_old_run_and_keeps_a_resumed_one(tmp_path):
+    make_run(tmp_path)
+    make_checkpoint(tmp_path, 3)
+    (tmp_path / checkpoints.WRITING_FOLDER).mkdir()
+    checkpoints.claim_output(tmp_path, keep=True)
+    assert (tmp_path / "checkpoint-3").is_dir() and not (tmp_path / checkpoints.WRITING_FOLDER).exists()
+    checkpoints.claim_output(tmp_path, keep=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_small_and_a_folder_that_cannot_be_written_are_refused_early(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: 10**9)
+    checkpoints.require_space(tmp_path, 500_000_000)
+    with pytest.raises(UserError, match="1.0 GB free.*1.4 GB"):
+        checkpoints.require_space(tmp_path, 10**9)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        checkpoints.claim_output(tmp_path / "file" / "run", keep=False)
+
+
+def test_sealing_covers_every_file_also_in_folders(tmp_path):
+    path = make_checkpoint(tmp_path, 1, seal=False)
+    (path / "sharded").mkdir()
+    (path / "sharded" / "part-0").write_bytes(b"abc")
+    checkpoints.seal_checkpoint(path)
+    assert checkpoints.problem_with(path) is None
+    shutil.rmtree(path / "sharded")
+    assert "sharded/part-0 is missing" in checkpoints.problem_with(path)

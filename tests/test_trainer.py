@@ -1,0 +1,264 @@
+"""CreatureTrainer: true losses and counts, exact resume, whole checkpoints, nothing spoilt by a NaN."""
+
+import errno
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from creatures import micro_config
+from transformers import TrainerCallback
+
+from creature import checkpoints, trainer as trainer_module
+from creature.callbacks import MetricsFile
+from creature.errors import UserError
+from creature.trainer import CreatureTrainer, schedule_steps
+from creature.training_arguments import CreatureTrainingArguments
+from modeling_creature import MultiModalCreature
+from streams_creature import STREAMS
+
+TEXT_ONLY = {"internal_text": 1.0, "external_text": 0.0, "audio": 0.0, "animation": 0.0}
+
+
+class Rows(torch.utils.data.Dataset):
+    """Random rows of 16 tokens, some labels unknown; `spoken` rows also have external text."""
+
+    def __init__(self, count=24, spoken=False, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(0, 120, (count, 16), generator=generator)
+        self.labels = self.ids.clone()
+        for row in range(count):
+            self.labels[row, 16 - row % 12 :] = -100
+        self.spoken = torch.randint(0, 120, (count, 16), generator=generator) if spoken else None
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        row = {"input_ids": self.ids[index], "labels": self.labels[index]}
+        if self.spoken is not None:
+            spoken = self.spoken[index].clone()
+            spoken[index % 5 + 3 :] = -100
+            row["external_text_labels"] = spoken
+        return row
+
+
+def make_trainer(folder, rows=None, eval_rows=None, config=None, callbacks=None, seed=0, **changes):
+    values = dict(
+        output_dir=str(folder), use_cpu=True, max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        per_device_eval_batch_size=3, learning_rate=1e-2, warmup_steps=1, logging_steps=1, save_steps=100,
+        eval_strategy="no", save_total_limit=None, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    args = CreatureTrainingArguments(**(values | changes))
+    torch.manual_seed(seed)
+    model = MultiModalCreature(config or micro_config(loss_weights=dict(TEXT_ONLY)))
+    model.train_only(streams=[name for name, weight in model.config.loss_weights.items() if weight])
+    return CreatureTrainer(
+        model=model, args=args, train_dataset=rows or Rows(), eval_dataset=eval_rows, callbacks=callbacks
+    )
+
+
+def weights_of(trainer):
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def losses_of(trainer, key="loss"):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_accumulation_changes_neither_losses_nor_weights(tmp_path):
+    whole = make_trainer(tmp_path / "a", per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    whole.train()
+    parts = make_trainer(tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    parts.train()
+    assert losses_of(whole) == pytest.approx(losses_of(parts), abs=1e-5)
+    for name, value in weights_of(whole).items():
+        assert torch.allclose(value, parts.model.state_dict()[name], atol=2e-4), name
+
+
+def test_the_logged_loss_is_the_mean_over_the_targets_of_the_step(tmp_path):
+    """The first step, recomputed by hand from plain logits: -100 ignored, one mean over all micro-batches."""
+    rows = Rows(count=4)
+    trainer = make_trainer(tmp_path, rows=rows, max_steps=1)
+    with torch.no_grad():
+        logits = trainer.model.eval()(input_ids=rows.ids).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows.labels[:, 1:].flatten(), ignore_index=-100)
+    trainer.train()
+    assert losses_of(trainer) == pytest.approx([expected.item()], abs=1e-5)
+    assert losses_of(trainer, "loss_internal_text") == pytest.approx([expected.item()], abs=1e-5)
+
+
+def test_streams_are_logged_by_name_each_over_its_own_targets(tmp_path):
+    weights = TEXT_ONLY | {"external_text": 0.5}
+    rows = Rows(count=4, spoken=True)
+    trainer = make_trainer(tmp_path, rows=rows, config=micro_config(loss_weights=weights), max_steps=1)
+    whole = trainer.data_collator([rows[i] for i in range(4)])
+    with torch.no_grad():
+        outputs = trainer.model.eval()(**whole)
+    trainer.train()
+    for name in ("internal_text", "external_text"):
+        assert losses_of(trainer, f"loss_{name}") == pytest.approx([outputs.losses[name].item()], abs=1e-5)
+    assert losses_of(trainer) == pytest.approx([outputs.loss.item()], abs=1e-5)
+    assert not any(f"loss_{name}" in entry for entry in trainer.state.log_history for name in ("audio", "animation"))
+
+
+def test_a_window_logs_the_mean_of_its_steps(tmp_path):
+    each, window = make_trainer(tmp_path / "a"), make_trainer(tmp_path / "b", logging_steps=3, logging_first_step=False)
+    each.train()
+    window.train()
+    steps = losses_of(each, "loss_internal_text")
+    means = [sum(steps[:3]) / 3, sum(steps[3:]) / 3]
+    assert losses_of(window, "loss_internal_text") == pytest.approx(means, abs=1e-6)
+    assert [entry["tokens"] for entry in window.state.log_history if "tokens" in entry] == [3 * 64, 6 * 64]
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+@pytest.mark.parametrize("stop", [3, 6, 7])  # in the first epoch of 6 steps, at its end, in the second
+def test_a_resumed_run_is_bit_equal_to_an_unbroken_one(tmp_path, stop):
+    def config():
+        return micro_config(loss_weights=dict(TEXT_ONLY), attention_dropout=0.2)
+
+    settings = dict(max_steps=10, logging_steps=4)
+    unbroken = make_trainer(tmp_path / "a", config=config(), **settings)
+    unbroken.train()
+    broken = make_trainer(tmp_path / "b", config=config(), callbacks=[StopAt(stop)], **settings)
+    broken.train()
+    assert broken.state.global_step == stop
+    resumed = make_trainer(tmp_path / "b", config=config(), seed=99, **settings)  # other initial weights
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{stop}"))
+    assert_same(weights_of(unbroken), weights_of(resumed))
+    for key in ("loss", "loss_internal_text", "grad_norm", "learning_rate", "tokens"):
+        assert losses_of(unbroken, key) == losses_of(resumed, key), key
+
+
+def test_settings_of_the_optimizer_come_from_the_run_and_not_from_the_checkpoint(tmp_path):
+    first = make_trainer(tmp_path, callbacks=[StopAt(3)])
+    first.train()
+    changed = make_trainer(tmp_path, learning_rate=1e-3, weight_decay=0.3)
+    changed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert losses_of(changed, "learning_rate")[3] == pytest.approx(1e-3)
+    assert {group["weight_decay"] for group in changed.optimizer.param_groups} == {0.3, 0.0}
+
+
+def test_evaluation_weighs_tokens_and_never_holds_logits(tmp_path, monkeypatch):
+    rows = Rows(count=7)
+    trainer = make_trainer(tmp_path, eval_rows=rows)
+    with torch.no_grad():
+        logits = trainer.model.eval()(input_ids=rows.ids).logits[:, :-1]
+    targets = rows.labels[:, 1:]
+    expected = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100).item()
+    monkeypatch.setattr(trainer.model.lm_head, "forward", lambda x: pytest.fail("the logits were computed"))
+    metrics = trainer.evaluate()
+    counted = targets != -100
+    accuracy = (logits.argmax(-1) == targets)[counted].float().mean().item()
+    assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-5)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
+    assert metrics["eval_bits_per_byte"] == pytest.approx(expected / math.log(2), abs=1e-5)  # one byte a token here
+    assert metrics["eval_accuracy"] == pytest.approx(accuracy)
+
+
+def test_only_the_matrices_of_the_body_decay(tmp_path):
+    trainer = make_trainer(tmp_path)
+    names = set(trainer.get_decay_parameter_names(trainer.model))
+    assert "model.layers.0.mlp.up_proj.weight" in names and "model.layers.1.self_attn.q_proj.weight" in names
+    assert not {name for name in names if "norm" in name or "embed_tokens" in name or "lm_head" in name}
+
+
+def test_the_rate_warms_up_stays_and_falls_to_zero(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=10, warmup_steps=2, decay_steps=0.4)
+    assert schedule_steps(trainer.args, 10) == (2, 4)
+    trainer.train()
+    rates = [rate / 1e-2 for rate in losses_of(trainer, "learning_rate")]
+    assert rates == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+class Poison(TrainerCallback):
+    """Spoils one weight before a step, as a broken batch or an overflow would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                model.model.norm.weight[0] = math.nan
+
+
+def test_a_nan_stops_the_run_before_the_weights_change(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[Poison(4)], save_steps=2)
+    with pytest.raises(UserError, match="step 5.*checkpoint-4"):
+        trainer.train()
+    assert checkpoints.problem_with(tmp_path / "checkpoint-4") is None
+    saved = MultiModalCreature.from_pretrained(tmp_path / "checkpoint-4").state_dict()
+    after = weights_of(trainer)
+    after["model.norm.weight"][0] = saved["model.norm.weight"][0]
+    assert_same(saved, after)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, save_steps=2)
+    real = torch.save
+
+    def full(value, path, *args, **kwargs):
+        if "optimizer" in str(path) and trainer.state.global_step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="disk is full.*checkpoint-2 is intact"):
+        trainer.train()
+    newest, skipped = checkpoints.newest_complete(tmp_path)
+    assert newest.name == "checkpoint-2" and not skipped
+
+
+def test_checkpoints_are_sealed_rotated_and_keep_the_protected_one(tmp_path):
+    trainer = make_trainer(tmp_path, save_steps=1, save_total_limit=2)
+    trainer.protected_steps.add(2)
+    trainer.train()
+    kept = checkpoints.list_checkpoints(tmp_path)
+    assert [checkpoints.step_of(path) for path in kept] == [2, 5, 6]
+    assert all(checkpoints.problem_with(path) is None for path in kept)
+    assert not (tmp_path / checkpoints.WRITING_FOLDER).exists()
+    assert json.loads((kept[-1] / "config.json").read_text())["use_cache"] is True
+
+
+def test_a_checkpoint_of_another_shape_is_refused_in_words(tmp_path):
+    make_trainer(tmp_path, callbacks=[StopAt(2)]).train()
+    other = make_trainer(tmp_path, config=micro_config(loss_weights=dict(TEXT_ONLY), num_hidden_layers=1))
+    with pytest.raises(UserError, match="another configuration"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_metrics_hold_losses_by_stream_and_true_token_counts(tmp_path):
+    trainer = make_trainer(tmp_path, eval_rows=Rows(count=3), eval_strategy="steps", eval_steps=3)
+    trainer.add_callback(MetricsFile(tmp_path))
+    trainer.train()
+    entries = checkpoints.read_metrics(tmp_path)
+    assert [entry["tokens"] for entry in entries if "loss" in entry] == [64 * step for step in range(1, 7)]
+    assert [entry["step"] for entry in entries if "eval_loss" in entry] == [3, 6]
+    assert all(entry["loss"] == entry["loss_internal_text"] for entry in entries if "loss" in entry)
+    assert all(entry["tokens_per_second"] > 0 for entry in entries if "loss" in entry)
+
+
+def test_counts_are_in_the_order_of_the_streams(tmp_path):
+    trainer = make_trainer(tmp_path, rows=Rows(count=4, spoken=True))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    counts = trainer._get_num_items_in_batch([batch, batch], torch.device("cpu"))
+    text = (batch["labels"][:, 1:] != -100).sum().item() * 2
+    spoken = (batch["external_text_labels"][:, 1:] != -100).sum().item() * 2
+    assert counts.tolist() == [text, spoken, 0, 0] and len(counts) == len(STREAMS)
+    assert trainer_module.STREAMS == STREAMS
