@@ -24,14 +24,14 @@ from transformers.utils.output_capturing import capture_outputs
 try:
     from .configuration_creature import SENSES, STREAMS, CreatureConfig
     from .generation_creature import CreatureGenerationMixin
-    from .senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
     from .losses_creature import IGNORE_INDEX, linear_token_losses
+    from .senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
     from .streams_creature import CreatureStreams, count_targets, text_loss
 except ImportError:
     from configuration_creature import SENSES, STREAMS, CreatureConfig
     from generation_creature import CreatureGenerationMixin
-    from senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
     from losses_creature import IGNORE_INDEX, linear_token_losses
+    from senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
     from streams_creature import CreatureStreams, count_targets, text_loss
 
 
@@ -278,10 +278,11 @@ class CreatureModel(CreaturePreTrainedModel):
         super().__init__(config)
         # No padding_idx: GPT-2's id 0 is "!", and every row of the table is a token like any other.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.senses = CreatureSenses(config)
         self.layers = nn.ModuleList(CreatureDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = CreatureRotaryEmbedding(config)
+        # Behind the layers: tools that look at the first checkpointed layer are to meet one that always runs.
+        self.senses = CreatureSenses(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -441,12 +442,14 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         Args:
             input_ids: [B, T] the internal voice (or `inputs_embeds` [B, T, hidden_size] in its place).
             external_voice_ids: [B, T] text heard or read; negative where absent, NULL where silent.
-            input_features: [B, T, 512] 8 causal log-mel frames of 10 ms x 64 bands a tick; `input_features_mask` [B, T].
+            input_features: [B, T, 512] 8 causal log-mel frames of 10 ms x 64 bands a tick; `input_features_mask`
+                [B, T].
             pixel_values: [N, 2 eyes, 3, H, W] of the N present ticks, row by row; `pixel_mask` [B, T] with N trues.
-            joint_positions, joint_rotations: [B, T, 4, 24, 3] m in the pelvis frame and [B, T, 4, 24, 4] unit quaternions
-                (w, x, y, z); `body_mask` [B, T]. Rotations alone are not felt, but are the pose that animation starts from.
-            touch_points, touch_surfaces, touch_values: [B, T, C] ids, [B, T, C] ids, [B, T, C, 5] (force N, place x, y, z
-                m, temperature C) of up to C contacts; `touch_mask` [B, T, C].
+            joint_positions, joint_rotations: [B, T, 4, 24, 3] m in the pelvis frame and [B, T, 4, 24, 4] unit
+                quaternions (w, x, y, z); `body_mask` [B, T]. Rotations alone are not felt, but are the pose that
+                animation starts from.
+            touch_points, touch_surfaces, touch_values: [B, T, C] ids, [B, T, C] ids, [B, T, C, 5] (force N, place
+                x, y, z m, temperature C) of up to C contacts; `touch_mask` [B, T, C].
             external_text_ids, audio_codes, animation: efference copies, what the creature emitted for this tick: [B, T]
                 ids and [B, T, 8] codes, negative where absent, [B, T, animation_size] with `animation_mask` [B, T].
             sense_embeds: [B, T, hidden_size] senses encoded before, see `encode_senses`.
@@ -466,7 +469,8 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         """
         unknown = set(output_streams) - set(STREAMS)
         if unknown:
-            raise ValueError(f"Unknown streams in output_streams: {sorted(unknown)}; the streams are {', '.join(STREAMS)}.")
+            known = ", ".join(STREAMS)
+            raise ValueError(f"Unknown streams in output_streams: {sorted(unknown)}; the streams are {known}.")
         senses = {
             "external_voice_ids": external_voice_ids,
             "input_features": input_features,
@@ -555,7 +559,8 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             sums["external_text"] = self.streams.external_text.loss(hidden, table, targets["external_text_labels"])
         if weights["audio"] and targets["audio_labels"] is not None:
             sums["audio"] = self.streams.audio.loss(hidden, code_table, targets["audio_labels"])
-        if weights["animation"] and any(targets[n] is not None for n in ("rotation_labels", "blend_shape_labels", "eye_labels")):
+        moves = ("rotation_labels", "blend_shape_labels", "eye_labels")
+        if weights["animation"] and any(targets[name] is not None for name in moves):
             sums["animation"] = self.streams.animation.loss(hidden, self._pose(hidden, senses), targets)
         if not sums:
             return None, None
@@ -588,7 +593,8 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             flat = self.streams.audio(kept.flatten(0, 1), following.flatten(0, 1), code_table)
             outputs["audio_logits"] = flat.unflatten(0, kept.shape[:2])
         elif "audio" in streams:
-            outputs["audio_logits"] = self.streams.audio.emit(kept.flatten(0, 1), code_table)[1].unflatten(0, kept.shape[:2])
+            _, flat = self.streams.audio.emit(kept.flatten(0, 1), code_table)
+            outputs["audio_logits"] = flat.unflatten(0, kept.shape[:2])
         if "animation" in streams:
             outputs["animation"] = self.streams.animation(kept, _keep(self._pose(hidden, senses), logits_to_keep))
         return outputs
