@@ -11,8 +11,8 @@ platform); the main thread writes in order. The result does not depend on the nu
   the ids at the cut differ. (Other tokenizers are cut at the same places, in larger pieces.)
 - The validation split goes by a hash of each document's first 65,536 characters: stable whatever the order of the
   files, and
-  copies of a document land on the same side. When no document falls on that side, there is no validation stream, and
-  training holds out the end of the training stream instead.
+  copies of a document land on the same side. When no document falls on that side (or all of them do), everything is in
+  the training stream, and training holds out the end of it instead.
 """
 
 import hashlib
@@ -333,6 +333,10 @@ def _validation_path(output: Path) -> Path:
 # The whole
 
 
+class _NothingToTrainOn(Exception):
+    """Every document fell into the validation split."""
+
+
 def tokenize_corpus(
     inputs: list[str],
     output: str,
@@ -381,6 +385,8 @@ def tokenize_corpus(
         if not counts["documents"]:
             names = ", ".join(source.name for source in sources[:3]) + (", ..." if len(sources) > 3 else "")
             raise UserError(f"there is no text in {names}: the input is empty, name one that is not")
+        if not streams[0].tokens:
+            raise _NothingToTrainOn
         return {
             "format": "creature token corpus 1",
             "tokenizer": tokenizer_name,
@@ -408,6 +414,19 @@ def tokenize_corpus(
     try:
         write = _write_bin if output_path.suffix == ".bin" else _write_folder
         result = write(output_path, tokens(), manifest, coder.dtype)
+    except _NothingToTrainOn:
+        # Happens to a corpus of one or two documents; it is worth the second reading.
+        return tokenize_corpus(
+            inputs,
+            output,
+            validation_fraction=0,
+            seed=seed,
+            workers=workers,
+            tokenizer_name=tokenizer_name,
+            text_column=text_column,
+            overwrite=overwrite,
+            progress=progress,
+        )
     except OSError as error:
         if is_disk_full(error):
             raise UserError(f"the disk is full while writing {output}: free some space, or use another disk") from error

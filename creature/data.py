@@ -23,7 +23,7 @@ from datasets.table import TableBlock, table_cast, table_flatten
 from creature.corpus import manifest_path, tokenize_corpus
 from creature.errors import UserError
 from creature.files import replace_file
-from creature.readers import Source, find_sources, is_arrow_folder, is_hub_name
+from creature.readers import Source, find_sources, is_arrow_folder, is_hub_name, load_hub
 from creature.tokenizer import gpt2_hash, load_tokenizer, tokenizer_hash
 
 logger = logging.getLogger(__name__)
@@ -468,16 +468,12 @@ def _flat_copy(batches: Iterable[np.ndarray], path: Path, dtype: str = "int32") 
 
 
 def _hub_tokens(name: str, cache: Path) -> TokenStream | None:
-    """The tokens of a Hub dataset that has a column input_ids; None when it has text (or cannot be reached)."""
+    """The tokens of a Hub dataset that has a column input_ids; None when it has text."""
     path = cache / f"hub-{hashlib.sha256(name.encode()).hexdigest()[:16]}.bin"
     if path.is_file():
         return _flat_copy((), path)
-    hub, configuration, split = (*name.split(":"), "", "")[:3]
-    try:
-        rows = datasets.load_dataset(hub, configuration or None, split=split or "train", streaming=True)
-        if "input_ids" not in (rows.column_names or next(iter(rows), {})):
-            return None
-    except Exception:  # reading it as text, next, says what is wrong
+    rows = load_hub(name)
+    if "input_ids" not in (rows.column_names or next(iter(rows), {})):
         return None
     return _flat_copy((np.asarray(row["input_ids"]) for row in rows), path)
 

@@ -7,11 +7,9 @@ pieces of text. What counts as a document:
   `<|endoftext|>`, each part between them. The marker takes its own line break and the one before it along: the
   documents joined by "\\n<|endoftext|>\\n" are the file again. Nothing else is changed: line ends stay as they are, a
   byte order mark is a character like any other, and the marker inside a line is ordinary text.
-- .jsonl, .json, .csv, .tsv, .parquet, Hub datasets, folders of `save_to_disk`: the text column of each record. A
-  .json file is an array of
-  records, one
-  record, or records one after another; a record is an object or a bare string. One record may have up to 64 MiB of
-  text.
+- .jsonl, .json, .csv, .tsv, .parquet, Hub datasets, folders of `save_to_disk`: the text column of each record. A .json
+  file is an array of records, one record, or records one after another; a record is an object or a bare string. One
+  record may have up to 32 Mi characters.
 
 Each kind may be compressed: .gz, .bz2, .xz, .zst.
 """
@@ -96,7 +94,8 @@ def is_hub_name(name: str) -> bool:
     looks = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]*){0,2}", name) is not None
     kind, compression = _kind(Path(name.split(":")[0]))
     is_file_name = kind or compression or Path(name).suffix.lower() in TOKEN_FILES
-    return looks and not is_file_name and not os.path.exists(name)
+    # Where the owner's name is a folder here, a path with a slip in it is meant: no reason to ask the network.
+    return looks and not is_file_name and not os.path.exists(name) and not os.path.isdir(name.split("/")[0])
 
 
 def is_arrow_folder(path: Path) -> bool:
@@ -490,24 +489,30 @@ def _read_parquet(source: Source, column: str) -> Iterator[tuple[str, bool]]:
 
 
 def _read_hub(source: Source, column: str) -> Iterator[tuple[str, bool]]:
-    """Stream a Hub dataset, `owner/name[:configuration[:split]]`, or a folder; split "train" by default."""
-    import datasets
-
-    local = os.path.isdir(source.name)
-    name, configuration, split = (source.name, "", "") if local else (*source.name.split(":"), "", "")[:3]
+    rows = load_hub(source.name)
     try:
-        if local:
-            rows = datasets.load_from_disk(name)
-            rows = rows["train"] if isinstance(rows, datasets.DatasetDict) else rows
-        else:
-            rows = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
         for number, row in enumerate(rows, 1):
             yield _record_text(row, source, f"record {number:,}", column), True
     except UserError:
         raise
-    except Exception as error:  # the client raises a dozen unrelated types; each means that the data cannot be had
-        if local:
-            raise UserError(f"{name} is not a whole Arrow dataset ({_first_line(error)}): copy it again") from error
+    except Exception as error:  # see load_hub
+        raise UserError(f"{source.name} could not be read to the end ({_first_line(error)}): try again") from error
+
+
+def load_hub(name: str):
+    """The rows of a Hub dataset as a stream, or of a folder that `save_to_disk` made.
+
+    `name` is owner/name[:configuration[:split]], with split "train" by default. Raises UserError when it cannot be had.
+    """
+    import datasets
+
+    try:
+        if os.path.isdir(name):
+            rows = datasets.load_from_disk(name)
+            return rows["train"] if isinstance(rows, datasets.DatasetDict) else rows
+        hub, configuration, split = (*name.split(":"), "", "")[:3]
+        return datasets.load_dataset(hub, configuration or None, split=split or "train", streaming=True)
+    except Exception as error:  # a dozen unrelated types, each of which means that the data cannot be had
         raise UserError(
             f"{name} is neither a file or folder here nor a Hub dataset that can be reached ({_first_line(error)}): "
             "check the name, the configuration and split (owner/name:configuration:split) and the network"

@@ -195,7 +195,7 @@ def test_no_token_is_lost_or_duplicated(tmp_path_factory, files, workers, piece,
             write(folder / f"{i}.{kind}", encode_kind(kind, texts, "text"))
             documents += texts
         manifest = tokenize([folder], folder / "out.bin", workers=workers, validation_fraction=fraction)
-    split = read_back(folder / "out.bin") if manifest["splits"].get("train") else []
+    split = read_back(folder / "out.bin")
     if manifest["splits"].get("validation"):
         split += read_back(folder / "out.valid.bin")
     assert sorted(split) == sorted(documents)
@@ -262,6 +262,15 @@ def test_copies_of_a_document_land_on_one_side(tmp_path):
     path = write(tmp_path / "in.txt", encode_kind("txt", documents, ""))
     tokenize([path], tmp_path / "a.bin", validation_fraction=0.3)
     assert not set(read_back(tmp_path / "a.bin")) & set(read_back(tmp_path / "a.valid.bin"))
+
+
+def test_a_lone_document_is_always_there_to_train_on(tmp_path):
+    for seed in range(8):
+        path = write(tmp_path / "in.txt", "a lone document")
+        manifest = tokenize([path], tmp_path / f"{seed}.bin", validation_fraction=0.8, seed=seed)
+        assert list(manifest["splits"]) == ["train"]
+        assert read_back(tmp_path / f"{seed}.bin") == ["a lone document"]
+        assert not (tmp_path / f"{seed}.valid.bin").exists()
 
 
 # Output

@@ -384,3 +384,11 @@ def test_a_manifest_of_another_tokenizer_or_another_file_is_refused(tmp_path):
 def test_bad_settings_are_refused(options, tmp_path):
     with pytest.raises(UserError):
         open_blocks(save_bin(tmp_path / "a.bin"), **options)
+
+
+def test_a_slip_in_a_path_does_not_ask_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books").mkdir()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
+    with pytest.raises(UserError, match="books/nowhere does not exist"):
+        open_blocks("books/nowhere")
