@@ -210,10 +210,17 @@ class CreatureMLP(nn.Module):
 
 
 class CreatureDecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP, each on a normalised copy of the residual stream."""
+    """
+    Attention and MLP, each on a normalised copy of the residual stream.
+
+    Before them, the stream and the backbone's input are weighed against each other by two learned numbers, so that deep
+    layers can still see the ticks as they arrived (Jordan et al. 2024, "modded-nanogpt"; gain in docs/log.md).
+    """
 
     def __init__(self, config: CreatureConfig, layer_idx: int):
         super().__init__()
+        self.residual_scale = nn.Parameter(torch.ones(1))
+        self.input_scale = nn.Parameter(torch.zeros(1))
         self.input_layernorm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = CreatureAttention(config, layer_idx)
         self.post_attention_layernorm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -222,13 +229,16 @@ class CreatureDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
+        first_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """hidden_states [B, T, hidden_size] -> the same shape."""
+        """hidden_states and the backbone's input, both [B, T, hidden_size] -> the same shape."""
+        # [0]: a factor without dimensions leaves the stream's dtype alone.
+        hidden_states = self.residual_scale[0] * hidden_states + self.input_scale[0] * first_states
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
@@ -266,6 +276,9 @@ class CreaturePreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)  # a sense that is connected changes nothing until it is trained
         elif isinstance(module, VoiceCopy):
             init.normal_(module.code_table, mean=0.0, std=std)
+        elif isinstance(module, CreatureDecoderLayer):
+            init.ones_(module.residual_scale)
+            init.zeros_(module.input_scale)
         elif isinstance(module, ResidualProjection):
             # The residual stream adds up 2 x layers outputs: scale them so that its variance does not grow (GPT-2).
             init.normal_(module.weight, mean=0.0, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
@@ -279,6 +292,7 @@ class CreatureModel(CreaturePreTrainedModel):
         # No padding_idx: GPT-2's id 0 is "!", and every row of the table is a token like any other.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(CreatureDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.embed_norm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = CreatureRotaryEmbedding(config)
         # Behind the layers: tools that look at the first checkpointed layer are to meet one that always runs.
@@ -328,15 +342,23 @@ class CreatureModel(CreaturePreTrainedModel):
             # The residual stream is what a training step reads and writes most: keep it in the compute dtype.
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
 
-        # Only positions that the caller chose can mean packed documents. Handing over our own plain count would make
-        # compiled graphs materialise a mask, and lose the fast causal kernels.
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        # The norm brings the sum to one scale, however many senses it is made of.
+        hidden_states = first_states = self.embed_norm(hidden_states)
+
+        causal_mask = None
+        plain = attention_mask is None and position_ids is None and past_key_values is None
+        if not (plain and self.config._attn_implementation == "sdpa"):
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                # Only positions that the caller chose can mean packed documents.
+                position_ids=position_ids,
+            )
+        # Otherwise sdpa's own causal flag does it. transformers would say so too, except in compiled graphs before torch
+        # 2.14: there it writes out the mask, and training runs at 0.6 of the speed (docs/log.md).
+
         # After the mask: beside a cache, be it empty, transformers does not look for packed documents.
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -348,6 +370,7 @@ class CreatureModel(CreaturePreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
+                first_states,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,

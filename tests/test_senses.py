@@ -205,7 +205,7 @@ def test_no_contact_is_exactly_zero(model, batch):
     # Forces span decades.
     strong = values.clone()
     strong[..., 0] = 1e6
-    assert touch(points, surfaces, strong, mask).abs().max() < 100
+    assert touch(points, surfaces, strong, mask).abs().max() < 1000
 
 
 def test_encode_present_runs_on_the_present_ticks_only():
