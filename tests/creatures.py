@@ -88,6 +88,11 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
         for name, parameter in model.named_parameters():
             if name.endswith(("code_table", "position_embeddings", "cls_token")):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+            elif name.endswith("input_scale"):  # starts at zero
+                parameter.fill_(0.3)
+            elif name.endswith(("residual_scale", "input_scale")):
+                # Away from 1 and 0, and so that the last tick does not outweigh all that was said before it.
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) - 0.5)
     return model
 
 
