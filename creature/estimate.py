@@ -12,7 +12,7 @@ from creature.errors import UserError
 from creature.hardware import CARDS, card_name, triton_available
 
 OPTIMIZERS = ("muon", "adamw")
-# Bytes per weight alive in `optimizer._muon_step`, which stacks the matrices of one shape: nine stacks in fp32; on a GPU
+# Bytes per weight alive in `optimizer._muon_step`, which stacks the matrices of one shape: nine stacks in fp32; on GPUs
 # the iteration runs in bf16, and the compiler fuses the rest.
 MUON_TEMPORARIES = {"cpu": 36, "mps": 36, "cuda": 20}
 PRECISION_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}

@@ -254,7 +254,7 @@ def compiler_available(device: Device) -> tuple[bool, str]:
 
 
 # A CPU gains nothing from larger batches, and a dry run is to leave room on a small machine.
-CPU_BATCH_LIMIT = 2
+CPU_TOKEN_LIMIT = 4096
 CPU_MEMORY_LIMIT = 3e9
 
 
@@ -284,7 +284,7 @@ def fit_micro_batch(
 
     budget = device.free_bytes * (1 - margin)
     if device.kind == "cpu":
-        limit, budget = min(limit, CPU_BATCH_LIMIT), min(budget, CPU_MEMORY_LIMIT)
+        limit, budget = min(limit, max(1, CPU_TOKEN_LIMIT // block_size)), min(budget, CPU_MEMORY_LIMIT)
     batch = 1
     while batch <= limit:
         parts = memory_parts(

@@ -69,7 +69,7 @@ def main() -> None:
 
     settings = parse_settings((["--config", arguments.config] if arguments.config else []) + rest)
     from configuration_creature import CreatureConfig
-    from creature import estimate, hardware
+    from creature import estimate
 
     try:
         config = CreatureConfig(**settings.model)
@@ -93,6 +93,8 @@ def main() -> None:
     print_cards(config, block, rows, arguments.micro_batch, options, tokens, step_tokens)
     print(f"\nassumed: no run was measured on this card; {estimate.ASSUMED_MFU:.0%} of its peak rate is an assumption.")
     print("Memory is what the framework allocates; a batch fits when it leaves a tenth of the device's memory free.")
+    if arguments.activation_checkpointing:
+        print("Recomputing activations makes a step up to a third longer; the hours do not contain that.")
     if not tokens:
         print("Give --tokens, or max_steps in the configuration, for the hours of a run.")
 

@@ -1,0 +1,268 @@
+"""Is this machine ready to train? What it has, and the checklist before a real run.
+
+examples:
+  python scripts/check_environment.py --data data/corpus.bin
+  python scripts/check_environment.py --config configs/small_config.yaml --data data/corpus.bin
+
+Takes the flags of run_clm_creature.py and writes nothing. Every box that cannot be ticked says what to do. The exit
+code is 0 when all are ticked, else 1.
+"""
+
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036 (an older Python cannot read the rest of the project)
+    sys.exit("error: this Python is too old: install Python 3.10 or newer")
+
+import argparse
+import ast
+import importlib.util
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from creature.errors import UserError, run_main  # noqa: E402
+from creature.files import free_bytes  # noqa: E402
+
+TOKENS_MINIMUM, TOKENS_RECOMMENDED = 10_000_000, 100_000_000
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", help="YAML file of the run (default configs/text_only_config.yaml)")
+    parser.add_argument("--data", help="what the run is to train on")
+    parser.add_argument("--dry_run_dir", help="folder of the dry run to look at (default checkpoints/dry_run)")
+    return parser.parse_known_args()
+
+
+def main() -> int:
+    arguments, rest = parse_arguments()
+    checklist = Checklist()
+    if not checklist.tick("packages", check_packages):
+        return checklist.close()
+    print_machine()
+    settings = checklist.tick("configuration", lambda: check_configuration(arguments, rest))
+    checklist.tick("tokenizer", check_tokenizer)
+    if settings:
+        values, config = settings
+        plan = checklist.tick("memory", lambda: check_memory(values, config))
+        checklist.tick("data file", lambda: check_data(values, config))
+        checklist.tick("output folder", lambda: check_output(values))
+        checklist.tick("free disk", lambda: check_disk(values, config))
+        if plan:
+            checklist.tick("dry run", lambda: check_dry_run(arguments.dry_run_dir, config))
+    return checklist.close()
+
+
+class Checklist:
+    """Runs checks and prints a line each; a check returns (what it found, what it says) or raises UserError."""
+
+    def __init__(self):
+        self.lines, self.missing = [], 0
+
+    def tick(self, name: str, check: Callable[[], tuple]):
+        try:
+            found, text = check()
+            self.lines.append(f"[x] {name}: {text}")
+            return found
+        except (UserError, OSError) as error:
+            self.missing += 1
+            self.lines.append(f"[ ] {name}: {' '.join(str(error).split())}")
+            return None
+
+    def close(self) -> int:
+        print("checklist")
+        for line in self.lines:
+            print(f"  {line}")
+        if self.missing:
+            print(f"\nnot ready: {self.missing} of the boxes above {'is' if self.missing == 1 else 'are'} not ticked")
+            return 1
+        print("\nready: start with accelerate launch run_clm_creature.py")
+        return 0
+
+
+def requirements() -> list[str]:
+    """What the project needs, from its installed metadata, or from setup.py in a clone that is not installed."""
+    try:
+        return [line for line in metadata.requires("multimodal-creature") or [] if "extra ==" not in line]
+    except metadata.PackageNotFoundError:
+        for node in ast.walk(ast.parse((PROJECT / "setup.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "install_requires":
+                return ast.literal_eval(node.value)
+    raise AssertionError("setup.py names no requirements")
+
+
+def check_packages() -> tuple[bool, str]:
+    install = "pip install -c constraints.txt -e ."
+    if importlib.util.find_spec("packaging") is None:
+        raise UserError(f"packaging is missing: run `{install}` in {PROJECT}")
+    from packaging.requirements import Requirement
+
+    problems, shown = [], []
+    for line in requirements():
+        needed = Requirement(line)
+        try:
+            version = metadata.version(needed.name)
+        except metadata.PackageNotFoundError:
+            problems.append(f"{needed.name} is missing")
+            continue
+        if not needed.specifier.contains(version, prereleases=True):
+            problems.append(f"{needed.name} is {version}, needed is {needed.specifier}")
+        if needed.name in ("torch", "transformers", "datasets", "accelerate"):
+            shown.append(f"{needed.name} {version}")
+    if problems:
+        raise UserError(f"{'; '.join(problems)}: run `{install}` in {PROJECT}")
+    return True, ", ".join(shown)
+
+
+def print_machine() -> None:
+    import torch
+
+    from creature import hardware
+
+    device = hardware.device_info()
+    precision, why = hardware.choose_precision(device)
+    kernel, kernel_why = hardware.attention_kernel(device, precision)
+    works, compiler_why = hardware.compiler_available(device)
+    total, free = hardware.system_memory()
+    rate = hardware.peak_flops(device.name) if device.kind == "cuda" else None
+    count = f"{device.count} x " if device.count > 1 else ""
+    rows = {
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "device": f"{count}{device.name}" + (f", {rate / 1e12:.0f} TFLOP/s" if rate else ""),
+        "cores": f"{device.cores} for this process, {torch.get_num_threads()} threads in torch",
+        "memory": f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
+        "precision": f"{precision} ({why})",
+        "attention": f"{kernel} ({kernel_why})",
+        "torch.compile": f"{'works' if works else 'off'} ({compiler_why})",
+        "disk": f"{free_bytes('.') / 2**30:.1f} GiB free here",
+    }
+    if device.kind != "cpu":
+        rows["GPU memory"] = f"{device.free_bytes / 2**30:.1f} of {device.memory_bytes / 2**30:.1f} GiB free"
+    print("machine")
+    for name, text in rows.items():
+        print(f"  {name:<14} {text}")
+    print()
+
+
+def check_configuration(arguments: argparse.Namespace, rest: list[str]) -> tuple[tuple, str]:
+    from creature.args import parse_settings
+
+    flags = [*rest]
+    for name in ("config", "data"):
+        if getattr(arguments, name):
+            flags += [f"--{name}", getattr(arguments, name)]
+    settings = parse_settings(flags)
+    from configuration_creature import CreatureConfig
+
+    try:
+        config = CreatureConfig(**settings.model)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the model section is not valid: {error.__cause__ or error}") from error
+    from creature.estimate import count_parameters
+
+    counts = count_parameters(config)
+    name = arguments.config or "configs/text_only_config.yaml"
+    return (settings, config), f"{name}, {counts['total']:,} parameters, {counts['trainable']:,} of them trained"
+
+
+def check_tokenizer() -> tuple[bool, str]:
+    from creature.tokenizer import gpt2_hash
+
+    return True, f"GPT-2's vocabulary files are the published ones ({gpt2_hash()[:12]})"
+
+
+def check_memory(settings, config) -> tuple[object, str]:
+    from creature.machine import plan_run
+
+    plan = plan_run(settings, config)
+    return plan, (
+        f"micro-batch {plan.micro_batch} x {plan.block_size:,} tokens fits {plan.device.name}, "
+        f"accumulation {plan.accumulation} to {plan.tokens_per_step:,} tokens a step"
+    )
+
+
+def check_data(settings, config) -> tuple[bool, str]:
+    source = settings.data.get("data")
+    if not source:
+        raise UserError("none is named: make one with scripts/tokenize_corpus.py, and name it with --data")
+    path = Path(source)
+    tokens = path.suffix in (".bin", ".npy", ".pt") or (
+        path.is_dir() and any(file.suffix in (".bin", ".arrow") for file in path.rglob("*"))
+    )
+    if not tokens:
+        if not path.exists():
+            raise UserError(f"{source} is not here: check the path, or make it with scripts/tokenize_corpus.py")
+        return True, f"{source}, text; it is tokenized when the run begins"
+    from creature.data import load_splits
+
+    splits = load_splits(
+        source,
+        block_size=settings.data.get("block_size") or config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        tokenizer_name=settings.data.get("tokenizer_name", "gpt2"),
+    )
+    count = splits.info["tokens"]
+    advice = ""
+    if count < TOKENS_RECOMMENDED:
+        least = "the least to learn from is 10 M, " if count < TOKENS_MINIMUM else ""
+        advice = f" ({least}100 M and more are recommended)"
+    return True, f"{source}, {count:,} tokens{advice}"
+
+
+def check_output(settings) -> tuple[bool, str]:
+    from creature.checkpoints import check_output as check
+
+    folder = settings.training.get("output_dir", "checkpoints/text_only")
+    check(folder, dry_run=settings.dry_run, resume=bool(settings.resume), overwrite=settings.overwrite_output_dir)
+    return True, f"{folder} is free"
+
+
+def check_disk(settings, config) -> tuple[bool, str]:
+    """Weights and optimizer state for every checkpoint that is kept, the one being written, and the final model."""
+    from creature.estimate import count_parameters, memory_parts
+
+    training = settings.training
+    weights = 4 * count_parameters(config)["total"]
+    each = weights + memory_parts(config, 1, 8, "fp32", device_kind="cpu")["optimizer_state"]
+    steps, save_steps = max(training.get("max_steps", 1), 1), training.get("save_steps", 5000)
+    planned = int(-(-steps // save_steps)) if save_steps >= 1 else int(1 / save_steps)
+    kept = training.get("save_total_limit", 3)
+    # Beside those kept stand the one where the decay begins, and the one that is being written.
+    number = min(planned, kept) + 2 if kept else planned + 2
+    needed, folder = number * each + weights, training.get("output_dir", "checkpoints/text_only")
+    free = free_bytes(folder)
+    text = f"{number} checkpoints of {each / 1e9:.2f} GB and the final model take {needed / 1e9:.1f} GB"
+    if free < needed:
+        raise UserError(
+            f"{text}, and the disk of {folder} has {free / 1e9:.1f} GB: free some space, choose another --output_dir, "
+            "or keep fewer with --save_total_limit"
+        )
+    return True, f"{text}; {free / 1e9:.0f} GB are free"
+
+
+def check_dry_run(folder: str | None, config) -> tuple[bool, str]:
+    from creature.args import DRY_RUN_FOLDER
+    from creature.checkpoints import differences, read_run
+
+    folder = folder or DRY_RUN_FOLDER
+    command = "accelerate launch run_clm_creature.py --dry_run with the flags of the run"
+    run = read_run(folder)
+    if run is None:
+        raise UserError(f"none in {folder}: run {command}")
+    if run.get("dry_run") != "passed":
+        raise UserError(f"the one in {folder} did not pass: look at what it printed, and run {command} again")
+    changed = differences({"model": run["identity"].get("model", {})}, {"model": config.to_dict()})
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise UserError(f"the one in {folder} had another configuration ({changed[0]}{more}): run {command}")
+    return True, f"passed in {folder}, {run.get('started', '')}".rstrip(", ")
+
+
+if __name__ == "__main__":
+    run_main(main)
