@@ -445,7 +445,7 @@ def test_frozen_parts(batch):
         alive = tuple(f"model.senses.{sense}." for sense in senses)
         alive += tuple(f"streams.{stream}." for stream in streams)
         alive += tuple(f"model.senses.{copies[stream]}." for stream in streams if stream in copies)
-        alive += ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")
+        alive += ("model.embed_tokens.", "model.embed_norm.", "model.layers.", "model.norm.", "lm_head.")
         for name, parameter in model.named_parameters():
             assert parameter.requires_grad == name.startswith(alive), (name, senses, streams)
         step = training_step(model, batch)
