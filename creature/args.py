@@ -1,7 +1,7 @@
 """Settings of a run: a YAML file with the sections model, data and training first, flags on top.
 
-Reading them imports neither torch nor transformers, so that `--help` and a wrong flag answer at once: which fields there
-are, and of which type, is read from the source of the dataclasses (`CreatureConfig`, `DataArguments` and
+Reading them imports neither torch nor transformers, so that `--help` and a wrong flag answer at once: which fields
+there are, and of which type, is read from the source of the dataclasses (`CreatureConfig`, `DataArguments` and
 `CreatureTrainingArguments`) without running it. The dataclasses themselves are built afterwards, by HfArgumentParser.
 """
 
@@ -84,7 +84,7 @@ class DataArguments:
         default="gpt2", metadata={"help": "gpt2 (from the installed package, no network), a folder, or a Hub name."}
     )
     block_size: int | None = field(
-        default=None, metadata={"help": "Tokens in one training sample; the model's max_position_embeddings by default."}
+        default=None, metadata={"help": "Tokens in a training sample; max_position_embeddings by default."}
     )
     validation_fraction: float = field(
         default=0.005, metadata={"help": "Share of the documents held out where the data has no validation split."}
@@ -313,7 +313,7 @@ def build_parser(fields: dict[str, FieldInfo]) -> argparse.ArgumentParser:
     """The command line: the job's own flags, then every field of the three sections, as text."""
     parser = argparse.ArgumentParser(
         prog="run_clm_creature.py",
-        usage="accelerate launch run_clm_creature.py [--config FILE] [--data DATA] [--dry_run] [--resume] [--FIELD VALUE ...]",
+        usage="accelerate launch run_clm_creature.py [--config FILE] [--data DATA] [--dry_run] [--resume] [--FIELD X]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         description="Train a MultiModalCreature on text. Settings come from --config; any field is also a flag, with "

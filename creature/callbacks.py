@@ -206,10 +206,10 @@ class FiniteGuard(TrainerCallback):
 
     def _stop(self, step: int, output_dir: str) -> None:
         kept = list_checkpoints(output_dir)
-        where = f"the last good checkpoint is {kept[-1].name}: --resume it" if kept else "no checkpoint yet: start again"
+        last = f"the last good checkpoint is {kept[-1].name}: --resume it" if kept else "no checkpoint yet: start again"
         raise UserError(
-            f"the gradient became NaN or infinite in step {step}, and the run stopped before the weights changed; {where} "
-            "with a lower --learning_rate (and --accept_changes), or look at the data and at fp16, which overflows"
+            f"the gradient became NaN or infinite in step {step}, and the run stopped before the weights changed; "
+            f"{last} with a lower --learning_rate (and --accept_changes), or look at the data, and at fp16 if it is on"
         )
 
 
@@ -293,7 +293,7 @@ class HealthAdvice(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log to metrics.jsonl, one JSON object a line; time goes on where an earlier part of the run ended."""
+    """Appends every log to metrics.jsonl, one JSON object a line; time goes on over a resume."""
 
     keys = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "samples_per_second", "mfu", "epoch")
 

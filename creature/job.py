@@ -79,7 +79,7 @@ def build_data(settings: Settings, plan: Plan, config: CreatureConfig, args) -> 
     if splits.validation is None or not len(splits.validation):
         splits = replace(splits, validation=None)
         if "eval_strategy" in settings.given and args.eval_strategy != "no":
-            raise UserError("there is no validation text to evaluate on: raise --validation_fraction, or --eval_strategy no")
+            raise UserError("no validation text to evaluate on: raise --validation_fraction, or use --eval_strategy no")
         args.eval_strategy = transformers.trainer_utils.IntervalStrategy("no")
         plan.notes.append("no validation text, so nothing is evaluated; --validation_fraction holds some out")
     elif limit and limit < len(splits.validation):
@@ -128,7 +128,7 @@ def resume_point(settings: Settings, folder: str, args, old: dict | None, steps:
     for name, why in skipped:
         print(f"skipped {name}: {why}", flush=True)
     if at_most is not None and checkpoints.step_of(checkpoint) > at_most:
-        raise UserError(f"{checkpoint.name} is past step {at_most}, where the rate began to fall: --resume without a value")
+        raise UserError(f"{checkpoint.name} is past step {at_most}, where the rate began to fall: give a bare --resume")
     step = checkpoints.step_of(checkpoint)
     if step >= steps and old.get("status") == "finished":
         raise UserError(f"the run has its {steps} steps already: give more --max_steps to extend it")
@@ -154,7 +154,7 @@ def check_identity(old: dict, new: dict, accept: bool) -> None:
     ) if old["identity"]["max_steps"] == new["identity"]["max_steps"] else []  # fmt: skip
     model = [text for text in found if text.startswith("model.")]
     if model:
-        raise UserError(f"the checkpoint is of another configuration: {'; '.join(model)}; use the one it was trained with")
+        raise UserError(f"the checkpoint is of another configuration: {'; '.join(model)}; resume it with its own")
     if found and not accept:
         raise UserError(f"this run is not the one to resume: {'; '.join(found)}; --accept_changes goes on all the same")
     for text in found:
@@ -180,7 +180,9 @@ def build_model(config: CreatureConfig, args) -> MultiModalCreature:
     return model
 
 
-def build_trainer(settings: Settings, data: DataArguments, run: dict, args, model, splits, tokenizer, seconds_before: float):
+def build_trainer(
+    settings: Settings, data: DataArguments, run: dict, args, model, splits, tokenizer, seconds_before: float
+):
     """The Trainer with everything that watches the run."""
     throughput = Throughput(run["flops_per_token"], run["peak_flops"])
     launcher = find_launcher()
@@ -205,7 +207,9 @@ def build_trainer(settings: Settings, data: DataArguments, run: dict, args, mode
         trainer.protected_steps.add(run["decay_start"])
         trainer.add_callback(DecayCheckpoint(run["decay_start"]))
     if args.sample_steps:
-        trainer.add_callback(Samples(lambda prompt: sample(trainer.model, tokenizer, prompt), data.prompt, args.sample_steps))
+        trainer.add_callback(
+            Samples(lambda prompt: sample(trainer.model, tokenizer, prompt), data.prompt, args.sample_steps)
+        )
     return trainer
 
 
@@ -220,7 +224,8 @@ def train(trainer: CreatureTrainer, plan: Plan, config: CreatureConfig, checkpoi
         if not _is_out_of_memory(error):
             raise
         fits = fit_micro_batch(config, plan.block_size, plan.device, plan.precision, compiled=plan.compiled)
-        smaller = max((d for d in range(1, plan.micro_batch) if plan.micro_batch % d == 0 and d <= max(fits, 1)), default=0)
+        divisors = [d for d in range(1, plan.micro_batch) if plan.micro_batch % d == 0]
+        smaller = max((d for d in divisors if d <= max(fits, 1)), default=0)
         remedy = (
             f"use --per_device_train_batch_size {smaller} (the tokens of a step stay {plan.tokens_per_step:,})"
             if smaller
@@ -303,7 +308,9 @@ def check_saved(model, checkpoint: Path, dataset) -> None:
     with torch.no_grad():
         same = torch.equal(trained(ids).logits.float(), loaded(ids).logits.float())
     if not same:
-        raise UserError(f"the model read back from {checkpoint} gives other logits than the trained one: a bug, report it")
+        raise UserError(
+            f"the model read back from {checkpoint} gives other logits than the trained one: report this bug"
+        )
 
 
 def _plot(folder: Path) -> None:

@@ -19,6 +19,8 @@ import yaml
 
 from creature.errors import UserError, run_main
 
+LAUNCH_WORDS = ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")
+
 
 @dataclass(frozen=True)
 class Launcher:
@@ -40,11 +42,13 @@ def find_launcher() -> Launcher | None:
     except psutil.Error:
         return None
     names = [os.path.basename(word).removesuffix(".exe") for word in words]
-    if not any(name.startswith("accelerate") for name in names[:4]) or "launch" not in names:
+    # `accelerate launch`, `accelerate-launch`, `python -m accelerate.commands.launch` and the like
+    begin = next((i for i, name in enumerate(names[:5]) if name in LAUNCH_WORDS), None)
+    if begin is None or not any("accelerate" in word for word in words[:4]):
         return None
     own = [os.path.basename(word) for word in sys.argv[:1]]
     end = names.index(own[0]) if own and own[0] in names else len(words)  # what follows is for the script
-    options = words[names.index("launch") + 1 : end]
+    options = words[begin + 1 : end]
     quiet = bool({"-q", "--quiet"} & set(options))
     return Launcher(os.getppid(), _count_processes(options), quiet)
 

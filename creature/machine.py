@@ -153,8 +153,8 @@ def _plan_batch(plan: Plan, settings: Settings, config, resumed: dict | None) ->
         scaled = micro * accumulation * world * block
         if tokens is None or scaled < tokens:
             plan.notes.append(
-                f"dry run on a CPU: micro-batch {micro} and accumulation {accumulation} instead of {tokens or 65_536:,} "
-                "tokens a step; --tokens_per_step or --per_device_train_batch_size overrides it"
+                f"dry run on a CPU: micro-batch {micro} and accumulation {accumulation} instead of "
+                f"{tokens or 65_536:,} tokens a step; --tokens_per_step or --per_device_train_batch_size overrides it"
             )
             tokens = scaled
     tokens = tokens or 65_536

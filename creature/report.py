@@ -105,7 +105,7 @@ def run_table(run: dict) -> str:
     expected = f"{format_seconds(left)} (scripts/estimate.py says why)" if left else "told by the log lines"
     held_out = data.get("validation_tokens") or 0
     rows = {
-        "run": f"{'dry run' if run['kind'] == 'dry_run' else 'run'} in {run['output_dir']}, settings of {run['config']}",
+        "run": f"{run['kind'].replace('_', ' ')} in {run['output_dir']}, settings of {run['config']}",
         "parameters": f"{parameters['total']:,} total, {parameters['trainable']:,} trainable",
         "": parts,
         "FLOPs per token": f"{run['flops_per_token']:.4g} (forward and backward)",

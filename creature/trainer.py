@@ -1,4 +1,4 @@
-"""CreatureTrainer: the Hugging Face Trainer with per-stream losses, exact counts, true numbers and whole checkpoints."""
+"""CreatureTrainer: the Hugging Face Trainer with per-stream losses, true numbers and whole checkpoints."""
 
 import contextlib
 import copy
@@ -52,7 +52,7 @@ class CreatureTrainer(Trainer):
         for callback in (self.throughput, self.signals, _TrainBegin(self._restore_window)):
             self.add_callback(callback)
         self.compute_metrics = self.compute_metrics or self._text_metrics
-        self._byte_lengths = np.ones(self.model.config.vocab_size, dtype=np.int64) if byte_lengths is None else byte_lengths
+        self._byte_lengths = np.ones(model.config.vocab_size, np.int64) if byte_lengths is None else byte_lengths
         self._stream_losses = torch.zeros(len(STREAMS), device=self.args.device)
         self._stream_steps = torch.zeros(len(STREAMS), device=self.args.device)
         self._aside: Path | None = None
@@ -124,8 +124,9 @@ class CreatureTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         args = self.args
         if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-            warmup, decay = schedule_steps(args, num_training_steps)
-            args.lr_scheduler_kwargs = {"decay_type": "linear", **(args.lr_scheduler_kwargs or {}), "num_decay_steps": decay}
+            decay = schedule_steps(args, num_training_steps)[1]
+            given = args.lr_scheduler_kwargs or {}
+            args.lr_scheduler_kwargs = {"decay_type": "linear", **given, "num_decay_steps": decay}
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

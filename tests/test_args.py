@@ -130,7 +130,11 @@ def test_the_configurations_are_valid_and_state_their_true_size(path):
 
     settings = parse_settings(["--config", str(path)])
     counts = count_parameters(CreatureConfig(**settings.model))
-    assert f"# Parameters: {counts['total']:,} in all, {counts['text_only']:,} of them text only" in path.read_text()
+    line = (
+        f"# Parameters: {counts['total']:,} in all, {counts['text_only']:,} of them text only "
+        f"(token table {counts['token_table']:,}, body {counts['body']:,})."
+    )
+    assert line in path.read_text().splitlines()
 
 
 def test_the_default_configuration_is_the_guides():
@@ -146,11 +150,11 @@ def test_help_and_a_wrong_flag_answer_without_heavy_imports():
     code = (
         "import sys, runpy\n"
         "sys.argv = ['run_clm_creature.py'] + sys.argv[1:]\n"
-        "try:\n    runpy.run_path({!r}, run_name='__main__')\n"
+        f"try:\n    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
         "except SystemExit as end:\n"
         "    heavy = [name for name in ('torch', 'transformers', 'datasets') if name in sys.modules]\n"
         "    print('exit', end.code, 'heavy', heavy)\n"
-    ).format(str(SCRIPT))
+    )
     for flag, exit_code in (("--help", 0), ("--no_such_flag", 1)):
         start = time.monotonic()
         done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True, cwd=PROJECT)

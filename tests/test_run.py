@@ -1,0 +1,314 @@
+"""The job as a user runs it, on a micro creature: dry run, real run, resume, two processes, and every bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import run_clm_creature
+from creature import checkpoints
+from creature.args import Settings, parse_settings
+from creature.errors import UserError
+from creature.machine import plan_run
+
+PROJECT = Path(run_clm_creature.__file__).parent
+MICRO = {
+    "model": dict(
+        vocab_size=50304, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32, attention_dropout=0.1, sense_hidden_size=8, vision_image_size=8,
+        vision_patch_size=4, vision_hidden_size=8, vision_num_layers=1, vision_num_heads=2, num_touch_points=8,
+        touch_embedding_size=4, num_audio_codebooks=2, audio_codebook_size=16, audio_code_size=8,
+        depth_hidden_size=8, depth_num_layers=1, depth_num_heads=2, num_joints=3, num_blend_shapes=4,
+    ),
+    "training": dict(
+        tokens_per_step=128, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=3, save_steps=8,
+        eval_steps=100, warmup_steps=2, decay_steps=0.25, cpu_threads=1,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder to run in, with a micro configuration and 2,000 tokens that can be learned."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "micro.yaml").write_text(yaml.safe_dump(MICRO))
+    ids = np.random.default_rng(0).integers(0, 40, 2000).cumsum() % 300
+    ids.astype(np.uint16).tofile(tmp_path / "corpus.bin")
+    return tmp_path
+
+
+def run(monkeypatch, *flags):
+    """The whole script in this process."""
+    command = ["run_clm_creature.py", "--config", "micro.yaml", "--data", "corpus.bin", *map(str, flags)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert run_clm_creature.main() == 0
+
+
+def start(*flags, launcher=(), **options):
+    command = [*(launcher or [sys.executable]), str(PROJECT / "run_clm_creature.py"), "--config", "micro.yaml"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    return subprocess.Popen(
+        [*command, "--data", "corpus.bin", *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, **options,
+    )  # fmt: skip
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_same_weights(first, second):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def curve(folder, key="loss"):
+    return {entry["step"]: entry[key] for entry in checkpoints.read_metrics(folder) if key in entry}
+
+
+def test_a_dry_run_checks_everything_and_can_be_repeated(place, monkeypatch, capsys):
+    (place / "checkpoints" / "text_only").mkdir(parents=True)
+    keep = place / "checkpoints" / "text_only" / "precious"
+    keep.write_text("a real run")
+    for _ in range(2):
+        run(monkeypatch, "--max_steps", 10)
+        output = capsys.readouterr().out
+        assert "dry run passed" in output and "continuation: Once upon a time" in output
+    assert keep.read_text() == "a real run"
+    folder = place / "checkpoints" / "dry_run"
+    described = json.loads((folder / "run.json").read_text())
+    assert described["dry_run"] == "passed" and described["status"] == "finished" and described["kind"] == "dry_run"
+    counted = sum(value.numel() for value in weights(folder).values())
+    assert described["parameters"]["total"] == counted > described["parameters"]["trainable"] > 0
+    for name in ("loss.png", "throughput.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    card = (folder / "README.md").read_text()
+    assert "validation loss" in card and "trust_remote_code" in card
+    assert "micro-batch 2 x block 32 x accumulation" in output and "parameters" in output
+
+    code = (
+        "import sys\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "assert not any('creature' in name for name in sys.modules)\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "print(type(model).__name__, len(AutoTokenizer.from_pretrained(sys.argv[1])))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(folder)], cwd=place, capture_output=True, text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "hf")},
+    )  # fmt: skip
+    assert done.stdout.startswith("MultiModalCreature 50259"), done.stderr[-500:]
+
+
+def test_a_stopped_run_resumes_to_the_same_weights_and_the_same_log(place, monkeypatch, capsys):
+    run(monkeypatch, "--max_steps", 12, "--output_dir", "whole")
+    process = None
+    monkeypatch.setattr("creature.callbacks.StopSignals.poll", lambda self: bool(process))
+
+    def stop(self, args, state, control, **kwargs):
+        nonlocal process
+        process = state.global_step == 5
+        return original(self, args, state, control, **kwargs)
+
+    from creature.callbacks import StopSignals
+
+    original = StopSignals.on_step_end
+    monkeypatch.setattr(StopSignals, "on_step_end", stop)
+    run(monkeypatch, "--max_steps", 12, "--output_dir", "broken")
+    assert "stopped after step 5 and saved; go on with: " in capsys.readouterr().out
+    assert json.loads(Path("broken/run.json").read_text())["status"] == "stopped"
+    monkeypatch.setattr(StopSignals, "on_step_end", original)
+    process = None
+    with pytest.raises(UserError, match="unfinished run with checkpoint-5.*--resume"):
+        run(monkeypatch, "--max_steps", 12, "--output_dir", "broken")
+    truncated = Path("broken/checkpoint-9")
+    truncated.mkdir()
+    run(monkeypatch, "--max_steps", 12, "--output_dir", "broken", "--resume")
+    assert "skipped checkpoint-9" in capsys.readouterr().out
+    assert_same_weights("whole", "broken")
+    assert curve("whole") == curve("broken")
+
+
+def test_a_finished_run_is_extended_as_if_it_had_been_longer_from_the_start(place, monkeypatch):
+    run(monkeypatch, "--max_steps", 12, "--output_dir", "short", "--logging_steps", 1)
+    with pytest.raises(UserError, match="has its 12 steps already"):
+        run(monkeypatch, "--max_steps", 12, "--output_dir", "short", "--resume")
+    run(monkeypatch, "--max_steps", 16, "--output_dir", "short", "--logging_steps", 1, "--resume")
+    run(monkeypatch, "--max_steps", 16, "--output_dir", "long", "--logging_steps", 1)
+    assert_same_weights("short", "long")
+    rates = curve("short", "learning_rate")
+    assert rates == curve("long", "learning_rate")
+    assert all(abs(rates[step] - rates[step - 1]) <= 0.5e-2 for step in range(2, 17))
+
+
+def test_what_differs_from_the_run_to_resume_is_spelled_out(place, monkeypatch, capsys):
+    run(monkeypatch, "--max_steps", 12, "--output_dir", "a", "--save_steps", 4)
+    saved = json.loads(Path("a/run.json").read_text())
+    checkpoints.write_run("a", saved | {"status": "stopped"})
+    for path in ("a/checkpoint-12", "a/checkpoint-9"):
+        if Path(path).exists():
+            checkpoints.shutil.rmtree(path)
+    again = ("--max_steps", 12, "--output_dir", "a", "--resume")
+    with pytest.raises(UserError, match="micro_batch was 2 and is now 1"):
+        run(monkeypatch, *again, "--per_device_train_batch_size", 1)
+    with pytest.raises(UserError, match="learning_rate was 0.01 and is now 0.001.*--accept_changes"):
+        run(monkeypatch, *again, "--learning_rate", 1e-3)
+    with pytest.raises(UserError, match="another configuration: model.intermediate_size was 32 and is now 64"):
+        run(monkeypatch, *again, "--intermediate_size", 64)
+    other = np.fromfile("corpus.bin", dtype=np.uint16)[::-1]
+    other.tofile("corpus.bin")
+    with pytest.raises(UserError, match="data_hash was"):
+        run(monkeypatch, *again)
+    other[::-1].tofile("corpus.bin")
+    run(monkeypatch, *again, "--learning_rate", 1e-3, "--accept_changes")
+    assert "accepted: learning_rate" in capsys.readouterr().out
+    assert curve("a", "learning_rate")[12] < 1e-3
+
+
+def test_two_processes_give_the_curve_of_one_with_twice_the_accumulation(place, monkeypatch):
+    settings = ("--max_steps", 6, "--logging_steps", 1, "--eval_steps", 6, "--attention_dropout", "0.0")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    pair = start(*settings, "--output_dir", "two", "--per_device_train_batch_size", 1, launcher=launcher)
+    run(monkeypatch, *settings, "--output_dir", "one", "--per_device_train_batch_size", 1)
+    output, errors = pair.communicate(timeout=200)
+    assert pair.returncode == 0, errors[-1000:]
+    assert "x accumulation 2 x 2 process(es)" in output and output.count("step      1/6") == 1
+    described = [json.loads(Path(name, "run.json").read_text())["identity"] for name in ("one", "two")]
+    assert [own["world_size"] for own in described] == [1, 2]
+    assert [own["accumulation"] for own in described] == [4, 2]
+    for key in ("loss", "loss_internal_text", "grad_norm", "eval_loss", "eval_accuracy", "tokens"):
+        assert curve("one", key) == pytest.approx(curve("two", key), rel=1e-4), key
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send SIGTERM to be caught")
+def test_sigterm_saves_and_leaves_with_0_and_the_way_to_go_on(place):
+    process = start("--max_steps", 5000, "--output_dir", "run", "--logging_steps", 1)
+    for line in process.stdout:
+        if line.startswith("step      2/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "saved; go on with:" in output and "--resume" in output
+    newest, skipped = checkpoints.newest_complete("run")
+    assert newest is not None and not skipped
+
+
+def test_errors_end_in_one_sentence_and_exit_code_1(place):
+    began = time.monotonic()
+    process = start("--max_steps", 10, "--data", "nowhere.bin")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    lines = [line for line in errors.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "nowhere.bin" in lines[0]
+    assert not (place / "checkpoints").exists() and time.monotonic() - began < 60
+
+
+def test_a_failing_rank_ends_all_of_them(place):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--quiet"]
+    process = start("--max_steps", 10, "--data", "nowhere.bin", launcher=launcher)
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert "error: " in errors and "nowhere.bin" in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data", "empty.bin"], "empty"),
+        (["--data", "odd.bin"], "odd"),
+        (["--data", "large.bin"], "id 60000 at position 3"),
+        (["--data", "short.bin"], "block"),
+        (["--data", "latin.txt"], "UTF-8"),
+        (["--data", "list.pt"], "list.pt"),
+        (["--hidden_size", "17"], "hidden_size"),
+        (["--vocab_size", "100"], "vocab"),
+        (["--use_cpu", "false"], "there is none"),
+        (["--lr_scheduler_type", "linar"], "linar"),
+        (["--fp16"], "fp16"),
+        (["--per_device_train_batch_size", "3"], "does not divide the 4 blocks"),
+        (["--tokens_per_step", "100"], "--tokens_per_step 96"),
+        (["--output_dir", "corpus.bin"], "is a file"),
+        (["--tokenizer_name", "no_tokenizer"], "tokenizer"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_written(place, monkeypatch, flags, words):
+    if "--use_cpu" in flags and (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        pytest.skip("there is a GPU")
+    Path("empty.bin").write_bytes(b"")
+    Path("odd.bin").write_bytes(b"\x01\x00\x02")
+    np.array([1, 2, 3, 60000] * 100, dtype=np.uint16).tofile("large.bin")
+    np.arange(20, dtype=np.uint16).tofile("short.bin")
+    Path("latin.txt").write_bytes(b"caf\xe9 \xff\xfe" * 200)
+    torch.save([1, 2, 3], "list.pt")
+    Path("no_tokenizer").mkdir()
+    with pytest.raises(UserError) as caught:
+        run(monkeypatch, "--max_steps", 20, "--output_dir", "out", *flags)
+    assert words in str(caught.value)
+    assert not Path("out").exists()
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    settings, config = parse_settings(["--max_steps", "20"]), SimpleNamespace(max_position_embeddings=2048)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=7 names a GPU that is not there"):
+        plan_run(settings, config)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    if not torch.backends.mps.is_available():
+        with pytest.raises(UserError, match="4 processes were started to train on GPUs"):
+            plan_run(settings, config)
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ({}, (65536, 2, 16)),  # what fits, and the accumulation that follows
+        ({"per_device_train_batch_size": 8}, (65536, 8, 4)),
+        ({"gradient_accumulation_steps": 4}, (65536, 8, 4)),
+        ({"tokens_per_step": 4096, "per_device_train_batch_size": 2}, (4096, 2, 1)),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, (16384, 4, 2)),
+    ],
+)
+def test_the_batch_is_counted_in_tokens(monkeypatch, training, expected):
+    monkeypatch.setattr("creature.machine.fit_micro_batch", lambda *args, **kwargs: 3)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    settings = Settings(training={"use_cpu": True, "max_steps": 50} | training, given=set(training))
+    plan = plan_run(settings, SimpleNamespace(max_position_embeddings=2048))
+    assert (plan.tokens_per_step, plan.micro_batch, plan.accumulation) == expected
+
+
+def test_a_dry_run_on_a_cpu_says_what_it_scaled_down(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    settings = parse_settings(["--dry_run", "--use_cpu"])
+    plan = plan_run(settings, SimpleNamespace(max_position_embeddings=2048))
+    assert (plan.tokens_per_step, plan.micro_batch, plan.accumulation) == (2048, 1, 1)
+    assert any("instead of 65,536 tokens" in note and "--tokens_per_step" in note for note in plan.notes)
+
+
+def test_out_of_memory_names_the_batch_that_fits(place, monkeypatch):
+    from creature.trainer import CreatureTrainer
+
+    def explode(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(CreatureTrainer, "train", explode)
+    with pytest.raises(UserError, match="micro-batch 4: use --per_device_train_batch_size [12] "):
+        run(monkeypatch, "--max_steps", 20, "--output_dir", "out", "--per_device_train_batch_size", 4)
+
+
+def test_without_validation_text_nothing_is_evaluated_and_that_is_said(place, monkeypatch, capsys):
+    run(monkeypatch, "--max_steps", 2, "--output_dir", "out", "--validation_fraction", "0.0")
+    assert "no validation text" in capsys.readouterr().out
+    assert not curve("out", "eval_loss")
