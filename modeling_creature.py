@@ -577,7 +577,9 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         code_table = self.model.senses.own_voice.code_table
         sums = {}
         if weights["internal_text"] and targets["labels"] is not None:
-            sums["internal_text"] = text_loss(self.config, hidden, self.lm_head.weight, targets["labels"])
+            # Spread over devices (a DTensor), the head's weight is whole only within the head's own forward.
+            head = self.lm_head if hasattr(self.lm_head.weight, "device_mesh") else self.lm_head.weight
+            sums["internal_text"] = text_loss(self.config, hidden, head, targets["labels"])
         if weights["external_text"] and targets["external_text_labels"] is not None:
             sums["external_text"] = self.streams.external_text.loss(hidden, table, targets["external_text_labels"])
         if weights["audio"] and targets["audio_labels"] is not None:

@@ -30,18 +30,21 @@ def text_target_weights(config: CreatureConfig, labels: torch.Tensor) -> torch.T
 
 
 def text_loss(
-    config: CreatureConfig, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+    config: CreatureConfig, hidden: torch.Tensor, head: torch.Tensor | nn.Module, labels: torch.Tensor
 ) -> torch.Tensor:
     """
     Sum of the next-token losses of a text stream.
 
-    hidden: [B, T, hidden_size] of ticks 0..T-1. weight: [vocab_size, hidden_size]. labels: [B, T], unshifted, or
-    [B, T + 1] where the tick after the last is known too.
+    hidden: [B, T, hidden_size] of ticks 0..T-1. head: its weight [vocab_size, hidden_size], or a module that makes the
+    logits, all of them at once. labels: [B, T], unshifted, or [B, T + 1] where the tick after the last is known too.
     """
     # A last tick without a target gets one of weight 0, so that `hidden` is used whole, without a copy.
     targets = F.pad(labels[:, 1:], (0, hidden.shape[1] + 1 - labels.shape[1]), value=IGNORE_INDEX).reshape(-1)
     weights = text_target_weights(config, targets)
-    return linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), weight, targets.clamp(min=0), weights)
+    if isinstance(head, nn.Module):
+        logits = head(hidden).flatten(0, 1).float()
+        return F.cross_entropy(logits, targets.clamp(min=0), reduction="none") @ weights
+    return linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets.clamp(min=0), weights)
 
 
 def count_targets(config: CreatureConfig, batch: dict) -> torch.Tensor:
