@@ -83,7 +83,8 @@ def _count(config_json: str, config_class: type) -> SimpleNamespace:
     table = model.model.embed_tokens.weight.numel()
     head = 0 if model.lm_head.weight is model.model.embed_tokens.weight else model.lm_head.weight.numel()
     layers = list(model.model.layers.parameters())
-    body = total(layers) + total(model.model.norm.parameters())
+    senses = total(model.model.senses.parameters())
+    body = total(model.model.parameters()) - table - senses
     stacks = Counter()
     for parameter in layers:
         if parameter.ndim == 2:
@@ -94,7 +95,7 @@ def _count(config_json: str, config_class: type) -> SimpleNamespace:
         body=body,
         body_matrices=total(parameter for parameter in layers if parameter.ndim == 2),
         head=head,
-        senses=total(model.model.senses.parameters()),
+        senses=senses,
         streams=total(model.streams.parameters()),
         text_only=table + body + head,
         trainable=total(trainable),
@@ -154,7 +155,10 @@ def memory_parts(
         recomputed = tokens * per_layer
     else:
         activations, recomputed = tokens * layers * per_layer, 0
-    activations += tokens * (_norm_bytes(config.hidden_size, wide, device_kind, compiled) + wide * config.hidden_size)
+    # Beside the layers: the norms before and behind them, and the backbone's input, which every layer sees.
+    activations += (
+        tokens * 2 * (_norm_bytes(config.hidden_size, wide, device_kind, compiled) + wide * config.hidden_size)
+    )
     parts = {
         "weights": 4 * inventory.total,
         "gradients": 4 * inventory.trainable,
@@ -187,6 +191,7 @@ def layer_bytes_per_token(config, precision: str, device_kind: str = "cuda", com
 
     Eager (d hidden_size, q and k the widths of queries and keys, f intermediate_size, w bytes of the compute dtype):
 
+    - the residual before the layer's scales, w d;
     - two norms of the residual: their input in fp32, 4 d each, and their output, w d each, which projections read;
     - the norms of queries and keys: 4 (q + k); what attention keeps: w (q + 2 k + q) and 4 bytes per head;
     - the MLP: the activation's own input and output, 2 w f; squared ReLU under CUDA's autocast runs in fp32, which adds
@@ -201,7 +206,7 @@ def layer_bytes_per_token(config, precision: str, device_kind: str = "cuda", com
     heads = config.num_attention_heads + config.num_key_value_heads
     if compiled:
         return wide * (2 * d + 2 * q + 2 * k + f) + 4 * (2 + heads + config.num_attention_heads)
-    norms = 2 * _norm_bytes(d, wide, device_kind) + 2 * wide * d
+    norms = 2 * _norm_bytes(d, wide, device_kind) + 3 * wide * d
     head_norms = _norm_bytes(q, wide, device_kind) + _norm_bytes(k, wide, device_kind) + 4 * (heads - 2)
     attention = wide * (2 * q + 2 * k) + 4 * config.num_attention_heads
     mlp = 2 * wide * f

@@ -162,6 +162,8 @@ def _plot(run_folders: list, output: str | Path, x: str, panels: tuple[str, ...]
 
 
 def _draw(runs: list, x: str, panels: tuple[str, ...]):
+    from matplotlib.ticker import MaxNLocator
+
     x_label, scale = _time_unit(runs) if x == "time" else (x, 1.0)
     heights = [3.0 if panel == "loss" else 1.2 for panel in panels]
     figure = _new_figure(8.4, 1.1 + 1.45 * sum(heights))
@@ -174,6 +176,7 @@ def _draw(runs: list, x: str, panels: tuple[str, ...]):
     if len(runs) > 1 and panels[0] != "loss":
         grid[0].legend(loc="lower right", fontsize=9)
     grid[-1].set_xlabel(x_label)
+    grid[-1].xaxis.set_major_locator(MaxNLocator(nbins=9, integer=x != "time"))
     grid[-1].xaxis.set_major_formatter(_count_formatter())
     grid[-1].margins(x=0.02)
     return figure

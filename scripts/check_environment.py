@@ -16,6 +16,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 (an older Python cannot read the r
 import argparse
 import ast
 import importlib.util
+import json
 import platform
 from collections.abc import Callable
 from importlib import metadata
@@ -257,7 +258,8 @@ def check_dry_run(folder: str | None, config) -> tuple[bool, str]:
         raise UserError(f"none in {folder}: run {command}")
     if run.get("dry_run") != "passed":
         raise UserError(f"the one in {folder} did not pass: look at what it printed, and run {command} again")
-    changed = differences({"model": run["identity"].get("model", {})}, {"model": config.to_dict()})
+    own = json.loads(json.dumps(config.to_dict(), default=str))  # as it reads in a file
+    changed = differences({"model": run["identity"].get("model", {})}, {"model": own})
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise UserError(f"the one in {folder} had another configuration ({changed[0]}{more}): run {command}")

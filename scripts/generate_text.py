@@ -81,7 +81,7 @@ def main() -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
-    inputs = torch.tensor([ids], device=device.kind)
+    inputs, text_only = torch.tensor([ids], device=device.kind), _text_only(model.config, tokenizer)
     started, made = time.perf_counter(), 0
     for sample in range(arguments.num_samples):
         if sample:
@@ -95,7 +95,7 @@ def main() -> None:
                 max_new_tokens=new_tokens,
                 streamer=streamer,
                 pad_token_id=tokenizer.pad_token_id,
-                suppress_tokens=_not_text(model.config, tokenizer),
+                logits_processor=[text_only],
                 repetition_penalty=arguments.repetition_penalty,
                 **_sampling(arguments),
             )
@@ -115,11 +115,16 @@ def _sampling(arguments: argparse.Namespace) -> dict:
     }
 
 
-def _not_text(config, tokenizer) -> list[int] | None:
-    """Ids that stand for no text: NULL, padding and the spare rows of the table."""
+def _text_only(config, tokenizer):
+    """A logits processor that never lets ids win that stand for no text: NULL, padding, spare rows of the table."""
     spare = set(range(len(tokenizer), config.vocab_size))
-    ids = spare | ({config.null_token_id, config.pad_token_id} - {None, config.eos_token_id})
-    return sorted(ids) or None
+    ids = sorted(spare | ({config.null_token_id, config.pad_token_id} - {None, config.eos_token_id}))
+
+    def process(input_ids, scores):
+        scores[:, ids] = float("-inf")
+        return scores
+
+    return process
 
 
 if __name__ == "__main__":

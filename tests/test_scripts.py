@@ -100,7 +100,6 @@ def test_help_and_wrong_flags_answer_at_once(name, tmp_path):
     )
     assert done.returncode == 0 and "examples:" in done.stdout and not done.stderr
     assert time.perf_counter() - start < 2
-    assert "torch" not in sys.modules or True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,8 +135,8 @@ def test_estimate_takes_the_runs_fields_and_cards(tool):
 
 
 def test_estimate_refuses_in_words(tool):
-    assert tool("estimate", "--card", "GTX 9")[::2] == (1, pytest.approx(tool("estimate", "--card", "GTX 9")[2]))
-    assert "no rate is known for the card 'GTX 9'" in tool("estimate", "--card", "GTX 9")[2]
+    code, _, err = tool("estimate", "--card", "GTX 9")
+    assert code == 1 and "no rate is known for the card 'GTX 9'" in err
     assert "did you mean hidden_size" in tool("estimate", "--hiden_size", "3")[2]
     code, _, err = tool("estimate", "--num_attention_heads", "7")
     assert code == 1 and "multiple of num_attention_heads" in err
@@ -280,7 +279,7 @@ def test_ready(tool, run_folder, text_file):
     code, out, _ = tool(
         "check_environment", "--data", text_file, "--dry_run_dir", run_folder, "--max_steps", "100", *MICRO_FLAGS
     )
-    assert code == 0 and "[ ]" not in out and out.count("[x]") == 8 and "ready: start with" in out
+    assert code == 0 and "[ ]" not in out and out.count("[x]") == 8 and "ready: start with" in out, out
 
 
 def test_every_missing_box_says_the_remedy(tool, run_folder, tmp_path):
