@@ -54,6 +54,12 @@ def build_arguments(settings: Settings, plan: Plan) -> CreatureTrainingArguments
         raise UserError(f"the training section is not valid: {error}") from error
     if args.max_steps <= 0 and "num_train_epochs" not in values:
         raise UserError("how long to train is not said: give --max_steps or --num_train_epochs")
+    if args.matrix_learning_rate and args.fsdp:
+        # Muon needs each matrix whole, and FSDP leaves every process a slice of it.
+        plan.notes.append(f"Muon does not work on sharded matrices: all is trained by {args.optim}, as with FSDP always")
+        args.matrix_learning_rate = 0.0
+    if args.matrix_learning_rate and "optim" in settings.given:
+        raise UserError("--optim has no effect beside Muon: leave it out, or give --matrix_learning_rate 0")
     if args.n_gpu > 1:
         # nn.DataParallel would count the batch differently; accelerate launch is the way to several GPUs.
         plan.notes.append(f"using 1 of {args.n_gpu} GPUs; `accelerate launch` without --num_processes uses all")

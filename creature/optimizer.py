@@ -42,28 +42,34 @@ def _muon_step(
     gradients: list[torch.Tensor],
     buffers: list[torch.Tensor],
     lr: torch.Tensor,
+    found_inf: torch.Tensor,
     weight_decay: float,
     momentum: float,
 ) -> None:
-    """One Muon update of matrices of one shape, in place."""
+    """One Muon update of matrices of one shape, in place; none where `found_inf` is not 0."""
     gradient = torch.stack(gradients).float()  # [N, rows, columns]
-    buffer = torch.stack(buffers)
-    buffer = buffer.lerp(gradient, 1 - momentum)
-    update = orthogonalize(gradient.lerp(buffer, momentum)).float()  # Nesterov: look one step ahead
-    # A step of equal size for every output, whatever the shape (Jordan 2024; Bernstein 2025).
-    scale = max(1.0, update.shape[-2] / update.shape[-1]) ** 0.5
-    for param, old, new, step in zip(params, buffers, buffer.unbind(), update.unbind(), strict=True):
-        old.copy_(new)
-        param.mul_(1 - lr * weight_decay)
-        param.sub_((lr * scale * step).to(param.dtype))
+    old = torch.stack(buffers)
+    new = old.lerp(gradient, 1 - momentum)
+    update = orthogonalize(gradient.lerp(new, momentum)).float()  # Nesterov: look one step ahead
+    # A step of equal size for every output, whatever the shape (Jordan et al. 2024; Bernstein 2025).
+    update = update * (lr * max(1.0, update.shape[-2] / update.shape[-1]) ** 0.5)
+    bad = found_inf != 0
+    kept = torch.where(bad, old, new)
+    shrink = torch.where(bad, 1.0, 1 - lr * weight_decay)
+    update = torch.where(bad, 0.0, update)
+    for param, buffer, keep, step in zip(params, buffers, kept.unbind(), update.unbind(), strict=True):
+        buffer.copy_(keep)
+        param.mul_(shrink).sub_(step.to(param.dtype))
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """
     Muon (Jordan et al. 2024) where `group["muon"]` is true, AdamW (Loshchilov and Hutter 2019) elsewhere.
 
-    Muon replaces the momentum of a matrix by the nearest orthogonal one, so that every direction of the matrix learns at
-    the same rate; it keeps one state per weight where AdamW keeps two.
+    Muon replaces the momentum of a matrix by the nearest orthogonal one, so that every direction of the matrix learns
+    at the same rate; it keeps one state per weight where AdamW keeps two.
+
+    As with torch's fused optimizers, a tensor set as `found_inf` that is not 0 makes the next step change nothing.
 
     Args:
         params: parameter groups, each with "muon" (bool) and its own "lr"; "weight_decay", "betas", "eps", "momentum"
@@ -80,8 +86,9 @@ class MuonAdamW(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "muon": False,
             "momentum": 0.95,
-            "betas": (0.9, 0.95),
+            "betas": (0.8, 0.95),
             "eps": 1e-10,
+            "fused": True,
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
@@ -113,12 +120,14 @@ class MuonAdamW(torch.optim.Optimizer):
             by_shape.setdefault(param.shape, []).append(param)
             if not self.state[param]:
                 self.state[param]["momentum_buffer"] = torch.zeros_like(param, dtype=torch.float32)
-        # A tensor, so that a new learning rate does not mean a new compilation.
+        # Tensors, so that a new learning rate does not mean a new compilation.
         lr = torch.as_tensor(group["lr"], dtype=torch.float32)
+        found_inf = getattr(self, "found_inf", None)
+        found_inf = torch.zeros(()) if found_inf is None else found_inf
         for same in by_shape.values():
             gradients = [param.grad for param in same]
             buffers = [self.state[param]["momentum_buffer"] for param in same]
-            self._muon_step(same, gradients, buffers, lr, group["weight_decay"], group["momentum"])
+            self._muon_step(same, gradients, buffers, lr, found_inf, group["weight_decay"], group["momentum"])
 
     def _step_adamw(self, group: dict, params: list[torch.Tensor]) -> None:
         for param in params:
@@ -143,24 +152,33 @@ class MuonAdamW(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+            found_inf=getattr(self, "found_inf", None),
         )
 
 
-def parameter_groups(model: nn.Module, learning_rate: float, matrix_learning_rate: float, weight_decay: float) -> list:
+def parameter_groups(
+    model: nn.Module,
+    learning_rate: float,
+    matrix_learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.8, 0.95),
+    eps: float = 1e-10,
+) -> list[dict]:
     """
-    The trainable parameters of a creature in three groups: matrices of the body (Muon), tables, and everything else.
+    The trainable parameters of a creature in two groups: everything else, for AdamW, and the body's matrices, for Muon.
 
     Args:
-        learning_rate: of the token table and of everything that is not a matrix of the body.
+        learning_rate, betas, eps: AdamW's, of the token table, the norms and the scales.
         matrix_learning_rate: of the matrices of the body.
-        weight_decay: of the matrices of the body; tables and norms do not decay.
+        weight_decay: of the matrices of the body; nothing else decays.
     """
     matrices, others = [], []
     for name, param in model.named_parameters():
         if param.requires_grad:
             (matrices if param.dim() == 2 and ".layers." in name else others).append(param)
     groups = [
+        # First, so that the rate that the Trainer logs is `learning_rate`.
+        {"params": others, "lr": learning_rate, "weight_decay": 0.0, "muon": False, "betas": betas, "eps": eps},
         {"params": matrices, "lr": matrix_learning_rate, "weight_decay": weight_decay, "muon": True},
-        {"params": others, "lr": learning_rate, "weight_decay": 0.0, "muon": False},
     ]
     return [group for group in groups if group["params"]]

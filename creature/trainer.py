@@ -17,6 +17,7 @@ from creature.callbacks import FiniteGuard, StopEvaluation, StopSignals, Through
 from creature.errors import UserError
 from creature.files import free_bytes, is_disk_full
 from creature.metrics import text_metrics
+from creature.optimizer import MuonAdamW, parameter_groups
 from streams_creature import STREAMS, count_targets
 
 
@@ -28,7 +29,8 @@ class CreatureTrainer(Trainer):
         - every stream is divided by its own count of targets over the whole accumulated batch and all ranks, and logged
           as `loss_<stream>`;
         - evaluation is token-weighted and gives loss, perplexity, bits per byte and accuracy without holding logits;
-        - weight decay on the matrices of the body only; warmup_stable_decay needs no keyword arguments;
+        - Muon trains the matrices of the body, AdamW the rest, and only those matrices decay;
+        - warmup_stable_decay needs no keyword arguments;
         - tokens/s, samples/s and MFU are of the last logging window and exclude evaluation, saving and compiling;
         - a checkpoint appears whole or not at all, and the run stops before a NaN reaches the weights.
     """
@@ -109,6 +111,22 @@ class CreatureTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).config
 
     # ---- Optimizer and schedule ----
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Muon with AdamW, or what `--optim` names where `matrix_learning_rate` is 0."""
+        args = self.args
+        if self.optimizer is not None or not args.matrix_learning_rate:
+            return super().create_optimizer(model)
+        groups = parameter_groups(
+            self.model if model is None else model,
+            args.learning_rate,
+            args.matrix_learning_rate,
+            args.weight_decay,
+            (args.adam_beta1, args.adam_beta2),
+            args.adam_epsilon,
+        )
+        self.optimizer = MuonAdamW(groups, compiled=args.torch_compile)
+        return self.optimizer
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """The matrices of the body. Embeddings, norms and gains are not pulled to zero."""

@@ -21,7 +21,13 @@ class CreatureTrainingArguments(TrainingArguments):
         default=65_536, metadata={"help": "Tokens that one optimizer step sees, over all processes (32 x 2048)."}
     )
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; or give num_train_epochs."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(
+        default=8e-3, metadata={"help": "Peak learning rate of AdamW: token table, norms, scales."}
+    )
+    matrix_learning_rate: float = field(
+        default=0.02,
+        metadata={"help": "Peak learning rate of Muon, for the matrices of the body; 0 leaves them to --optim too."},
+    )
     # A finished run can be extended: its stable phase goes on where the decay began (Hu et al. 2024, "MiniCPM").
     lr_scheduler_type: str = field(
         default="warmup_stable_decay",
@@ -31,10 +37,12 @@ class CreatureTrainingArguments(TrainingArguments):
         default=0.01, metadata={"help": "Steps of linear warm-up, or below 1 the share of all steps."}
     )
     decay_steps: float = field(
-        default=0.2, metadata={"help": "Last steps of falling rate, or below 1 their share (warmup_stable_decay)."}
+        default=0.4, metadata={"help": "Last steps of falling rate, or below 1 their share (warmup_stable_decay)."}
     )
-    weight_decay: float = field(default=0.1, metadata={"help": "Decay of the matrices of the body, of nothing else."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Decay of the matrices of the body, of nothing else."})
+    adam_beta1: float = field(default=0.8, metadata={"help": "Decay of the first moment."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Decay of the second moment; 0.95 for short runs."})
+    adam_epsilon: float = field(default=1e-10, metadata={"help": "Smallest divisor; rare rows of the table are small."})
     logging_steps: float = field(default=100, metadata={"help": "Log every so many steps."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
     # True would log a NaN loss as 0.0.

@@ -1,0 +1,110 @@
+"""Muon and AdamW in one optimizer object."""
+
+import copy
+
+import pytest
+import torch
+from creatures import micro_model
+
+from creature.optimizer import MuonAdamW, orthogonalize, parameter_groups
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def groups(model):
+    return parameter_groups(model, learning_rate=0.01, matrix_learning_rate=0.02, weight_decay=0.1)
+
+
+def take_steps(model, optimizer, first, count):
+    for step in range(first, first + count):
+        for index, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter.grad = draw(*parameter.shape, seed=1000 * step + index)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 64), (2, 64, 32), (1, 48, 48)])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_orthogonalize_brings_every_singular_value_near_one(shape, scale):
+    matrices = draw(*shape) * scale
+    result = orthogonalize(matrices)
+    values = torch.linalg.svdvals(result)
+    assert values.min() > 0.5 and values.max() < 1.3
+    # The directions stay: the result is the polar factor, not just some orthogonal matrix.
+    u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
+    cosine = (result * (u @ vt)).sum((1, 2)) / result.norm(dim=(1, 2)) / (u @ vt).norm(dim=(1, 2))
+    assert cosine.min() > 0.97
+    assert orthogonalize(torch.zeros(shape)).isfinite().all()
+
+
+def test_what_is_not_a_matrix_of_the_body_is_plain_adamw():
+    model = micro_model()
+    model.train_only()
+    twin = copy.deepcopy(model)
+    optimizer = MuonAdamW(groups(model))
+    rest = optimizer.param_groups[0]
+    names = {id(p): name for name, p in model.named_parameters()}
+    table = [p for name, p in twin.named_parameters() if name in {names[id(p)] for p in rest["params"]}]
+    adamw = torch.optim.AdamW(table, lr=0.01, betas=rest["betas"], eps=rest["eps"], weight_decay=0.0)
+    for step in range(3):
+        take_steps(model, optimizer, step, 1)
+        for parameter in table:
+            name = next(n for n, p in twin.named_parameters() if p is parameter)
+            parameter.grad = dict(model.named_parameters())[name].grad.clone()
+        adamw.step()
+    for parameter, expected in zip(rest["params"], table, strict=True):
+        torch.testing.assert_close(parameter, expected)
+
+
+def test_groups_hold_every_trainable_parameter_once_and_frozen_ones_never():
+    model = micro_model()
+    model.train_only()
+    found = [id(p) for group in groups(model) for p in group["params"]]
+    assert sorted(found) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    matrices = next(group for group in groups(model) if group["muon"])["params"]
+    assert len(matrices) == 6 * model.config.num_hidden_layers  # q, k, v, o, up, down
+    assert not any(p is model.model.embed_tokens.weight for p in matrices)
+
+
+def test_a_muon_step_is_orthogonal_and_as_large_as_the_rate():
+    parameter = torch.nn.Parameter(torch.zeros(64, 16))
+    optimizer = MuonAdamW([{"params": [parameter], "lr": 0.02, "muon": True}])
+    parameter.grad = draw(64, 16) * 1e-6
+    optimizer.step()
+    values = torch.linalg.svdvals(parameter.detach()) / (0.02 * (64 / 16) ** 0.5)
+    assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_saving_and_loading_goes_on_bit_for_bit():
+    model = micro_model()
+    model.train_only()
+    optimizer = MuonAdamW(groups(model))
+    take_steps(model, optimizer, 0, 3)
+    twin = copy.deepcopy(model)
+    resumed = MuonAdamW(groups(twin))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    take_steps(model, optimizer, 3, 2)
+    take_steps(twin, resumed, 3, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_step_marked_as_not_finite_changes_nothing():
+    model = micro_model()
+    model.train_only()
+    optimizer = MuonAdamW(groups(model))
+    take_steps(model, optimizer, 0, 1)
+    before, states = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, float("nan"))
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for index, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(state[name], value) for name, value in states[index].items())
+
+
+def test_a_vector_for_muon_is_refused():
+    with pytest.raises(ValueError, match="matrices"):
+        MuonAdamW([{"params": [torch.nn.Parameter(torch.zeros(3))], "muon": True}])
