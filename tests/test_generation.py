@@ -17,7 +17,8 @@ GREEDY = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None)
 
 @pytest.fixture(scope="module")
 def model():
-    return micro_model()
+    # Tied and random, it would say one token for ever, and a loop that forgets everything would agree with that.
+    return micro_model(tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,7 @@ def test_greedy_agrees_with_and_without_a_cache(model, prompt, how, padded):
     generated = model.generate(ids, attention_mask=mask, **GREEDY, **how)
     expected, _ = loop(model, ids, {}, streams=(), attention_mask=mask)
     assert torch.equal(generated, expected)
-    assert len(generated[:, PROMPT:].unique()) > 3  # not one token for ever, which would agree with anything
+    assert len(generated[:, PROMPT:].unique()) > 3
 
 
 def test_a_left_padded_row_says_what_it_says_alone(model, prompt):
@@ -173,7 +174,7 @@ def test_beams_samples_and_several_sequences(model, prompt):
         return logits.gather(2, sequences[:, PROMPT:, None]).sum((1, 2))
 
     greedy = model.generate(prompt, **GREEDY)
-    assert (score(beams[::2]) >= score(greedy) - 1e-4).all() and score(beams[::2]).sum() > score(greedy).sum()
+    assert score(beams[::2]).sum() > score(greedy).sum() and (score(beams[::2]) >= score(beams[1::2])).all()
     torch.manual_seed(0)
     settings = dict(max_new_tokens=NEW, do_sample=True, temperature=1.5, top_k=50, num_return_sequences=4)
     sampled = model.generate(prompt, **settings, eos_token_id=None)
@@ -310,7 +311,7 @@ def test_all_streams_agree_with_the_loop_by_hand(model, prompt, senses, how, pad
         expected = loop(model, ids, given, **named)
         assert_agrees(model.generate(ids, output_streams=ALL_STREAMS, **given, **named, **GREEDY, **how), expected)
         for stream in ("external_text", "audio"):
-            assert len(expected[1][stream].unique()) > 3
+            assert len(expected[1][stream].unique()) > 2
 
 
 def test_all_streams_take_one_backbone_pass_per_tick(model, prompt, senses, passes):

@@ -246,6 +246,9 @@ def test_the_code_table_is_shared_by_voice_and_ears(batch):
     table = model.model.senses.own_voice.code_table
     shape = (model.config.num_audio_codebooks, model.config.audio_codebook_size, model.config.audio_code_size)
     assert [n for n, p in model.named_parameters() if p.shape == shape] == ["model.senses.own_voice.code_table"]
+    # The last codebook is never read before another code: what it learns, it learns as the head's own table.
+    model(input_ids=batch["input_ids"], audio_labels=batch["audio_labels"]).loss.backward()
+    assert all(book.any() for book in gradients(model)["model.senses.own_voice.code_table"])
     given = {"input_ids": batch["input_ids"], "audio_codes": batch["audio_codes"]}
     with torch.no_grad():
         before = model(**given, output_streams=("audio",))
