@@ -38,7 +38,7 @@ def main() -> int | None:
     splits.info["tokenizer_hash"] = job.check_tokenizer(tokenizer, splits.info, config)
 
     steps = job.total_steps(args, plan, splits)
-    if old:
+    if old and "warmup_steps" not in settings.given:
         args.warmup_steps = old["identity"]["warmup_steps"]  # a share of the old length, not of an extended one
     checkpoint = job.resume_point(settings, folder, args, old, steps)
     model = job.build_model(config, args)

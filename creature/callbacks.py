@@ -171,44 +171,47 @@ class FiniteGuard(TrainerCallback):
     """
     Stops the run at the first NaN or infinite gradient, before the optimizer step, so that the weights stay good.
 
-    On a CPU the check is immediate. On a GPU the flag travels to the host in the background and is read a step later;
-    until then the fused optimizer leaves the weights alone (`found_inf`), so nothing waits and nothing is spoilt.
+    On a CPU the check is immediate. On a GPU the flag travels to the host in the background and is read a step later,
+    so that nothing waits; until then torch's fused optimizers, and those with `skips_found_inf`, leave the weights alone
+    where their attribute `found_inf` is 1. In any case no checkpoint is written meanwhile.
     """
 
     def __init__(self):
-        self._pending: tuple[torch.Tensor, torch.cuda.Event, int] | None = None
+        self._pending: tuple[torch.Tensor, torch.cuda.Event, int, bool] | None = None
 
     def check(self, value: torch.Tensor, step: int, optimizer, output_dir: str) -> None:
         """value: 0-D, whatever must be finite in this step. Raises UserError for this step or the one before."""
         finite = torch.isfinite(value)
         if finite.device.type != "cuda":
             if not finite:
-                self._stop(step, output_dir)
+                self._stop(step, output_dir, spared=True)
             return
         self.settle(output_dir)
         inner = getattr(optimizer, "optimizer", optimizer)
-        if any(group.get("fused") for group in inner.param_groups):
+        spared = getattr(inner, "skips_found_inf", False) or all(g.get("fused") for g in inner.param_groups)
+        if spared:
             inner.found_inf = (~finite).float()
         flag = torch.empty((), dtype=torch.bool, pin_memory=True)
         flag.copy_(finite, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._pending = (flag, event, step)
+        self._pending = (flag, event, step, spared)
 
     def settle(self, output_dir: str) -> None:
         """Wait for the check under way, if any; before a checkpoint, so that none holds a NaN."""
         if self._pending is not None:
-            flag, event, step = self._pending
+            flag, event, step, spared = self._pending
             self._pending = None
             event.synchronize()
             if not flag:
-                self._stop(step, output_dir)
+                self._stop(step, output_dir, spared)
 
-    def _stop(self, step: int, output_dir: str) -> None:
+    def _stop(self, step: int, output_dir: str, spared: bool) -> None:
+        when = "before the weights changed" if spared else "before anything was saved"
         kept = list_checkpoints(output_dir)
         last = f"the last good checkpoint is {kept[-1].name}: --resume it" if kept else "no checkpoint yet: start again"
         raise UserError(
-            f"the gradient became NaN or infinite in step {step}, and the run stopped before the weights changed; "
+            f"the gradient became NaN or infinite in step {step}, and the run stopped {when}; "
             f"{last} with a lower --learning_rate (and --accept_changes), or look at the data, and at fp16 if it is on"
         )
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from creature.card import write_card
 from creature.data import Splits, collate_blocks, load_splits
 from creature.errors import UserError
 from creature.hardware import fit_micro_batch
-from creature.launch import find_launcher
+from creature.launch import parent_to_watch
 from creature.machine import Plan, training_values
 from creature.tokenizer import token_byte_lengths, tokenizer_hash
 from creature.trainer import CreatureTrainer, schedule_steps
@@ -56,7 +57,9 @@ def build_arguments(settings: Settings, plan: Plan) -> CreatureTrainingArguments
         raise UserError("how long to train is not said: give --max_steps or --num_train_epochs")
     if args.matrix_learning_rate and args.fsdp:
         # Muon needs each matrix whole, and FSDP leaves every process a slice of it.
-        plan.notes.append(f"Muon does not work on sharded matrices: all is trained by {args.optim}, as with FSDP always")
+        plan.notes.append(
+            f"Muon does not work on sharded matrices: all is trained by {args.optim}, as with FSDP always"
+        )
         args.matrix_learning_rate = 0.0
     if args.matrix_learning_rate and "optim" in settings.given:
         raise UserError("--optim has no effect beside Muon: leave it out, or give --matrix_learning_rate 0")
@@ -191,8 +194,7 @@ def build_trainer(
 ):
     """The Trainer with everything that watches the run."""
     throughput = Throughput(run["flops_per_token"], run["peak_flops"])
-    launcher = find_launcher()
-    signals = StopSignals(launcher.pid if launcher else None).install()
+    signals = StopSignals(parent_to_watch()).install()
     trainer = CreatureTrainer(
         model=model,
         args=args,
@@ -331,8 +333,9 @@ def _plot(folder: Path) -> None:
 
 def resume_command(command: str) -> str:
     """The command of a run with --resume; flags that began it afresh are left out."""
-    words = [word for word in command.split() if word not in ("--overwrite_output_dir", "--overwrite-output-dir")]
-    return " ".join(words if "--resume" in words else [*words, "--resume"])
+    fresh = {"--overwrite_output_dir", "--overwrite-output-dir", "--accept_changes", "--accept-changes"}
+    words = [word for word in shlex.split(command) if word not in fresh]
+    return shlex.join(words if "--resume" in words else [*words, "--resume"])
 
 
 def check_tokenizer(tokenizer, info: dict, config: CreatureConfig) -> str:

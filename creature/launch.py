@@ -6,6 +6,7 @@ a traceback of its own below the script's message; one more line says what it is
 """
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -19,16 +20,22 @@ import yaml
 
 from creature.errors import UserError, run_main
 
+# Set for the processes that this module starts: the command that started them all.
+COMMAND = "CREATURE_COMMAND"
 LAUNCH_WORDS = ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """The `accelerate launch` process above this one: its id, the processes it was asked for, whether it is quiet."""
+    """The `accelerate launch` process above this one: its id, its options, the processes it was asked for."""
 
     pid: int
+    options: tuple[str, ...]
     processes: int
-    quiet: bool
+
+    @property
+    def quiet(self) -> bool:
+        return bool({"-q", "--quiet"} & set(self.options))
 
 
 def find_launcher() -> Launcher | None:
@@ -49,8 +56,24 @@ def find_launcher() -> Launcher | None:
     own = [os.path.basename(word) for word in sys.argv[:1]]
     end = names.index(own[0]) if own and own[0] in names else len(words)  # what follows is for the script
     options = words[begin + 1 : end]
-    quiet = bool({"-q", "--quiet"} & set(options))
-    return Launcher(os.getppid(), _count_processes(options), quiet)
+    return Launcher(os.getppid(), tuple(options), _count_processes(options))
+
+
+def parent_to_watch() -> int | None:
+    """The id of the launcher whose end means to stop; None where the parent is somebody's shell."""
+    if COMMAND in os.environ:
+        return os.getppid()
+    launcher = find_launcher()
+    return launcher.pid if launcher else None
+
+
+def own_command() -> str:
+    """The command line that started this run, ready for a shell."""
+    if COMMAND in os.environ:
+        return os.environ[COMMAND]
+    launcher = find_launcher()
+    start = ["accelerate", "launch", *launcher.options] if launcher else ["python"]
+    return shlex.join([*start, *sys.argv])
 
 
 def _count_processes(options: list[str]) -> int:
@@ -87,7 +110,13 @@ def start_cpu_processes() -> int | None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    world = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world = {
+        COMMAND: own_command(),
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     print(f"starting {count} processes on the CPU", flush=True)
     ranks: list[subprocess.Popen] = []
 
@@ -127,7 +156,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         run_main(main)
     except SystemExit as end:
         launcher = find_launcher() if end.code else None
-        if launcher is not None and not launcher.quiet and int(os.environ.get("RANK", 0)) == 0:
+        if launcher is not None and "TORCHELASTIC_RUN_ID" in os.environ:
+            print("(What follows is torchrun's report of the exit code.)", file=sys.stderr, flush=True)
+        elif launcher is not None and not launcher.quiet:
             print(
                 "(What follows is accelerate's report of the exit code; `accelerate launch --quiet` leaves it out.)",
                 file=sys.stderr,

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import platform
-import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +11,7 @@ from creature.args import PROJECT, Settings
 from creature.callbacks import format_seconds
 from creature.estimate import count_parameters, flops_per_token, hours
 from creature.hardware import attention_kernel, peak_flops
+from creature.launch import own_command
 from creature.machine import Plan
 from creature.trainer import schedule_steps
 
@@ -56,7 +56,7 @@ def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, s
     return {
         "kind": "dry_run" if settings.dry_run else "run",
         "status": "started",
-        "command": "accelerate launch " + " ".join(sys.argv),
+        "command": own_command(),
         "config": settings.config,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "output_dir": args.output_dir,
