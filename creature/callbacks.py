@@ -172,8 +172,8 @@ class FiniteGuard(TrainerCallback):
     Stops the run at the first NaN or infinite gradient, before the optimizer step, so that the weights stay good.
 
     On a CPU the check is immediate. On a GPU the flag travels to the host in the background and is read a step later,
-    so that nothing waits; until then torch's fused optimizers, and those with `skips_found_inf`, leave the weights alone
-    where their attribute `found_inf` is 1. In any case no checkpoint is written meanwhile.
+    so that nothing waits; until then torch's fused optimizers, and those with `skips_found_inf`, leave the weights as
+    they are where their attribute `found_inf` is 1. In any case no checkpoint is written meanwhile.
     """
 
     def __init__(self):
