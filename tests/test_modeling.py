@@ -262,7 +262,7 @@ def test_attention_implementations_agree(kind, padded, batch):
 
 
 def test_attention_implementation_can_be_switched(batch):
-    model = micro_model()
+    model = micro_model(num_attention_heads=4, num_key_value_heads=2)  # two pairs of heads, each with keys of its own
     expected = outputs(model, batch)["logits"]
     model.set_attn_implementation("eager")
     assert model.config._attn_implementation == "eager"
