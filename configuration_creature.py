@@ -1,3 +1,4 @@
+# Copyright 2026 The MultiModalCreature developers. Licensed under the Apache License, Version 2.0.
 """CreatureConfig: the architecture of a MultiModalCreature, and nothing else."""
 
 from huggingface_hub.dataclasses import strict

@@ -1,3 +1,4 @@
+# Copyright 2026 The MultiModalCreature developers. Licensed under the Apache License, Version 2.0.
 """Generation with all streams: `generate(output_streams=...)` and the one-tick `step` of a live loop."""
 
 from dataclasses import dataclass, field

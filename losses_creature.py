@@ -1,6 +1,7 @@
+# Copyright 2026 The MultiModalCreature developers. Licensed under the Apache License, Version 2.0.
 """The vocabulary head together with its cross entropy, chunk by chunk: what decides memory and much of the speed.
 
-At 50,304 columns the logits of one batch are hundreds of times larger than the hidden states they come from. Here a chunk
+At 50,304 columns the logits of a batch are a hundred times larger than the hidden states they come from. Here a chunk
 of them exists at a time, and is turned into its own gradient before the next one is made.
 """
 

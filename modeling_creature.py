@@ -1,3 +1,4 @@
+# Copyright 2026 The MultiModalCreature developers. Licensed under the Apache License, Version 2.0.
 """MultiModalCreature: one causal transformer over ticks; senses are summed into it, streams hang on its last state."""
 
 from collections.abc import Callable
@@ -26,13 +27,13 @@ try:
     from .generation_creature import CreatureGenerationMixin
     from .losses_creature import IGNORE_INDEX, linear_token_losses
     from .senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
-    from .streams_creature import CreatureStreams, count_targets, text_loss
+    from .streams_creature import CreatureStreams, count_targets, text_loss, text_target_weights
 except ImportError:
     from configuration_creature import SENSES, STREAMS, CreatureConfig
     from generation_creature import CreatureGenerationMixin
     from losses_creature import IGNORE_INDEX, linear_token_losses
     from senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
-    from streams_creature import CreatureStreams, count_targets, text_loss
+    from streams_creature import CreatureStreams, count_targets, text_loss, text_target_weights
 
 
 @dataclass
@@ -287,6 +288,8 @@ class CreaturePreTrainedModel(PreTrainedModel):
 class CreatureModel(CreaturePreTrainedModel):
     """The backbone: the token table, the senses, the layers."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^streams\."]  # of a whole creature's checkpoint
+
     def __init__(self, config: CreatureConfig):
         super().__init__(config)
         # No padding_idx: GPT-2's id 0 is "!", and every row of the table is a token like any other.
@@ -356,8 +359,8 @@ class CreatureModel(CreaturePreTrainedModel):
                 # Only positions that the caller chose can mean packed documents.
                 position_ids=position_ids,
             )
-        # Otherwise sdpa's own causal flag does it. transformers would say so too, except in compiled graphs before torch
-        # 2.14: there it writes out the mask, and training runs at 0.6 of the speed (docs/log.md).
+        # Otherwise sdpa's own causal flag does it. transformers would say so too, except in compiled graphs before
+        # torch 2.14: there it writes out the mask, and training is a quarter slower (docs/log.md).
 
         # After the mask: beside a cache, be it empty, transformers does not look for packed documents.
         if use_cache and past_key_values is None:
@@ -541,19 +544,17 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        loss, losses = self._losses(hidden, senses, targets, num_items_in_batch)
-
         if return_logits is None:
             return_logits = not (self.training and labels is not None)
         logits = token_losses = predictions = None
-        kept = hidden if isinstance(logits_to_keep, int) and logits_to_keep == 0 else _keep(hidden, logits_to_keep)
         if return_logits:
-            logits = self.lm_head(kept)
+            logits = self.lm_head(_keep(hidden, logits_to_keep))
         elif labels is not None and not self.training:
             flat, predicted = linear_token_losses(
                 hidden[:, : labels.shape[1] - 1].flatten(0, 1), self.lm_head.weight, labels[:, 1:].flatten()
             )
             token_losses, predictions = flat.view_as(labels[:, 1:]), predicted.view_as(labels[:, 1:])
+        loss, losses = self._losses(hidden, senses, targets, num_items_in_batch, token_losses)
 
         return CreatureOutput(
             loss=loss,
@@ -569,14 +570,22 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         )
 
     def _losses(
-        self, hidden: torch.Tensor, senses: dict, targets: dict, num_items_in_batch
+        self,
+        hidden: torch.Tensor,
+        senses: dict,
+        targets: dict,
+        num_items_in_batch: torch.Tensor | float | None,
+        token_losses: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, dict | None]:
         """The weighted sum of the losses of the streams that have a weight and labels, and each of them by name."""
         weights = self.config.loss_weights
         table = self.model.embed_tokens.weight
         code_table = self.model.senses.own_voice.code_table
         sums = {}
-        if weights["internal_text"] and targets["labels"] is not None:
+        if weights["internal_text"] and token_losses is not None and not torch.is_grad_enabled():
+            # The head has run already, and without gradients its losses are all there is to know.
+            sums["internal_text"] = (token_losses * text_target_weights(self.config, targets["labels"][:, 1:])).sum()
+        elif weights["internal_text"] and targets["labels"] is not None:
             # Spread over devices (a DTensor), the head's weight is whole only within the head's own forward.
             head = self.lm_head if hasattr(self.lm_head.weight, "device_mesh") else self.lm_head.weight
             sums["internal_text"] = text_loss(self.config, hidden, head, targets["labels"])

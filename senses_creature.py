@@ -1,3 +1,4 @@
+# Copyright 2026 The MultiModalCreature developers. Licensed under the Apache License, Version 2.0.
 """The senses: one encoder each, from what arrives at a tick to a vector of hidden_size.
 
 The backbone's input at a tick is the sum of the vectors of the senses present at that tick, so a sense that is absent
@@ -209,6 +210,13 @@ class CommandCopy(nn.Module):
         return encode_present(self._encode, mask, animation)
 
 
+# Senses that arrive in several tensors: the first is of no use without the others.
+_TOGETHER = {
+    "joint_positions": ("joint_rotations",),
+    "touch_points": ("touch_surfaces", "touch_values"),
+}
+
+
 class CreatureSenses(nn.Module):
     """All senses beside the internal voice, and the efference copies of what the creature itself emitted."""
 
@@ -233,6 +241,10 @@ class CreatureSenses(nn.Module):
             token_table: the backbone's embedding, shared by every use of text.
         """
         get = inputs.get
+        for first, others in _TOGETHER.items():
+            missing = [name for name in others if get(name) is None]
+            if get(first) is not None and missing:
+                raise ValueError(f"`{first}` is one part of a sense: give {' and '.join(missing)} with it.")
         vectors = []
         if get("external_voice_ids") is not None:
             vectors.append(self.external_voice(get("external_voice_ids"), token_table))

@@ -1,4 +1,4 @@
-"""Installs the model files as top-level modules and `creature` as a package, as the scripts and the remote code need."""
+"""Installs the model files as top-level modules and `creature` as a package, as scripts and remote code need them."""
 
 from pathlib import Path
 

@@ -1,3 +1,4 @@
+# Copyright 2026 The MultiModalCreature developers. Licensed under the Apache License, Version 2.0.
 """The output streams: one head each, from the backbone's hidden state to what the creature emits, and its loss.
 
 One convention holds for all streams: the target at tick t is what arrives (or is emitted) at tick t, and it is
@@ -77,7 +78,8 @@ def animation_target_mask(batch: dict) -> torch.Tensor | None:
     for name in ("rotation_labels", "blend_shape_labels", "eye_labels"):
         if batch.get(name) is not None:
             mask = batch.get("animation_label_mask")
-            return torch.ones(batch[name].shape[:2], dtype=torch.bool, device=batch[name].device) if mask is None else mask
+            everywhere = torch.ones(batch[name].shape[:2], dtype=torch.bool, device=batch[name].device)
+            return everywhere if mask is None else mask
     return None
 
 
@@ -111,7 +113,7 @@ def matrix_to_quaternion(matrix: torch.Tensor) -> torch.Tensor:
     """
     Rotation matrices [..., 3, 3] -> unit quaternions (w, x, y, z) [..., 4] with w >= 0.
 
-    Of the four ways to divide, the one with the largest divisor is taken (Shepperd 1978), so no pose is ill-conditioned.
+    Of the four ways to divide, the one with the largest divisor is taken (Shepperd 1978): no pose is ill-conditioned.
     """
     m00, m11, m22 = matrix[..., 0, 0], matrix[..., 1, 1], matrix[..., 2, 2]
     a, b, c = matrix[..., 2, 1], matrix[..., 0, 2], matrix[..., 1, 0]
@@ -198,8 +200,8 @@ class AudioStream(nn.Module):
     """
     The creature's voice: the codec codes of one tick, drawn one after another by a small depth decoder.
 
-    All codes of a tick belong to that tick (Yang et al. 2023, "UniAudio"; Défossez et al. 2024, "Moshi"): delaying code k
-    by k ticks, as single-transformer codec models do, would cost seven ticks of 80 ms.
+    All codes of a tick belong to that tick (Yang et al. 2023, "UniAudio"; Défossez et al. 2024, "Moshi"): delaying code
+    k by k ticks, as single-transformer codec models do, would cost seven ticks of 80 ms.
     """
 
     def __init__(self, config: CreatureConfig):
@@ -269,7 +271,7 @@ class AnimationStream(nn.Module):
         self.out_proj = nn.Linear(config.sense_hidden_size, sum(sizes))
 
     def _decode(self, hidden: torch.Tensor, pose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """hidden [..., hidden_size], pose [..., joints, 4] -> matrices [..., sub-frames, joints, 3, 3], shapes, eyes."""
+        """hidden [..., hidden_size], pose [..., joints, 4] -> matrices [..., sub-frames, joints, 3, 3], shapes, eyes"""
         out = self.out_proj(self.act(self.up_proj(hidden))).float()  # geometry in float32, whatever autocast says
         residual, shapes, eyes = out.split(self.sizes, dim=-1)
         six = quaternion_to_6d(pose.float())[..., None, :, :] + residual.unflatten(-1, self.joint_shape)
@@ -329,4 +331,4 @@ class CreatureStreams(nn.Module):
         self.animation = AnimationStream(config)
 
 
-__all__ = ["CreatureStreams", "count_targets"]
+__all__ = ["STREAMS", "CreatureStreams", "count_targets"]

@@ -80,6 +80,8 @@ class MuonAdamW(torch.optim.Optimizer):
         ValueError: for a Muon parameter that is not a matrix.
     """
 
+    skips_found_inf = True
+
     def __init__(self, params, lr: float = 0.02, weight_decay: float = 0.0, compiled: bool = False):
         defaults = {
             "lr": lr,

@@ -39,7 +39,7 @@ class CreatureTrainingArguments(TrainingArguments):
     decay_steps: float = field(
         default=0.4, metadata={"help": "Last steps of falling rate, or below 1 their share (warmup_stable_decay)."}
     )
-    weight_decay: float = field(default=0.01, metadata={"help": "Decay of the matrices of the body, of nothing else."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Decay of the matrices of the body, of nothing else."})
     adam_beta1: float = field(default=0.8, metadata={"help": "Decay of the first moment."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Decay of the second moment; 0.95 for short runs."})
     adam_epsilon: float = field(default=1e-10, metadata={"help": "Smallest divisor; rare rows of the table are small."})
