@@ -37,10 +37,11 @@ def main() -> None:
     import datasets
     import numpy as np
 
-    from creature.corpus import tokenize_corpus, usable_cores
+    from creature.corpus import tokenize_corpus
+    from creature.hardware import cpu_cores
     from creature.tokenizer import END_OF_TEXT, load_tokenizer
 
-    cores = usable_cores()
+    cores = cpu_cores()
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         documents = collect(arguments.input, int(arguments.megabytes * 1e6))
@@ -98,7 +99,8 @@ def collect(inputs: list[str] | None, size: int) -> list[str]:
 
 
 def read(inputs: list[str] | None):
-    from creature.readers import find_sources, read_documents
+    from creature.readers import read_documents
+    from creature.sources import find_sources
     from creature.stories import generate_stories
 
     if not inputs:

@@ -32,7 +32,9 @@ import numpy as np
 
 from creature.errors import UserError
 from creature.files import is_disk_full, replace_file, require_writable
-from creature.readers import Source, find_sources, read_documents
+from creature.hardware import cpu_cores
+from creature.readers import read_documents
+from creature.sources import Source, find_sources
 from creature.tokenizer import END_OF_TEXT, gpt2_hash, load_encoding, load_tokenizer, tokenizer_hash
 
 PIECE = 1 << 18  # characters tokenised at a time: large enough for speed, small enough for any number of threads
@@ -43,7 +45,9 @@ ARROW_BATCH = 1 << 24  # tokens in a record batch: every block size that divides
 SPLITS = ("train", "validation")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Cutting
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def last_safe_cut(text: str, start: int = 1) -> int:
@@ -139,7 +143,9 @@ class _Cutter:
         return int(int.from_bytes(digest, "little") < self.limit)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Tokenising
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -217,14 +223,9 @@ def _in_order(work: Callable, items: Iterator, workers: int) -> Iterator:
                 future.cancel()
 
 
-def usable_cores() -> int:
-    """Cores this process may use, at least 1."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0)) or 1
-    return os.cpu_count() or 1
-
-
+# ---------------------------------------------------------------------------------------------------------------------
 # Writing
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class _Stream:
@@ -330,7 +331,9 @@ def _validation_path(output: Path) -> Path:
     return output.with_name(output.stem + ".valid.bin")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # The whole
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class _NothingToTrainOn(Exception):
@@ -349,7 +352,7 @@ def tokenize_corpus(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict:
-    """Tokenise `inputs` (files, folders, globs, Hub names; see creature.readers) into `output` and return its manifest.
+    """Tokenise `inputs` (files, folders, globs, Hub names; see creature.sources) into `output` and return its manifest.
 
     `output` ending in .bin: a stream of little-endian ids as nanoGPT reads it (uint16; uint32 for vocabularies beyond
     65,536, which the manifest says), with corpus.valid.bin and corpus.manifest.json beside it. Otherwise a folder for
@@ -369,7 +372,7 @@ def tokenize_corpus(
     _check_output(output_path, sources, overwrite)
     coder = _make_coder(tokenizer_name)
     cutter = _Cutter(validation_fraction, seed, PIECE if coder.threads else LONGEST_RUN)
-    workers = workers or usable_cores()
+    workers = workers or cpu_cores()
     began = time.perf_counter()
     counts = {"documents": 0, "characters": 0, "text_bytes": 0}
 

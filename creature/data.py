@@ -23,12 +23,12 @@ from datasets.table import TableBlock, table_cast, table_flatten
 from creature.corpus import manifest_path, tokenize_corpus
 from creature.errors import UserError
 from creature.files import replace_file
-from creature.readers import Source, find_sources, is_arrow_folder, is_hub_name, load_hub
+from creature.readers import load_hub
+from creature.sources import TOKEN_FILES, Source, find_sources, is_arrow_folder, is_hub_name
 from creature.tokenizer import gpt2_hash, load_tokenizer, tokenizer_hash
 
 logger = logging.getLogger(__name__)
 
-STREAMS = (".bin", ".npy", ".pt")
 VALIDATION_ENDINGS = (".valid", "_valid", ".validation", "_validation", ".val", "_val")
 SCANNED_WHOLE = 64 << 20  # bytes up to which every id is checked at each opening, whatever a manifest says
 SAMPLE, SAMPLES = 1 << 16, 64  # bytes and places that stand for a large file's content
@@ -116,7 +116,9 @@ def collate_blocks(rows: list[dict]) -> dict:
     return {"input_ids": input_ids, "labels": input_ids}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # A stream of tokens on disk
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,9 @@ def _flat(rows: pa.Array) -> pa.Array:
     return flat
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # The dataset
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class MappedBlocks(TableBlock):
@@ -345,7 +349,9 @@ def _dataset(stream: TokenStream, block_size: int, start: int, count: int, split
     return dataset.with_format("numpy")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Finding the streams that a name stands for
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _find_streams(
@@ -357,10 +363,10 @@ def _find_streams(
             found = _arrow_streams(path, block_size, cache)
             if found:
                 return found
-        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in STREAMS and file.is_file())
+        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in TOKEN_FILES and file.is_file())
         if inside:
             path = _main_stream(path, inside)
-    if path.suffix.lower() in STREAMS:
+    if path.suffix.lower() in TOKEN_FILES:
         if not path.is_file():
             raise UserError(f"{source} does not exist: check the path, or make it with scripts/tokenize_corpus.py")
         return _stream_files(path)
@@ -421,7 +427,9 @@ def _check_tokenizer(manifest: dict, tokenizer_name: str, name: str) -> None:
         )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Arrow folders and Hub datasets that hold tokens
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _arrow_streams(folder: Path, block_size: int, cache: Path):
@@ -478,7 +486,9 @@ def _hub_tokens(name: str, cache: Path) -> TokenStream | None:
     return _flat_copy((np.asarray(row["input_ids"]) for row in rows), path)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Text
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _tokenized(name: str, tokenizer_name: str, fraction: float, cache: Path, column: str, bar: bool) -> Path:

@@ -34,6 +34,11 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's error says, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _report(message: str, code: int = 1) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code

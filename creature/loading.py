@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from creature.checkpoints import list_checkpoints, newest_complete
-from creature.errors import UserError
+from creature.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ def load_config(folder: str | Path) -> "CreatureConfig":
     try:
         return CreatureConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder}/config.json is not valid ({_first_line(error)}): use another checkpoint") from error
+        raise UserError(f"{folder}/config.json is not valid ({first_line(error)}): use another checkpoint") from error
 
 
 def load_model(folder: str | Path, device: str, dtype: "torch.dtype | None" = None) -> "MultiModalCreature":
@@ -75,13 +75,9 @@ def load_model(folder: str | Path, device: str, dtype: "torch.dtype | None" = No
         model = MultiModalCreature.from_pretrained(folder, config=config, **({"dtype": dtype} if dtype else {}))
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(
-            f"the model in {folder} cannot be loaded ({_first_line(error)}): use another checkpoint"
+            f"the model in {folder} cannot be loaded ({first_line(error)}): use another checkpoint"
         ) from error
     return model.to(device).eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_own_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":

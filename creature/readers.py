@@ -1,7 +1,7 @@
-"""Documents out of text files of any kind and size, in constant memory.
+"""
+Documents out of text files of any kind and size, in constant memory.
 
-`find_sources` turns what the user typed into an ordered list of sources; `read_documents` streams one source as
-pieces of text. What counts as a document:
+`read_documents` streams one source as pieces of text. What counts as a document:
 
 - .txt, .md and files of unknown kind named one by one: the whole file, or, where it has lines that read exactly
   `<|endoftext|>`, each part between them. The marker takes its own line break and the one before it along: the
@@ -17,9 +17,7 @@ Each kind may be compressed: .gz, .bz2, .xz, .zst.
 import bz2
 import codecs
 import csv
-import glob
 import gzip
-import hashlib
 import io
 import json
 import lzma
@@ -29,145 +27,14 @@ import tempfile
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from creature.errors import UserError
+from creature.errors import UserError, first_line
+from creature.sources import Source
 
 MARKER = "<|endoftext|>"
-KINDS = {
-    ".txt": "text",
-    ".md": "text",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-}
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-TOKEN_FILES = (".bin", ".npy", ".pt", ".arrow", ".safetensors")
 CHUNK_BYTES = 1 << 18
 MAX_RECORD = 32 << 20  # characters: a record has to be in memory whole, a text file does not
-
-
-@dataclass
-class Source:
-    """One file, or one Hub dataset, to read documents from."""
-
-    name: str  # as shown to the user and written to the manifest
-    kind: str  # text, jsonl, json, csv, parquet or hub
-    path: Path | None = None
-    compression: str = ""
-    size: int = 0  # bytes on disk; 0 for a Hub dataset
-    bytes_read: int = 0
-    sha256: str = ""  # of the file as stored, known after it was read to the end
-    repaired: int = 0  # records with half a surrogate pair, which no UTF-8 text can hold: replaced by U+FFFD
-    _digest: "hashlib._Hash" = field(default_factory=hashlib.sha256, repr=False)
-
-
-def find_sources(inputs: list[str]) -> tuple[list[Source], int]:
-    """The sources that `inputs` (files, folders, globs, Hub names) name, and how many files in folders were left out.
-
-    The order is fixed: inputs as given, the files of a folder or glob by name. A file reached twice counts once. In
-    folders, hidden files, manifests and files of unknown kind are left out. Raises UserError for what does not exist.
-    """
-    sources, seen, left_out = [], set(), 0
-    for name in inputs:
-        files, skipped = _expand(name)
-        left_out += skipped
-        if files is None:
-            sources.append(Source(name=name, kind="hub"))
-            continue
-        for path in files:
-            key = os.path.normcase(os.path.realpath(path))
-            if key not in seen:
-                seen.add(key)
-                kind, compression = _kind(path)
-                size = path.stat().st_size
-                sources.append(Source(path.as_posix(), kind or "text", path, compression, size))
-    return sources, left_out
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether `name` reads like owner/dataset[:configuration[:split]] and names nothing on this disk."""
-    looks = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]*){0,2}", name) is not None
-    kind, compression = _kind(Path(name.split(":")[0]))
-    is_file_name = kind or compression or Path(name).suffix.lower() in TOKEN_FILES
-    # Where the owner's name is a folder here, a path with a slip in it is meant: no reason to ask the network.
-    return looks and not is_file_name and not os.path.exists(name) and not os.path.isdir(name.split("/")[0])
-
-
-def is_arrow_folder(path: Path) -> bool:
-    """Whether `path` is a folder that `datasets.load_from_disk` opens."""
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-
-
-def _expand(name: str) -> tuple[list[Path] | None, int]:
-    """The files that one input stands for (None: a dataset) and the number of files left out."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix.lower() in TOKEN_FILES:
-            raise UserError(f"{name} holds tokens or weights, not text: train on it as it is, or name a text file")
-        return [path], 0
-    if is_arrow_folder(path):
-        return None, 0
-    if path.is_dir():
-        return _folder_files(path)
-    if any(character in name for character in "*?["):
-        found = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        if not found:
-            raise UserError(f"no file matches {name}: check the pattern")
-        files, left_out = [], 0
-        for match in found:
-            if match.is_dir():
-                # With **, the files below are matches themselves; with *, a matched folder means its files.
-                more, skipped = ([], 0) if "**" in name else _folder_files(match, may_be_empty=True)
-                files += more
-                left_out += skipped
-            elif _kind(match)[0] and not _is_manifest(match):
-                files.append(match)
-            else:
-                left_out += 1
-        if not files:
-            raise UserError(f"{name} matches no text file: {_known_kinds()}")
-        return files, left_out
-    if is_hub_name(name):
-        return None, 0
-    raise UserError(f"{name} does not exist: check the path (a Hub dataset is named owner/name)")
-
-
-def _folder_files(folder: Path, may_be_empty: bool = False) -> tuple[list[Path], int]:
-    files, left_out = [], 0
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(root, name)
-            if _kind(path)[0] and not name.startswith(".") and not _is_manifest(path):
-                files.append(path)
-            else:
-                left_out += 1
-    if not files and not may_be_empty:
-        raise UserError(f"the folder {folder} holds no text: {_known_kinds()}")
-    return sorted(files, key=lambda path: path.relative_to(folder).as_posix()), left_out
-
-
-def _known_kinds() -> str:
-    return f"put {', '.join(KINDS)} files there, plain or compressed ({', '.join(COMPRESSIONS)})"
-
-
-def _is_manifest(path: Path) -> bool:
-    # A corpus written beside its own input must not become input the next time.
-    return path.name == "manifest.json" or path.name.endswith(".manifest.json")
-
-
-def _kind(path: Path) -> tuple[str | None, str]:
-    """Kind and compression by the file name's endings; (None, ...) for a kind that folders leave out."""
-    suffix = path.suffix.lower()
-    compression = suffix if suffix in COMPRESSIONS else ""
-    if compression:
-        suffix = Path(path.stem).suffix.lower()
-    return KINDS.get(suffix), compression
 
 
 def read_documents(source: Source, text_column: str = "text") -> Iterator[tuple[str, bool]]:
@@ -193,7 +60,9 @@ def read_documents(source: Source, text_column: str = "text") -> Iterator[tuple[
                 yield from _read_csv(chunks, source, text_column)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Bytes
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class _Metered(io.RawIOBase):
@@ -246,7 +115,7 @@ def _opened(source: Source) -> Iterator[io.BufferedIOBase]:
             if not source.compression:
                 raise
             raise UserError(
-                f"{source.name} is damaged or cut off ({_first_line(error)}): get the file again, or unpack it first"
+                f"{source.name} is damaged or cut off ({first_line(error)}): get the file again, or unpack it first"
             ) from error
 
 
@@ -275,7 +144,9 @@ def _decoded(stream: io.BufferedIOBase, source: Source, skip_mark: bool) -> Iter
             return
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Plain text
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _split_at_markers(chunks: Iterator[str]) -> Iterator[tuple[str, bool]]:
@@ -329,7 +200,9 @@ def _decided(text: str, done: int, line_start: bool) -> int:
     return len(text) - 1 if text.endswith("\r") else len(text)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Records
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _record_text(record, source: Source, where: str, column: str) -> str:
@@ -485,7 +358,7 @@ def _read_parquet(source: Source, column: str) -> Iterator[tuple[str, bool]]:
                         number += 1
                         yield _record_text(value, source, f"row {number:,}", column), True
         except (pyarrow.ArrowInvalid, OSError) as error:
-            raise UserError(f"{source.name} is not a whole parquet file ({_first_line(error)}): get it anew") from error
+            raise UserError(f"{source.name} is not a whole parquet file ({first_line(error)}): get it anew") from error
 
 
 def _read_hub(source: Source, column: str) -> Iterator[tuple[str, bool]]:
@@ -496,7 +369,7 @@ def _read_hub(source: Source, column: str) -> Iterator[tuple[str, bool]]:
     except UserError:
         raise
     except Exception as error:  # see load_hub
-        raise UserError(f"{source.name} could not be read to the end ({_first_line(error)}): try again") from error
+        raise UserError(f"{source.name} could not be read to the end ({first_line(error)}): try again") from error
 
 
 def load_hub(name: str):
@@ -514,10 +387,6 @@ def load_hub(name: str):
         return datasets.load_dataset(hub, configuration or None, split=split or "train", streaming=True)
     except Exception as error:  # a dozen unrelated types, each of which means that the data cannot be had
         raise UserError(
-            f"{name} is neither a file or folder here nor a Hub dataset that can be reached ({_first_line(error)}): "
+            f"{name} is neither a file or folder here nor a Hub dataset that can be reached ({first_line(error)}): "
             "check the name, the configuration and split (owner/name:configuration:split) and the network"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

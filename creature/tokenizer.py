@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from creature.errors import UserError
+from creature.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import tiktoken
@@ -60,12 +60,12 @@ def _load_other(name_or_path: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name_or_path)
+        # Said, not left out: at a terminal, transformers would otherwise ask whether to run the folder's code.
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:  # the Hub client raises a dozen unrelated types: all of them mean "not to be had"
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = "the folder" if os.path.isdir(name_or_path) else "the folder or Hub name"
         raise UserError(
-            f"no tokenizer could be loaded from {where} {name_or_path!r} ({first}): "
+            f"no tokenizer could be loaded from {where} {name_or_path!r} ({first_line(error)}): "
             "give a folder with a saved tokenizer, a Hub name that can be reached, or 'gpt2', which needs no network"
         ) from error
 

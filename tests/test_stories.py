@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 
 from creature.errors import UserError
-from creature.readers import MARKER, find_sources, read_documents
+from creature.readers import MARKER, read_documents
+from creature.sources import find_sources
 from creature.stories import BOYS, GIRLS, PLOTS, generate_stories, write_story_corpus
 from creature.tokenizer import load_encoding
 
