@@ -51,7 +51,7 @@ class CreatureConfig(PreTrainedConfig):
         num_joints, subframes_per_tick (`int`): the body, sampled every 20 ms in a tick of 80 ms.
         num_touch_points, num_touch_surfaces, touch_embedding_size (`int`): ids of skin points and of what they touch.
         num_audio_codebooks, audio_codebook_size, audio_code_size (`int`): codec codes per tick and the width of their
-            factorised tables.
+            factorized tables.
         depth_hidden_size, depth_num_layers, depth_num_heads (`int`): the depth decoder over the codes of one tick.
         num_blend_shapes (`int`, defaults to 51): face shapes in [0, 1].
 

@@ -144,7 +144,7 @@ class ResidualProjection(nn.Linear):
 
 
 class CreatureAttention(nn.Module):
-    """Causal grouped-query attention with rotary positions and normalised queries and keys (Henry et al. 2020)."""
+    """Causal grouped-query attention with rotary positions and normalized queries and keys (Henry et al. 2020)."""
 
     def __init__(self, config: CreatureConfig, layer_idx: int):
         super().__init__()
@@ -212,7 +212,7 @@ class CreatureMLP(nn.Module):
 
 class CreatureDecoderLayer(GradientCheckpointingLayer):
     """
-    Attention and MLP, each on a normalised copy of the residual stream.
+    Attention and MLP, each on a normalized copy of the residual stream.
 
     Before them, the stream and the backbone's input are weighed against each other by two learned numbers, so that deep
     layers can still see the ticks as they arrived (Jordan et al. 2024, "modded-nanogpt"; gain in docs/log.md).

@@ -174,7 +174,7 @@ class VoiceCopy(nn.Module):
 
     def __init__(self, config: CreatureConfig):
         super().__init__()
-        # Factorised tables, one a codebook, tied to the audio stream's depth decoder: it reads and predicts with them.
+        # Factorized tables, one a codebook, tied to the audio stream's depth decoder: it reads and predicts with them.
         self.code_table = nn.Parameter(
             torch.empty(config.num_audio_codebooks, config.audio_codebook_size, config.audio_code_size)
         )

@@ -387,7 +387,8 @@ def _read_flags(argv: list[str] | None, fields: dict[str, FieldInfo], problems: 
 
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
-    """Read the YAML file and the flags on top of it.
+    """
+    Read the YAML file and the flags on top of it.
 
     Raises UserError with every problem of the file and of the flags at once, each with the nearest known name.
     """

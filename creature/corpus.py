@@ -1,18 +1,16 @@
 """Text in, tokens out: a corpus of any size as one stream of token ids, in constant memory and on all cores.
 
-The main thread reads, decodes and cuts; threads tokenise (tiktoken releases the GIL, so they scale over cores on every
+The main thread reads, decodes and cuts; threads tokenize (tiktoken releases the GIL, so they scale over cores on every
 platform); the main thread writes in order. The result does not depend on the number of threads.
 
 - The stream is lossless: every document's ids in order, then one end-of-text id. Decoding gives the text back byte
   for byte.
-- A document is tokenised in pieces, but cut only where the GPT-2 pre-tokenizer always splits, so that the ids are
-  those of
-  the whole document. A run of a million characters without any such place is cut anyway: the text is still kept, only
-  the ids at the cut differ. (Other tokenizers are cut at the same places, in larger pieces.)
+- A document is tokenized in pieces, but cut only where the GPT-2 pre-tokenizer always splits, so that the ids are
+  those of the whole document. A run of a million characters without any such place is cut anyway: the text is still
+  kept, only the ids at the cut differ. (Other tokenizers are cut at the same places, in larger pieces.)
 - The validation split goes by a hash of each document's first 65,536 characters: stable whatever the order of the
-  files, and
-  copies of a document land on the same side. When no document falls on that side (or all of them do), everything is in
-  the training stream, and training holds out the end of it instead.
+  files, and copies of a document land on the same side. When no document falls on that side (or all of them do),
+  everything is in the training stream, and training holds out the end of it instead.
 """
 
 import hashlib
@@ -37,7 +35,7 @@ from creature.readers import read_documents
 from creature.sources import Source, find_sources
 from creature.tokenizer import END_OF_TEXT, gpt2_hash, load_encoding, load_tokenizer, tokenizer_hash
 
-PIECE = 1 << 18  # characters tokenised at a time: large enough for speed, small enough for any number of threads
+PIECE = 1 << 18  # characters tokenized at a time: large enough for speed, small enough for any number of threads
 LONGEST_RUN = 1 << 20  # characters without a safe place to cut, after which the cut is made anyway
 HASHED = 1 << 16  # characters of a document's beginning that choose its split
 ARROW_ROW = 1024  # tokens in a row of an Arrow corpus
@@ -51,7 +49,8 @@ SPLITS = ("train", "validation")
 
 
 def last_safe_cut(text: str, start: int = 1) -> int:
-    """The last position >= `start` where `text` can be cut without changing any GPT-2 id; 0 when there is none.
+    """
+    The last position >= `start` where `text` can be cut without changing any GPT-2 id; 0 when there is none.
 
     No GPT-2 pre-token holds a non-space followed by white space, a letter followed by a non-letter, or a digit
     followed by a non-digit, and none of its patterns looks back: on both sides of such a place the ids are those of
@@ -80,7 +79,7 @@ class _Batch:
 
 @dataclass
 class _Tokens:
-    """A tokenised batch: ids per split, and what the report counts."""
+    """A tokenized batch: ids per split, and what the report counts."""
 
     ids: list[np.ndarray]
     documents: list[int]
@@ -144,7 +143,7 @@ class _Cutter:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenising
+# Tokenizing
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -352,12 +351,13 @@ def tokenize_corpus(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict:
-    """Tokenise `inputs` (files, folders, globs, Hub names; see creature.sources) into `output` and return its manifest.
+    """
+    Tokenize `inputs` (files, folders, globs, Hub names; see creature.sources) into `output` and return its manifest.
 
     `output` ending in .bin: a stream of little-endian ids as nanoGPT reads it (uint16; uint32 for vocabularies beyond
     65,536, which the manifest says), with corpus.valid.bin and corpus.manifest.json beside it. Otherwise a folder for
     `datasets.load_from_disk`: train/, validation/ and manifest.json. `validation_fraction` of the documents, chosen
-    by hash and `seed`, go to validation. `workers` threads tokenise (default: all cores).
+    by hash and `seed`, go to validation. `workers` threads tokenize (default: all cores).
 
     Nothing is in place before everything is written. Raises UserError for bad input, an existing output without
     `overwrite`, a folder that cannot be written, a full disk. The returned dict has "seconds" beside what the file
@@ -438,12 +438,11 @@ def tokenize_corpus(
 
 
 def _with_progress(sources: list[Source], text_column: str, progress: bool) -> Iterator[tuple[str, bool]]:
-    """All documents of all sources, under a progress bar in bytes of the files (with an ETA where their size is
-    known)."""
+    """All documents of all sources, under a progress bar in bytes of the files, with an ETA where sizes are known."""
     from tqdm import tqdm
 
     total = None if any(source.kind == "hub" for source in sources) else sum(source.size for source in sources)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc="tokenising") as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc="tokenizing") as bar:
         for source in sources:
             done = 0
             for text, ends in read_documents(source, text_column):

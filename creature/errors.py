@@ -10,7 +10,8 @@ class UserError(ValueError):
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's `main` and exit with its return code (None means 0).
+    """
+    Run a script's `main` and exit with its return code (None means 0).
 
     A UserError, a full disk, a missing right or Ctrl+C ends in one line on stderr and exit code 1 (130 for Ctrl+C),
     never in a traceback. Any other exception is a bug of ours and keeps its traceback.

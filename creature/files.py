@@ -16,7 +16,8 @@ from creature.errors import UserError
 
 @contextmanager
 def replace_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
-    """Write a file aside, then put it in place in one step, so that nobody ever reads half a file.
+    """
+    Write a file aside, then put it in place in one step, so that nobody ever reads half a file.
 
     Yields a file object opened with `mode` ("wb" or "w"; text is UTF-8 with "\\n" line ends). On leaving without an
     exception the data is flushed to disk and renamed over `path`; on any exception the temporary file is removed and

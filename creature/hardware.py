@@ -97,7 +97,8 @@ class Device:
 
 
 def device_info(kind: str | None = None) -> Device:
-    """The device that training would take: a CUDA GPU, else Apple's, else the CPU; or the one of the kind given.
+    """
+    The device that training would take: a CUDA GPU, else Apple's, else the CPU; or the one of the kind given.
 
     Raises UserError when a kind is asked for that is not there.
     """

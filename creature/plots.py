@@ -117,7 +117,8 @@ def _is_finite(value) -> bool:
 
 
 def smooth(values: list[float], span: int) -> list[float]:
-    """Mean over `span` values around each one: unlike a running average it does not lag behind a falling curve.
+    """
+    Mean over `span` values around each one: unlike a running average it does not lag behind a falling curve.
 
     Towards both ends the window shrinks with the distance to the end, and stays centered.
     """

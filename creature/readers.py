@@ -1,5 +1,4 @@
-"""
-Documents out of text files of any kind and size, in constant memory.
+"""Documents out of text files of any kind and size, in constant memory.
 
 `read_documents` streams one source as pieces of text. What counts as a document:
 
@@ -38,7 +37,8 @@ MAX_RECORD = 32 << 20  # characters: a record has to be in memory whole, a text 
 
 
 def read_documents(source: Source, text_column: str = "text") -> Iterator[tuple[str, bool]]:
-    """Stream one source as pairs (text, ends): a document is the texts up to and including the first with `ends` True.
+    """
+    Stream one source as pairs (text, ends): a document is the texts up to and including the first with `ends` True.
 
     Texts may be empty, documents too. Advances `source.bytes_read` and fills in `source.sha256`. Raises UserError for
     damaged files, text that is not UTF-8, and records without the text column.
@@ -189,8 +189,7 @@ def _without_line_break(text: str) -> str:
 
 
 def _decided(text: str, done: int, line_start: bool) -> int:
-    """Up to where `text` can be given out: before a line break that a marker may follow, if the chunk ends too early
-    to say."""
+    """Up to where `text` can be given out: before a line break that a marker may follow, if that is not yet known."""
     line = MARKER + "\r"
     last = text.rfind("\n", max(done, len(text) - len(line) - 1))
     if last >= 0 and line.startswith(text[last + 1 :]):
@@ -372,17 +371,40 @@ def _read_hub(source: Source, column: str) -> Iterator[tuple[str, bool]]:
         raise UserError(f"{source.name} could not be read to the end ({first_line(error)}): try again") from error
 
 
-def load_hub(name: str):
-    """The rows of a Hub dataset as a stream, or of a folder that `save_to_disk` made.
+def load_arrow_folder(folder: str | os.PathLike) -> dict:
+    """
+    The splits of a folder that `save_to_disk` made, by name, "train" among them.
 
-    `name` is owner/name[:configuration[:split]], with split "train" by default. Raises UserError when it cannot be had.
+    Raises UserError for a folder that is damaged, has no such split, or names data files that lie outside it.
     """
     import datasets
 
     try:
-        if os.path.isdir(name):
-            rows = datasets.load_from_disk(name)
-            return rows["train"] if isinstance(rows, datasets.DatasetDict) else rows
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # any of many types: the folder is damaged
+        raise UserError(
+            f"{folder} is not a whole Arrow dataset ({first_line(error)}): copy or make it again"
+        ) from error
+    splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+    for file in (entry["filename"] for split in splits.values() for entry in split.cache_files):
+        if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):
+            raise UserError(f"{folder} points to {file}, outside itself: copy the data into it, or make it again")
+    if "train" not in splits:
+        raise UserError(f"{folder} has no split called train (there is: {', '.join(splits)}): rename one")
+    return splits
+
+
+def load_hub(name: str):
+    """
+    The rows of a Hub dataset as a stream, or of a folder that `save_to_disk` made.
+
+    `name` is owner/name[:configuration[:split]], with split "train" by default. Raises UserError when it cannot be had.
+    """
+    if os.path.isdir(name):
+        return load_arrow_folder(name)["train"]
+    import datasets
+
+    try:
         hub, configuration, split = (*name.split(":"), "", "")[:3]
         return datasets.load_dataset(hub, configuration or None, split=split or "train", streaming=True)
     except Exception as error:  # a dozen unrelated types, each of which means that the data cannot be had

@@ -40,7 +40,8 @@ class Source:
 
 
 def find_sources(inputs: list[str]) -> tuple[list[Source], int]:
-    """The sources that `inputs` (files, folders, globs, Hub names) name, and how many files in folders were left out.
+    """
+    The sources that `inputs` (files, folders, globs, Hub names) name, and how many files in folders were left out.
 
     The order is fixed: inputs as given, the files of a folder or glob by name. A file reached twice counts once. In
     folders, hidden files, manifests and files of unknown kind are left out. Raises UserError for what does not exist.

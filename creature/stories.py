@@ -475,8 +475,7 @@ def _story(rng: random.Random) -> str:
 
 
 def generate_stories(seed: int = 0) -> Iterator[str]:
-    """Stories without end, the same ones for the same seed, none of them twice. Each is 100 to 400 words in
-    paragraphs."""
+    """Stories without end, the same for the same seed, none of them twice; each 100 to 400 words in paragraphs."""
     rng = random.Random(seed)
     told = set()
     while True:
@@ -488,7 +487,8 @@ def generate_stories(seed: int = 0) -> Iterator[str]:
 
 
 def write_story_corpus(path: str | Path, tokens: int = 300_000, seed: int = 0) -> dict:
-    """Write stories of at least `tokens` GPT-2 tokens to `path`, with <|endoftext|> lines between them.
+    """
+    Write stories of at least `tokens` GPT-2 tokens to `path`, with <|endoftext|> lines between them.
 
     The end-of-text token after each story counts. Returns the numbers: stories, characters, tokens.
     """

