@@ -1,0 +1,175 @@
+"""What a change is worth: train variants of the creature on the same tokens from the same seed, and print a table.
+
+examples:
+  python benchmarks/loss_per_token.py --train data/corpus.bin --validation data/corpus.valid.bin base \\
+      "untied: tie_word_embeddings=false" "faster table: learning_rate=0.016"
+  python benchmarks/loss_per_token.py --train a.bin --validation b.bin --steps 20 --micro_batch 2 --validation_blocks 8 --eager base
+
+A variant is a name and, after a colon, fields that differ: of CreatureConfig, or of the training below. The loop is the
+bare one (no Trainer, no checkpoints, no logging), so tokens/s is the ceiling of `run_clm_creature.py`.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+# In place of this folder, whose tokenize.py would hide the standard library's module of that name.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+TRAINING = {
+    "learning_rate": 8e-3,
+    "matrix_learning_rate": 0.02,
+    "weight_decay": 0.05,
+    "warmup": 0.01,
+    "decay": 0.4,
+    "max_grad_norm": 1.0,
+    "adamw": False,
+    "seed": 0,
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="+", help='"name" or "name: field=value, field=value"')
+    parser.add_argument("--train", required=True, help="token stream to train on (.bin)")
+    parser.add_argument("--validation", required=True, help="token stream to evaluate on (.bin)")
+    parser.add_argument("--config", default="configs/text_only_config.yaml", help="its model section is the base")
+    parser.add_argument("--steps", type=int, help="optimizer steps; default: the training tokens once")
+    parser.add_argument("--micro_batch", type=int, default=32, help="blocks a step (default 32)")
+    parser.add_argument("--block_size", type=int, default=2048, help="tokens a block (default 2048)")
+    parser.add_argument("--validation_blocks", type=int, help="evaluate on so many blocks only")
+    parser.add_argument("--eager", action="store_true", help="do not compile")
+    return parser.parse_args()
+
+
+def parse_variant(text: str) -> tuple[str, dict]:
+    """("name", {field: value}) of "name: field=value, field=value"."""
+    import yaml
+
+    name, _, rest = text.partition(":")
+    pairs = (pair.split("=", 1) for pair in rest.split(",") if pair.strip())
+    return name.strip(), {key.strip(): yaml.safe_load(value) for key, value in pairs}
+
+
+def batches(blocks, size: int, seed: int, device: str):
+    """Endless shuffled batches [size, block_size] int64 of the dataset `blocks`."""
+    import torch
+
+    from creature.data import collate_blocks
+
+    epoch = 0
+    while True:
+        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+        for first in range(0, len(order) - size + 1, size):
+            ids = collate_blocks(blocks.__getitems__(order[first : first + size]))["input_ids"]
+            yield (ids.pin_memory() if device == "cuda" else ids).to(device, non_blocking=True)
+        epoch += 1
+
+
+def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict) -> dict:
+    """Train one variant; returns its row."""
+    import torch
+
+    from configuration_creature import CreatureConfig
+    from creature.data import load_splits
+    from creature.optimizer import MuonAdamW, parameter_groups
+    from modeling_creature import MultiModalCreature
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    training = {key: fields.get(key, default) for key, default in TRAINING.items()}
+    config = CreatureConfig(**model_fields | {k: v for k, v in fields.items() if k not in TRAINING})
+    sizes = {"block_size": options.block_size, "vocab_size": config.vocab_size}
+    blocks = load_splits(options.train, validation_fraction=0.0, **sizes).train
+    steps = options.steps or len(blocks) // options.micro_batch
+
+    torch._dynamo.reset()
+    torch.manual_seed(training["seed"])
+    model = MultiModalCreature(config).to(device).train()
+    model.train_only()
+    rate = training["learning_rate"]
+    groups = parameter_groups(model, rate, training["matrix_learning_rate"], training["weight_decay"])
+    if training["adamw"]:
+        groups = [{key: g[key] for key in ("params", "weight_decay")} for g in groups]
+        optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
+    else:
+        optimizer = MuonAdamW(groups, compiled=not options.eager)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    step_model = model if options.eager else torch.compile(model)
+    stream = batches(blocks, options.micro_batch, training["seed"], device)
+    warm, started = min(20, steps // 2), 0.0
+    for step in range(steps):
+        if step == warm:
+            _wait(device)
+            started = time.perf_counter()
+        up = min(1.0, (step + 1) / max(1.0, training["warmup"] * steps))
+        down = min(1.0, (steps - step) / max(1.0, training["decay"] * steps))
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * up * down
+        ids = next(stream)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            loss = step_model(input_ids=ids, labels=ids, return_logits=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], training["max_grad_norm"])
+        optimizer.step()
+        optimizer.zero_grad()
+    _wait(device)
+    speed = (steps - warm) * options.micro_batch * options.block_size / (time.perf_counter() - started)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
+    held_out = load_splits(options.validation, validation_fraction=0.0, **sizes).train
+    if options.validation_blocks:
+        held_out = held_out.select(range(min(options.validation_blocks, len(held_out))))
+    loss = evaluate(model, held_out, device)
+    text_only = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"variant": name, "loss": loss, "tokens_per_second": speed, "gib": memory, "parameters": text_only}
+
+
+def evaluate(model, blocks, device: str, rows: int = 16) -> float:
+    """Mean loss in nats of the next tokens of all blocks."""
+    import torch
+
+    from creature.data import collate_blocks
+
+    model.eval()
+    total, count = 0.0, 0
+    for first in range(0, len(blocks), rows):
+        chosen = list(range(first, min(first + rows, len(blocks))))
+        ids = collate_blocks(blocks.__getitems__(chosen))["input_ids"].to(device)
+        with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            losses = model(input_ids=ids, labels=ids, return_logits=False).token_losses
+        total, count = total + losses.double().sum().item(), count + losses.numel()
+    return total / count
+
+
+def _wait(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    options = parse_arguments()
+    import torch
+    import yaml
+
+    model_fields = yaml.safe_load(Path(options.config).read_text(encoding="utf-8")).get("model", {})
+    rows = []
+    for text in options.variants:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        rows.append(run(*parse_variant(text), options, model_fields))
+        row = rows[-1]
+        print(f"{row['variant']}: loss {row['loss']:.4f}", file=sys.stderr, flush=True)
+    width = max(len(row["variant"]) for row in rows)
+    print(f"{'variant':{width}}  validation loss  difference   M tokens/s   peak GiB   parameters trained")
+    for row in rows:
+        print(
+            f"{row['variant']:{width}}  {row['loss']:15.4f}  {row['loss'] - rows[0]['loss']:+10.4f}  "
+            f"{row['tokens_per_second'] / 1e6:11.3f}  {row['gib']:9.2f}  {row['parameters']:19,}"
+        )
+
+
+if __name__ == "__main__":
+    main()
