@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -152,13 +151,10 @@ def test_help_and_a_wrong_flag_answer_without_heavy_imports():
         "sys.argv = ['run_clm_creature.py'] + sys.argv[1:]\n"
         f"try:\n    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
         "except SystemExit as end:\n"
-        "    heavy = [name for name in ('torch', 'transformers', 'datasets') if name in sys.modules]\n"
+        "    heavy = [name for name in ('torch', 'transformers', 'datasets', 'accelerate') if name in sys.modules]\n"
         "    print('exit', end.code, 'heavy', heavy)\n"
     )
     for flag, exit_code in (("--help", 0), ("--no_such_flag", 1)):
-        start = time.monotonic()
         done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True, cwd=PROJECT)
-        seconds = time.monotonic() - start
         assert f"exit {exit_code} heavy []" in done.stdout, done.stdout[-300:] + done.stderr
-        assert seconds < 10  # two on an idle machine
     assert "unknown flag --no_such_flag" in done.stderr and "Traceback" not in done.stderr

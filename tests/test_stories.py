@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import time
 from collections import Counter
 
 import pytest
@@ -61,11 +60,9 @@ def test_pronouns_agree_with_the_hero(stories):
     assert checked > 100
 
 
-def test_the_sample_corpus_is_long_enough_fast_enough_and_read_back_story_for_story(tmp_path):
+def test_the_sample_corpus_is_long_enough_and_read_back_story_for_story(tmp_path):
     path = tmp_path / "stories.txt"
-    began = time.perf_counter()
     counts = write_story_corpus(path, tokens=300_000, seed=5)
-    assert time.perf_counter() - began < 15  # about 0.5 s on a quiet machine
     assert 300_000 <= counts["tokens"] < 301_000
     sources, _ = find_sources([str(path)])
     read = [text for text, _ in read_documents_whole(sources[0])]
