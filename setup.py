@@ -34,7 +34,7 @@ setup(
         "matplotlib>=3.8",
         "psutil>=5.9",
         "pyyaml>=6.0",
-        "zstandard>=0.22",
+        "zstandard>=0.22",  # with it, `datasets` reads Hub files that end in .zst
     ],
     extras_require={"test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.6"]},
 )

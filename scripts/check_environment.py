@@ -159,14 +159,10 @@ def check_configuration(arguments: argparse.Namespace, rest: list[str]) -> tuple
         if getattr(arguments, name):
             flags += [f"--{name}", getattr(arguments, name)]
     settings = parse_settings(flags)
-    from configuration_creature import CreatureConfig
-
-    try:
-        config = CreatureConfig(**settings.model)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the model section is not valid: {error.__cause__ or error}") from error
     from creature.estimate import count_parameters
+    from creature.job import build_config
 
+    config = build_config(settings)
     counts = count_parameters(config)
     name = arguments.config or "configs/text_only_config.yaml"
     return (settings, config), f"{name}, {counts['total']:,} parameters, {counts['trainable']:,} of them trained"
@@ -192,9 +188,11 @@ def check_data(settings, config) -> tuple[bool, str]:
     source = settings.data.get("data")
     if not source:
         raise UserError("none is named: make one with scripts/tokenize_corpus.py, and name it with --data")
+    from creature.sources import TOKEN_FILES
+
     path = Path(source)
-    tokens = path.suffix in (".bin", ".npy", ".pt") or (
-        path.is_dir() and any(file.suffix in (".bin", ".arrow") for file in path.rglob("*"))
+    tokens = path.suffix in TOKEN_FILES or (
+        path.is_dir() and any(file.suffix in (*TOKEN_FILES, ".arrow") for file in path.rglob("*"))
     )
     if not tokens:
         if not path.exists():

@@ -68,13 +68,10 @@ def main() -> None:
     from creature.args import parse_settings
 
     settings = parse_settings((["--config", arguments.config] if arguments.config else []) + rest)
-    from configuration_creature import CreatureConfig
     from creature import estimate
+    from creature.job import build_config
 
-    try:
-        config = CreatureConfig(**settings.model)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the model section is not valid: {' '.join(str(error.__cause__ or error).split())}") from error
+    config = build_config(settings)
     training = settings.training
     block = settings.data.get("block_size") or config.max_position_embeddings
     step_tokens = training.get("tokens_per_step", 65536)
