@@ -190,8 +190,7 @@ PLOTS = {
         "{He} looked [under the bed|behind the door|inside a big jar|in the tall grass] and [on the shelf|between the "
         "roots|under a pile of leaves|in every corner], but [found only dust|it was not there|there was only a(n) old "
         "button].",
-        "[{H} felt very sad.|{H} did not know what to do.|A tear ran down {his} cheek.|{His} heart grew heavy.|{He} "
-        "sat down and sighed.]",
+        SAD,
         "<meet>",
         '"I lost my {look} {toy}," said {H}. "[Let us look together|Two see more than one|Think back]," said {F}. '
         '"Where did you [have it last|go yesterday|play last]?"',
@@ -213,8 +212,7 @@ PLOTS = {
         "the kite was [caught|stuck] in [the top of a tree|a high branch|the tallest pine].",
         "{H} [jumped|jumped as high as {he} could], but [the branch was too high|{he} could not reach it]. {He} "
         "[threw a stick|shook the tree|tried to climb], but [that did not help|nothing moved|only leaves came down].",
-        "[{H} felt very sad.|{H} did not know what to do.|A tear ran down {his} cheek.|{His} heart grew heavy.|{He} "
-        "sat down and sighed.]",
+        SAD,
         "<meet>",
         '"My kite is up there, and I am too small," said {H}. "[You are small, and I am small|One alone is small]," '
         'said {F}, "but [together we are tall|one on top of the other we are not]."',
@@ -324,8 +322,7 @@ PLOTS = {
         "But there was no [flour|salt|milk|butter|honey] in the house.",
         '"I will ask [the neighbors|around]," {he} said. At the first house, nobody was home. At the second, [a dog '
         "barked|they had none either|the door was locked].",
-        "[{H} felt very sad.|{H} did not know what to do.|A tear ran down {his} cheek.|{His} heart grew heavy.|{He} "
-        "sat down and sighed.]",
+        SAD,
         'At the third house lived {F}. "[I have some|Here is a whole jar]," said {fhe}, "but I have [no spoon|nobody '
         'to cook with|no idea how to cook]."',
         '"Then [come with me|let us do it together]," said {H}. {F} [stirred|mixed] while {H} [read the recipe|kept '
