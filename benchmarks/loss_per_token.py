@@ -3,7 +3,8 @@
 examples:
   python benchmarks/loss_per_token.py --train data/corpus.bin --validation data/corpus.valid.bin base \\
       "untied: tie_word_embeddings=false" "faster table: learning_rate=0.016"
-  python benchmarks/loss_per_token.py --train a.bin --validation b.bin --steps 20 --micro_batch 2 --validation_blocks 8 --eager base
+  python benchmarks/loss_per_token.py --train a.bin --validation b.bin --eager --steps 20 --micro_batch 2 \\
+      --validation_blocks 8 base
 
 A variant is a name and, after a colon, fields that differ: of CreatureConfig, or of the training below. The loop is the
 bare one (no Trainer, no checkpoints, no logging), so tokens/s is the ceiling of `run_clm_creature.py`.

@@ -1,0 +1,140 @@
+"""Training speed and memory: the creature beside GPT-2 of the same shape, both in the Hugging Face Trainer, in one run.
+
+examples:
+  python benchmarks/throughput.py --data data/corpus.bin
+  python benchmarks/throughput.py --micro_batch 1 --block_size 256 --steps 4 --warmup 1      # a laptop
+
+Without --data it trains on made-up stories. Every row runs the same blocks in the same order; the figure is the median
+of the timed steps, after a warm-up that holds the compiling. Rows whose model or card has no room say so.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# In place of this folder, whose tokenize.py would hide the standard library's module of that name.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+# Name, model, columns of the vocabulary, compiled.
+ROWS = (
+    ("creature", "creature", 50304, True),
+    ("creature, eager", "creature", 50304, False),
+    ("GPT-2, 50304 columns", "gpt2", 50304, True),
+    ("GPT-2, 50304 columns, eager", "gpt2", 50304, False),
+    ("GPT-2, 50257 columns, eager", "gpt2", 50257, False),
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="token stream or text (default: made-up stories)")
+    parser.add_argument("--micro_batch", type=int, default=32, help="blocks a step (default 32)")
+    parser.add_argument("--block_size", type=int, default=2048, help="tokens a block (default 2048)")
+    parser.add_argument("--steps", type=int, default=40, help="timed steps (default 40)")
+    parser.add_argument("--warmup", type=int, default=10, help="steps before them (default 10)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile (default: on a GPU)")
+    return parser.parse_args()
+
+
+def build(kind: str, columns: int):
+    """The model of a row: 6 layers x 512, 8 heads, 2048 positions."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from configuration_creature import CreatureConfig
+    from modeling_creature import MultiModalCreature
+
+    if kind == "creature":
+        model = MultiModalCreature(CreatureConfig(vocab_size=columns))
+        model.train_only()
+        return model
+    config = GPT2Config(n_embd=512, n_layer=6, n_head=8, n_positions=2048, vocab_size=columns)
+    config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.0  # the creature has no dropout either
+    config.use_cache = False
+    return GPT2LMHeadModel(config)
+
+
+def measure(row: tuple, blocks, options: argparse.Namespace) -> str:
+    """Train one row; returns its line of the table."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+    from creature.data import collate_blocks
+    from creature.trainer import CreatureTrainer
+    from creature.training_arguments import CreatureTrainingArguments
+
+    name, kind, columns, compiled = row
+    cuda = torch.cuda.is_available()
+
+    class Clock(TrainerCallback):
+        ends: list[float] = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if cuda:
+                torch.cuda.synchronize()
+            self.ends.append(time.perf_counter())
+
+    set_seed(0)
+    torch._dynamo.reset()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    clock = Clock()
+    clock.ends = []
+    with tempfile.TemporaryDirectory() as folder:
+        own = CreatureTrainingArguments if kind == "creature" else TrainingArguments
+        args = own(
+            output_dir=folder,
+            max_steps=options.warmup + options.steps,
+            per_device_train_batch_size=options.micro_batch,
+            bf16=cuda,
+            torch_compile=compiled,
+            use_cpu=not cuda,
+            eval_strategy="no",
+            save_strategy="no",
+            logging_steps=1000,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=cuda,
+        )
+        trainer = (CreatureTrainer if kind == "creature" else Trainer)(
+            model=build(kind, columns), args=args, train_dataset=blocks, data_collator=collate_blocks, callbacks=[clock]
+        )
+        try:
+            trainer.train()
+        except torch.OutOfMemoryError:
+            return f"{name:30}  out of memory"
+    ends = clock.ends[options.warmup - 1 :]
+    step = statistics.median(after - before for before, after in zip(ends, ends[1:], strict=False))
+    memory = f"{torch.cuda.max_memory_allocated() / 2**30:9.2f}" if cuda else "        -"
+    speed = options.micro_batch * options.block_size / step
+    return f"{name:30}  {1000 * step:10.2f}  {speed:12,.0f}  {memory}"
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.warmup < 1 or options.steps < 2:
+        raise SystemExit("give at least --warmup 1 and --steps 2: a step is timed from the end of the one before")
+    import torch
+
+    from creature.data import load_splits
+    from creature.stories import write_story_corpus
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = options.data
+        if source is None:
+            source = str(Path(folder, "stories.txt"))
+            needed = options.micro_batch * options.block_size * min(options.warmup + options.steps, 20)
+            write_story_corpus(source, max(needed, 4 * options.block_size), seed=0)
+        blocks = load_splits(source, block_size=options.block_size, vocab_size=50304, cache_dir=folder).train
+        compiles = torch.cuda.is_available() if options.compile is None else options.compile
+        lines = [measure(row, blocks, options) for row in ROWS if compiles or not row[3]]
+    print(f"{options.micro_batch} x {options.block_size} tokens a step, 6 x 512, median of {options.steps} steps")
+    print(f"{'':30}  {'ms a step':>10}  {'tokens/s':>12}  {'peak GiB':>9}")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
