@@ -415,8 +415,10 @@ def tokenize_corpus(
         }
 
     try:
-        write = _write_bin if output_path.suffix == ".bin" else _write_folder
-        result = write(output_path, tokens(), manifest, coder.dtype)
+        if output_path.suffix == ".bin":
+            result = _write_bin(output_path, tokens(), manifest)
+        else:
+            result = _write_folder(output_path, tokens(), manifest, coder.dtype)
     except _NothingToTrainOn:
         # Happens to a corpus of one or two documents; it is worth the second reading.
         return tokenize_corpus(
@@ -453,43 +455,45 @@ def _with_progress(sources: list[Source], text_column: str, progress: bool) -> I
             bar.update(source.bytes_read - done)
 
 
-def _write_bin(output: Path, tokens: Iterator[_Tokens], manifest: Callable, dtype: np.dtype) -> dict:
-    validation = _validation_path(output)
+def _distribute(tokens: Iterator[_Tokens], open_split: Callable[[int], Callable]) -> list[_Stream | None]:
+    """Write all batches to their splits; `open_split(index)` gives what writes one. None for validation without ids."""
+    streams: list[_Stream | None] = [_Stream(open_split(0)), None]
+    for some in tokens:
+        streams[0].add(some.ids[0], some.documents[0])
+        if len(some.ids[1]):
+            streams[1] = streams[1] or _Stream(open_split(1))
+            streams[1].add(some.ids[1], some.documents[1])
+    return streams
+
+
+def _write_bin(output: Path, tokens: Iterator[_Tokens], manifest: Callable) -> dict:
+    paths = (output, _validation_path(output))
     with ExitStack() as stack:
         # Left in the reverse order: the manifest, written last, is in place before the streams it speaks of.
-        streams = [_Stream(stack.enter_context(replace_file(output)).write), None]
-        for some in tokens:
-            streams[0].add(some.ids[0], some.documents[0])
-            if len(some.ids[1]) and streams[1] is None:
-                streams[1] = _Stream(stack.enter_context(replace_file(validation)).write)
-            if streams[1]:
-                streams[1].add(some.ids[1], some.documents[1])
-        result = manifest(streams, [output.name, validation.name])
+        streams = _distribute(tokens, lambda split: stack.enter_context(replace_file(paths[split])).write)
+        result = manifest(streams, [path.name for path in paths])
         file = stack.enter_context(replace_file(manifest_path(output), "w"))
         json.dump(result, file, indent=2, ensure_ascii=False)
         if streams[1] is None:
-            validation.unlink(missing_ok=True)  # of an earlier corpus that this one replaces
+            paths[1].unlink(missing_ok=True)  # of an earlier corpus that this one replaces
     return result
 
 
 def _write_folder(output: Path, tokens: Iterator[_Tokens], manifest: Callable, dtype: np.dtype) -> dict:
     aside = output.with_name(f".{output.name}.{os.getpid()}.part")
     shutil.rmtree(aside, ignore_errors=True)
+    files: list[_ArrowFile] = []
+
+    def open_split(split: int) -> Callable[[np.ndarray], None]:
+        files.append(_ArrowFile(aside / SPLITS[split], dtype))
+        return files[-1].write
+
     try:
-        files: list[_ArrowFile | None] = [_ArrowFile(aside / "train", dtype), None]
-        streams: list[_Stream | None] = [_Stream(files[0].write), None]
-        for some in tokens:
-            streams[0].add(some.ids[0], some.documents[0])
-            if len(some.ids[1]) and streams[1] is None:
-                files[1] = _ArrowFile(aside / "validation", dtype)
-                streams[1] = _Stream(files[1].write)
-            if streams[1]:
-                streams[1].add(some.ids[1], some.documents[1])
+        streams = _distribute(tokens, open_split)
         result = manifest(streams, list(SPLITS))
-        used = [(name, file, stream) for name, file, stream in zip(SPLITS, files, streams, strict=True) if stream]
-        for name, file, stream in used:
+        for name, file, stream in zip(SPLITS, files, streams, strict=False):  # no file for a validation that is None
             file.close(name, stream.digest.hexdigest())
-        splits = {"splits": [name for name, _, _ in used]}
+        splits = {"splits": list(SPLITS[: len(files)])}
         (aside / "dataset_dict.json").write_text(json.dumps(splits), encoding="utf-8")
         text = json.dumps(result, indent=2, ensure_ascii=False)
         (aside / "manifest.json").write_text(text, encoding="utf-8")
@@ -502,8 +506,7 @@ def _write_folder(output: Path, tokens: Iterator[_Tokens], manifest: Callable, d
             os.replace(aside, output)
     except BaseException:
         for file in files:
-            if file:
-                file.writer.close()
+            file.writer.close()
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return result

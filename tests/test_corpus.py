@@ -419,13 +419,15 @@ def test_an_output_of_another_kind_is_refused(output, tmp_path):
         tokenize([write(tmp_path / "in.txt", "text")], tmp_path / output)
 
 
-def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+@pytest.mark.parametrize("output", ["out.bin", "folder"])
+def test_a_full_disk_is_one_sentence(output, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(pa.ipc, "new_stream", full)
     with pytest.raises(UserError, match="the disk is full"):
-        tokenize([write(tmp_path / "in.txt", "text")], tmp_path / "out.bin")
+        tokenize([write(tmp_path / "in.txt", "text")], tmp_path / output)
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
