@@ -15,14 +15,16 @@ from transformers import ProgressCallback, TrainerCallback
 
 from creature.checkpoints import METRICS_FILE, list_checkpoints
 from creature.errors import UserError
+from creature.terminal import give_terminal_back
 
 
 class Throughput(TrainerCallback):
     """
     Tokens and samples per second and MFU over the last logging window, without evaluation, saving and compiling.
 
-    The first step of a process compiles and warms up, so the clock starts after it. The Trainer waits for the device
-    before each log, so the window ends when its work is done, not when it was enqueued.
+    The first step of a process compiles and warms up, so the clock starts after it: a log of that step has no rates
+    and no time left. The Trainer waits for the device before each log, so the window ends when its work is done, not
+    when it was enqueued.
     """
 
     def __init__(self, flops_per_token: float | None = None, peak_flops: float | None = None):
@@ -47,9 +49,8 @@ class Throughput(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if not self._warm:
             self._warm = True
-            if args.logging_steps > 1 and not control.should_log:
-                _wait_for_device(args.device)
-                self._restart()
+            _wait_for_device(args.device)
+            self._restart()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -97,8 +98,9 @@ class StopSignals(TrainerCallback):
     the CPU, and the next step reads what was shared, so nobody waits. A launcher that dies counts as a signal too.
     """
 
-    # torchrun passes a Ctrl+C on to processes that have got it from the terminal already: that is the same one.
-    same_signal_seconds = 2.0
+    # What arrives this soon after the first signal is that one again: `timeout` signals a process and then its group,
+    # and a launcher of several processes passes on what they have got from the terminal already.
+    same_signal_seconds = 2.0 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0.25
 
     def __init__(self, launcher_pid: int | None = None):
         """launcher_pid: the parent process whose end means to stop, None where the parent may leave."""
@@ -125,11 +127,18 @@ class StopSignals(TrainerCallback):
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self.requested and time.monotonic() - self._when > self.same_signal_seconds:
-            os.write(2, b"second signal: leaving at once; the last checkpoint is whole\n")
+            self._tell("second signal: leaving at once; the last checkpoint is whole\n")
+            give_terminal_back()
             os._exit(128 + number)
         if not self.requested:
             self.requested, self._when = signal.Signals(number).name, time.monotonic()
-            os.write(2, f"\n{self.requested}: finishing the step and saving; a second one leaves at once\n".encode())
+            self._tell(f"\n{self.requested}: finishing the step and saving; a second one leaves at once\n")
+
+    @staticmethod
+    def _tell(text: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, text.encode())
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.stopped = False
@@ -298,7 +307,10 @@ class HealthAdvice(TrainerCallback):
 class MetricsFile(TrainerCallback):
     """Appends every log to metrics.jsonl, one JSON object a line; time goes on over a resume."""
 
-    keys = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "samples_per_second", "mfu", "epoch")
+    keys = (
+        "loss", "grad_norm", "learning_rate", "tokens_per_second", "samples_per_second", "mfu", "epoch",
+        "peak_memory_bytes",
+    )  # fmt: skip
 
     def __init__(self, folder: str | os.PathLike, seconds_before: float = 0.0):
         self.path = Path(folder) / METRICS_FILE
@@ -330,6 +342,8 @@ class ConsoleLog(ProgressCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.current_step = 0
+        if args.torch_compile and state.is_world_process_zero:
+            _say("compiling in the first step, which takes a minute or so the first time on a machine")
         if self.bar:
             super().on_train_begin(args, state, control, **kwargs)
 
@@ -348,6 +362,9 @@ class ConsoleLog(ProgressCallback):
         _say(log_line(state.global_step, state.max_steps, logs, left), self.training_bar)
 
     def on_train_end(self, args, state, control, **kwargs):
+        if self.prediction_bar is not None:  # a signal left it open
+            self.prediction_bar.close()
+            self.prediction_bar = None
         if self.training_bar is not None:
             super().on_train_end(args, state, control, **kwargs)
 

@@ -41,6 +41,8 @@ def card_text(folder: str | Path, run: dict, sample: str) -> str:
         rows.append(("time", format_seconds(max(entry["time"] for entry in metrics))))
         if "tokens_per_second" in trained[-1]:
             rows.append(("speed", f"{trained[-1]['tokens_per_second']:,.0f} tokens/s"))
+    if "peak_memory_bytes" in run:
+        rows.append(("peak memory of a device", f"{run['peak_memory_bytes'] / 1e9:.2f} GB"))
     if evaluated:
         last = evaluated[-1]
         rows.append(("validation loss", f"{last['eval_loss']:.4f} nats per token (token-weighted)"))

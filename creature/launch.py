@@ -19,6 +19,7 @@ from typing import NoReturn
 import yaml
 
 from creature.errors import UserError, run_main
+from creature.terminal import give_terminal_back, take_terminal
 
 # Set for the processes that this module starts: the command that started them all.
 COMMAND = "CREATURE_COMMAND"
@@ -151,7 +152,10 @@ def _wait_for(ranks: list[subprocess.Popen], launcher: Launcher, pass_on: Callab
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """`run_main`, and a word on the traceback that accelerate prints below an error."""
+    """`run_main`, with Ctrl+C for this process alone, and a word on the traceback accelerate prints below an error."""
+    launcher = find_launcher()
+    if launcher is not None:
+        take_terminal(launcher.pid)
     try:
         run_main(main)
     except SystemExit as end:
@@ -165,3 +169,5 @@ def run(main: Callable[[], int | None]) -> NoReturn:
                 flush=True,
             )
         raise
+    finally:
+        give_terminal_back()

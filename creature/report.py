@@ -101,7 +101,8 @@ def code_hash() -> str:
 def run_table(run: dict) -> str:
     """run.json as a table for people."""
     own, parameters, data = run["identity"], run["parameters"], run["data"]
-    parts = ", ".join(f"{name} {count:,}" for name, count in parameters["parts"].items() if "total" not in name)
+    sums = ("text_only", "trainable", "total")
+    parts = ", ".join(f"{name} {count:,}" for name, count in parameters["parts"].items() if name not in sums)
     left = run["expected_seconds"]
     expected = f"{format_seconds(left)} (scripts/estimate.py says why)" if left else "told by the log lines"
     held_out = data.get("validation_tokens") or 0

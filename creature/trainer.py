@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import functools
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +106,15 @@ class CreatureTrainer(Trainer):
         if "loss" in logs:
             logs |= self._stream_log() | self.throughput.window()
             logs["tokens"] = self.state.num_input_tokens_seen
+            if self.args.device.type == "cuda":
+                logs["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.args.device)
         super().log(logs, start_time)
+
+    def get_train_dataloader(self):
+        return _shield_workers(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args, **kwargs):
+        return _shield_workers(super().get_eval_dataloader(*args, **kwargs))
 
     @property
     def model_config(self):
@@ -284,6 +294,20 @@ class CreatureTrainer(Trainer):
             if best.exists() or best.name == name:
                 self.state.best_model_checkpoint = str(best)
                 self.state.save_to_json(str(self._aside / name / "trainer_state.json"))
+
+
+def _shield_workers(loader):
+    """Let the worker processes of a DataLoader ignore the signals to stop: the step under way needs them."""
+    inner = getattr(loader, "base_dataloader", loader)  # accelerate's loader wraps torch's
+    inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)
+    return loader
+
+
+def _start_worker(init, worker_id: int) -> None:
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if init is not None:
+        init(worker_id)
 
 
 class _TrainBegin(TrainerCallback):

@@ -1,6 +1,7 @@
 """What watches a run: true rates, signals, non-finite values, advice, readable lines."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -45,6 +46,7 @@ def test_throughput_is_of_the_last_window_without_warm_up_evaluation_and_saving(
     watch.count(1000, 10)  # the first step: compiling takes a minute
     clock.now += 60
     watch.on_step_end(arguments(), state(), control)
+    assert watch.window() == {} and math.isnan(watch.seconds_per_step)  # no rate and no time left from a first step
     for _ in range(4):
         watch.count(1000, 10)
         clock.now += 2
