@@ -48,14 +48,14 @@ class TokenStream:
         if opened.dtype.kind not in "iu":
             raise UserError(f"{self.name} holds {opened.dtype.name} values, not token ids: store integers (uint16)")
         if opened.size == 0:
-            raise UserError(f"{self.name} is empty: tokenise some text into it first")
+            raise UserError(f"{self.name} is empty: tokenize some text into it first")
         flat = opened.reshape(-1)
         return [pa.Array.from_buffers(pa.from_numpy_dtype(flat.dtype), len(flat), [None, pa.py_buffer(flat)])]
 
     def _open_bin(self) -> np.ndarray:
         size, width = os.path.getsize(self.name), np.dtype(self.dtype).itemsize
         if size == 0:
-            raise UserError(f"{self.name} is empty: tokenise some text into it first")
+            raise UserError(f"{self.name} is empty: tokenize some text into it first")
         if size % width:
             raise UserError(
                 f"{self.name} has {size:,} bytes, which is no whole number of {self.dtype} tokens: "

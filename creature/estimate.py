@@ -9,7 +9,7 @@ from functools import lru_cache
 from types import SimpleNamespace
 
 from creature.errors import UserError
-from creature.hardware import CARDS, card_name, triton_available
+from creature.hardware import CARDS, Device, card_name, triton_available
 
 OPTIMIZERS = ("muon", "adamw")
 # Bytes per weight alive in `optimizer._muon_step`, which stacks the matrices of one shape: ten stacks in fp32; on GPUs
@@ -244,6 +244,54 @@ def _head_bytes(config, tokens: int, wide: int, device_kind: str, compiled: bool
     )  # ...or the gradient and its product with the states
     copies = 4 * table + (wide * table if wide < 4 else 0)
     return working + copies + tokens * wide * config.hidden_size
+
+
+# A CPU gains nothing from larger batches, and a dry run is to leave room on a small machine.
+CPU_TOKEN_LIMIT = 4096
+CPU_MEMORY_LIMIT = 3e9
+
+
+def fit_micro_batch(
+    config,
+    block_size: int,
+    device: Device,
+    precision: str,
+    *,
+    optimizer: str = "muon",
+    compiled: bool = False,
+    activation_checkpointing: bool = False,
+    limit: int = 256,
+    margin: float = 0.1,
+) -> int:
+    """
+    The largest power of two of blocks that a training step takes at once with the device's free memory.
+
+    Args:
+        config: a CreatureConfig. block_size: tokens in a block. precision: "bf16", "fp16" or "fp32".
+        limit: the largest answer wanted. margin: share of the free memory that is left unused, for fragmentation.
+
+    Returns:
+        0 when not even one block fits: then a shorter block, activation checkpointing or a smaller model is needed.
+    """
+    budget = device.free_bytes * (1 - margin)
+    if device.kind == "cpu":
+        limit, budget = min(limit, max(1, CPU_TOKEN_LIMIT // block_size)), min(budget, CPU_MEMORY_LIMIT)
+    batch = 1
+    while batch <= limit:
+        parts = memory_parts(
+            config,
+            batch,
+            block_size,
+            precision,
+            optimizer,
+            device_kind=device.kind,
+            compiled=compiled,
+            activation_checkpointing=activation_checkpointing,
+        )
+        if parts["peak"] > budget:
+            break
+        batch *= 2
+    return batch // 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

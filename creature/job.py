@@ -26,7 +26,7 @@ from creature.callbacks import (
 from creature.card import write_card
 from creature.data import Splits, collate_blocks, load_splits
 from creature.errors import UserError
-from creature.hardware import fit_micro_batch
+from creature.estimate import fit_micro_batch
 from creature.launch import parent_to_watch
 from creature.machine import Plan, training_values
 from creature.tokenizer import token_byte_lengths, tokenizer_hash
@@ -235,10 +235,12 @@ def train(trainer: CreatureTrainer, plan: Plan, config: CreatureConfig, checkpoi
         fits = fit_micro_batch(config, plan.block_size, plan.device, plan.precision, compiled=plan.compiled)
         divisors = [d for d in range(1, plan.micro_batch) if plan.micro_batch % d == 0]
         smaller = max((d for d in divisors if d <= max(fits, 1)), default=0)
+        # transformers 5.17 calls it gradient checkpointing.
+        kind = "activation" if hasattr(trainer.args, "activation_checkpointing") else "gradient"
         remedy = (
             f"use --per_device_train_batch_size {smaller} (the tokens of a step stay {plan.tokens_per_step:,})"
             if smaller
-            else "one block does not fit: use a smaller --block_size, --activation_checkpointing, or a smaller model"
+            else f"one block does not fit: use a smaller --block_size, --{kind}_checkpointing, or a smaller model"
         )
         raise UserError(f"out of memory on {plan.device.name} with micro-batch {plan.micro_batch}: {remedy}") from error
 

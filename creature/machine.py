@@ -6,7 +6,8 @@ from typing import Any
 
 from creature.args import Settings
 from creature.errors import UserError
-from creature.hardware import Device, choose_precision, compiler_available, device_info, fit_micro_batch
+from creature.estimate import fit_micro_batch
+from creature.hardware import Device, choose_precision, compiler_available, device_info
 
 
 @dataclass

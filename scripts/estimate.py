@@ -211,7 +211,7 @@ def _memory(config, block: int, row: Row, batch: int, options: dict, step_tokens
 
 def _fit(config, block: int, row: Row, options: dict, step_tokens: int) -> int:
     """The micro-batch that fits the device, no larger than a step's batch."""
-    from creature.hardware import fit_micro_batch
+    from creature.estimate import fit_micro_batch
 
     limit = max(1, step_tokens // block)
     return fit_micro_batch(config, block, row.device, row.precision, compiled=row.compiled, limit=limit, **options)

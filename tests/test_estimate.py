@@ -1,6 +1,7 @@
 """The estimate against the real thing: counted parameters and FLOPs, and the memory of a training step on the CPU."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from creature.estimate import (
     ASSUMED_MFU,
     count_parameters,
     expected_mfu,
+    fit_micro_batch,
     flops_per_token,
     hours,
     layer_bytes_per_token,
@@ -21,6 +23,7 @@ from creature.estimate import (
     memory_parts,
     tokens_per_second,
 )
+from creature.hardware import Device
 from creature.optimizer import MuonAdamW, parameter_groups
 from modeling_creature import MultiModalCreature
 
@@ -202,3 +205,29 @@ def test_hours():
 
 def test_matmul_is_timed():
     assert 1e8 < matmul_flops("cpu", "fp32", seconds=0.05) < 1e15
+
+
+GPU = Device("cuda", "NVIDIA GeForce RTX 3090", 24 * 2**30, 23 * 2**30, 8, True, 1, (8, 6))
+CPU = Device("cpu", "a CPU", 16 * 2**30, 12 * 2**30, 4, False)
+
+
+def test_batch_fits_the_memory():
+    config = CreatureConfig()
+    batch = fit_micro_batch(config, 2048, GPU, "bf16", compiled=True)
+    assert batch & (batch - 1) == 0
+    assert memory_parts(config, batch, 2048, "bf16", compiled=True)["peak"] <= 0.9 * GPU.free_bytes
+    assert memory_parts(config, 2 * batch, 2048, "bf16", compiled=True)["peak"] > 0.9 * GPU.free_bytes
+    assert fit_micro_batch(config, 2048, replace(GPU, free_bytes=6 * 2**30), "bf16", compiled=True) < batch
+    assert fit_micro_batch(config, 2048, GPU, "bf16", compiled=True, limit=8) == 8
+    checkpointed = fit_micro_batch(config, 2048, GPU, "bf16", compiled=True, activation_checkpointing=True)
+    assert checkpointed > batch
+
+
+def test_the_guides_batch_fits_an_rtx_3090():
+    assert fit_micro_batch(CreatureConfig(), 2048, GPU, "bf16", compiled=True) >= 32
+
+
+def test_small_machines():
+    config = CreatureConfig()
+    assert fit_micro_batch(config, 2048, CPU, "fp32") in (1, 2)
+    assert fit_micro_batch(config, 2048, replace(CPU, free_bytes=2**28), "fp32") == 0

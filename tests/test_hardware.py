@@ -1,10 +1,9 @@
-"""The hardware table and what follows from a device: names matched exactly, precision, and the batch that fits."""
+"""The hardware table and what follows from a device: names matched exactly, and precision."""
 
 from dataclasses import replace
 
 import pytest
 
-from configuration_creature import CreatureConfig
 from creature.errors import UserError
 from creature.hardware import (
     CARDS,
@@ -15,7 +14,6 @@ from creature.hardware import (
     compiler_available,
     cpu_cores,
     device_info,
-    fit_micro_batch,
     peak_flops,
     system_memory,
 )
@@ -125,27 +123,3 @@ def test_no_compiler_is_told(monkeypatch):
     monkeypatch.setattr("creature.hardware.triton_available", lambda: False)
     works, reason = compiler_available(GPU)
     assert not works and "Triton" in reason
-
-
-def test_batch_fits_the_memory():
-    config = CreatureConfig()
-    from creature.estimate import memory_parts
-
-    batch = fit_micro_batch(config, 2048, GPU, "bf16", compiled=True)
-    assert batch & (batch - 1) == 0
-    assert memory_parts(config, batch, 2048, "bf16", compiled=True)["peak"] <= 0.9 * GPU.free_bytes
-    assert memory_parts(config, 2 * batch, 2048, "bf16", compiled=True)["peak"] > 0.9 * GPU.free_bytes
-    assert fit_micro_batch(config, 2048, replace(GPU, free_bytes=6 * 2**30), "bf16", compiled=True) < batch
-    assert fit_micro_batch(config, 2048, GPU, "bf16", compiled=True, limit=8) == 8
-    checkpointed = fit_micro_batch(config, 2048, GPU, "bf16", compiled=True, activation_checkpointing=True)
-    assert checkpointed > batch
-
-
-def test_the_guides_batch_fits_an_rtx_3090():
-    assert fit_micro_batch(CreatureConfig(), 2048, GPU, "bf16", compiled=True) >= 32
-
-
-def test_small_machines():
-    config = CreatureConfig()
-    assert fit_micro_batch(config, 2048, CPU, "fp32") in (1, 2)
-    assert fit_micro_batch(config, 2048, replace(CPU, free_bytes=2**28), "fp32") == 0
