@@ -44,6 +44,7 @@ def list_checkpoints(run_folder: str | os.PathLike) -> list[Path]:
 def seal_checkpoint(folder: str | os.PathLike) -> None:
     """Flush every file of a checkpoint to disk and write complete.json, which vouches for them."""
     folder = Path(folder)
+    share_with_others(folder)
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE_FILE):
         with open(path, "rb+") as file:
@@ -51,6 +52,15 @@ def seal_checkpoint(folder: str | os.PathLike) -> None:
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     with replace_file(folder / COMPLETE_FILE, "w") as file:
         json.dump({"step": step_of(folder), "files": files}, file, indent=1)
+
+
+def share_with_others(folder: str | os.PathLike) -> None:
+    """Give every file of a saved model the mode of config.json: safetensors lets only the owner read what it writes."""
+    config = Path(folder, "config.json")
+    if config.is_file():
+        for path in Path(folder).iterdir():
+            if path.is_file():
+                path.chmod(config.stat().st_mode)
 
 
 def problem_with(checkpoint: str | os.PathLike) -> str | None:
@@ -234,15 +244,46 @@ def check_output(folder: str | os.PathLike, *, dry_run: bool, resume: bool, over
         )
 
 
+_locks: dict[tuple[int, int], int] = {}  # the folders that this process holds, until it ends
+
+
+def lock_output(folder: str | os.PathLike) -> None:
+    """Hold the folder for this process, however it ends; UserError when another run is writing there.
+
+    POSIX only; a file system that knows no locks has none.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    status = os.fstat(descriptor)
+    identity = (status.st_dev, status.st_ino)
+    if identity not in _locks:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _locks[identity] = descriptor
+            return
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(
+                f"another run is writing to {folder} right now: wait for it or stop it, or choose another --output_dir"
+            ) from None
+        except OSError:
+            pass
+    os.close(descriptor)
+
+
 def claim_output(folder: str | os.PathLike, *, keep: bool) -> None:
     """Make the folder ready for writing: what an earlier run left is deleted unless `keep` (a resumed run)."""
     folder = Path(folder)
+    require_writable(folder)
+    lock_output(folder)
     if not keep and (folder / RUN_FILE).exists():
         for path in folder.iterdir():
             if path.name != RUN_FILE:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         (folder / RUN_FILE).unlink()  # last: a folder without it would not be ours to delete
-    require_writable(folder)
     shutil.rmtree(folder / WRITING_FOLDER, ignore_errors=True)  # what a killed writer left
 
 
@@ -268,6 +309,12 @@ def choose_checkpoint(folder: str | os.PathLike, resume: str | bool, at_most: in
     newest, skipped = newest_complete(folder, at_most)
     if newest is None:
         reasons = "; ".join(f"{name}: {why}" for name, why in skipped)
+        if at_most is not None:
+            raise UserError(
+                f"no complete checkpoint in {folder} from which a run of this --max_steps could go on, up to step "
+                f"{max(at_most, 0)}{f' ({reasons})' if reasons else ''}: keep the old --max_steps, or start afresh with "
+                "--overwrite_output_dir"
+            )
         raise UserError(
             f"no complete checkpoint in {folder} to resume{f' ({reasons})' if reasons else ''}: start afresh with "
             "--overwrite_output_dir"

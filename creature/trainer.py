@@ -278,10 +278,12 @@ class CreatureTrainer(Trainer):
                     checkpoints.rotate(folder, limit, self.protected_steps | {self.state.best_global_step or -1})
                 self.accelerator.wait_for_everyone()
             except Exception as error:
-                if _is_disk_full(error, folder):
+                full = _is_disk_full(error, folder)
+                if args.should_save:
+                    shutil.rmtree(self._aside, ignore_errors=True)
+                if full:
                     raise UserError(
-                        f"the disk is full while writing {folder / name}: free some space, then --resume; "
-                        f"{_last_name(folder)} is intact"
+                        f"the disk is full while writing {folder / name}: free some space, then {_way_on(folder)}"
                     ) from error
                 raise
             finally:
@@ -347,6 +349,6 @@ def _is_disk_full(error: Exception, folder: Path) -> bool:
     return "No space left" in str(error) or ("writ" in str(error) and free_bytes(folder) < 1 << 20)
 
 
-def _last_name(folder: Path) -> str:
+def _way_on(folder: Path) -> str:
     kept = checkpoints.list_checkpoints(folder)
-    return kept[-1].name if kept else "nothing else"
+    return f"--resume from {kept[-1].name}, which is intact" if kept else "start again: no checkpoint was complete yet"

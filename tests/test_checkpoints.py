@@ -1,6 +1,7 @@
 """The folder of a run: only whole checkpoints count, and nothing of another run is ever overwritten."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -167,3 +168,13 @@ def test_sealing_covers_every_file_also_in_folders(tmp_path):
     assert checkpoints.problem_with(path) is None
     shutil.rmtree(path / "sharded")
     assert "sharded/part-0 is missing" in checkpoints.problem_with(path)
+
+
+def test_others_can_read_what_the_owner_can(tmp_path):
+    folder = make_checkpoint(tmp_path, 3, seal=False)
+    (folder / "config.json").write_text("{}")
+    (folder / "config.json").chmod(0o644)
+    (folder / "model.safetensors").chmod(0o600)
+    checkpoints.seal_checkpoint(folder)
+    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir() if path.name != "complete.json"}
+    assert len(modes) == 1 and (os.name == "nt" or modes == {0o644})
