@@ -258,7 +258,7 @@ def load_yaml(path: str | Path) -> dict:
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
     except FileNotFoundError:
-        raise UserError(f"there is no configuration file {path}: look into configs/ for examples") from None
+        raise UserError(f"there is no configuration file {path}: the project's configs/ has examples") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder: --config takes a YAML file") from None
     except UnicodeDecodeError:
@@ -396,8 +396,10 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     problems: list[str] = []
     job, flags = _read_flags(argv, fields, problems)
     path = job.get("config", str(DEFAULT_CONFIG))
+    if "config" not in job and not DEFAULT_CONFIG.is_file():
+        path = None  # installed without the project's folder: the defaults of the fields are those of the file
     try:
-        values = _read_config(path, fields, problems)
+        values = _read_config(path, fields, problems) if path else {}
     except UserError as error:
         values = {}
         problems.append(str(error))
@@ -410,7 +412,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     if problems:
         raise UserError(_all_at_once(problems))
     sections = {section: {n: v for n, v in values.items() if fields[n].section == section} for section in SECTIONS}
-    settings = Settings(**sections, given=set(flags), **(job | {"config": str(path)}))
+    settings = Settings(**sections, given=set(flags), **(job | {"config": path or "no file"}))
     _settle_run(settings)
     return settings
 

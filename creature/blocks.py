@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,10 +77,12 @@ class TokenStream:
         import torch
 
         try:
-            try:
-                tensor = torch.load(self.name, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # the format before torch 1.6 cannot be mapped
-                tensor = torch.load(self.name, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about pickles of other versions; what matters is said below
+                try:
+                    tensor = torch.load(self.name, map_location="cpu", weights_only=True, mmap=True)
+                except RuntimeError:  # the format before torch 1.6 cannot be mapped
+                    tensor = torch.load(self.name, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
             raise UserError(
                 f"{self.name} is a pickle of something else than a tensor, or damaged; it was not executed: "

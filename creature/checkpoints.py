@@ -311,9 +311,9 @@ def choose_checkpoint(folder: str | os.PathLike, resume: str | bool, at_most: in
         reasons = "; ".join(f"{name}: {why}" for name, why in skipped)
         if at_most is not None:
             raise UserError(
-                f"no complete checkpoint in {folder} from which a run of this --max_steps could go on, up to step "
-                f"{max(at_most, 0)}{f' ({reasons})' if reasons else ''}: keep the old --max_steps, or start afresh with "
-                "--overwrite_output_dir"
+                f"no complete checkpoint in {folder} from which a run of this --max_steps could go on, up to "
+                f"step {max(at_most, 0)}{f' ({reasons})' if reasons else ''}: keep the old --max_steps, or start "
+                "afresh with --overwrite_output_dir"
             )
         raise UserError(
             f"no complete checkpoint in {folder} to resume{f' ({reasons})' if reasons else ''}: start afresh with "

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +70,8 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(tmp_path):
     assert checkpoints.newest_complete(tmp_path)[0] is None
     with pytest.raises(UserError, match="checkpoint-5: complete.json is missing"):
         checkpoints.choose_checkpoint(tmp_path, True, None)
+    with pytest.raises(UserError, match="up to step 3: keep the old --max_steps"):
+        checkpoints.choose_checkpoint(tmp_path, True, 3)
     with pytest.raises(UserError, match="cannot be resumed"):
         checkpoints.choose_checkpoint(tmp_path, str(tmp_path / "checkpoint-5"), None)
     with pytest.raises(UserError, match="not a checkpoint folder"):
@@ -148,6 +153,27 @@ def test_claiming_clears_an_old_run_and_keeps_a_resumed_one(tmp_path):
     assert (tmp_path / "checkpoint-3").is_dir() and not (tmp_path / checkpoints.WRITING_FOLDER).exists()
     checkpoints.claim_output(tmp_path, keep=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders are locked on POSIX only")
+def test_a_folder_that_another_process_writes_to_is_left_alone(tmp_path):
+    (tmp_path / "run.json").write_text('{"identity": {}}')
+    code = "import sys, creature.checkpoints as c; c.lock_output(sys.argv[1]); print('held', flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(checkpoints.__file__).parent.parent)},
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == "held\n"
+        for keep in (True, False):
+            with pytest.raises(UserError, match="another run is writing"):
+                checkpoints.claim_output(tmp_path, keep=keep)
+        assert (tmp_path / "run.json").exists()
+    finally:
+        holder.kill()
+        holder.communicate()
+    checkpoints.claim_output(tmp_path, keep=True)
+    checkpoints.claim_output(tmp_path, keep=False)  # a process never locks itself out
 
 
 def test_a_disk_too_small_and_a_folder_that_cannot_be_written_are_refused_early(tmp_path, monkeypatch):

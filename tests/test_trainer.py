@@ -219,10 +219,11 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
         return real(value, path, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="disk is full.*checkpoint-2 is intact"):
+    with pytest.raises(UserError, match="disk is full.*--resume from checkpoint-2, which is intact"):
         trainer.train()
     newest, skipped = checkpoints.newest_complete(tmp_path)
     assert newest.name == "checkpoint-2" and not skipped
+    assert not (tmp_path / checkpoints.WRITING_FOLDER).exists()  # it would keep the disk full
 
 
 def test_checkpoints_are_sealed_rotated_and_keep_the_protected_one(tmp_path):
