@@ -18,8 +18,8 @@ MUON_TEMPORARIES = {"cpu": 40, "mps": 40, "cuda": 24}
 PRECISION_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 # Share of the peak rate that training reaches (model FLOPs utilization, Chowdhery et al. 2022, "PaLM", appendix B).
-# What was measured with this library goes here, per card (docs/log.md: the tiny creature, whose large head makes it the
-# hardest); for any other card the assumption stands, and is called one.
+# What was measured with this library goes here, per card (docs/log.md: the tiny creature only, so other sizes
+# are expected to reach the same share); for any other card the assumption stands, and is called one.
 MEASURED_MFU: dict[str, float] = {"H200": 0.377}
 ASSUMED_MFU = 0.35
 # The same for a device whose rate is not in the table: share of a plain matrix product timed on the spot.

@@ -5,6 +5,7 @@ arrays batch by batch and keeps two numbers a row, so it is fast and small for a
 not depend on how the rows were cut into batches: every token weighs the same.
 """
 
+import abc
 import math
 import os
 
@@ -17,7 +18,7 @@ from creature.errors import UserError
 IGNORE_INDEX = -100  # a target that is not counted, as everywhere in transformers
 
 
-class _TokenMetric(evaluate.Metric):
+class _TokenMetric(evaluate.Metric, abc.ABC):
     """
     Base of the metrics here: a ratio of two sums over the counted tokens.
 
@@ -73,11 +74,13 @@ class _TokenMetric(evaluate.Metric):
             raise UserError("there is nothing to evaluate: no target is counted, every label is -100")
         return self._result(math.fsum(predictions), sum(references))
 
+    @abc.abstractmethod
     def _reduce(self, predictions: np.ndarray, references: np.ndarray, counted: np.ndarray):
-        raise NotImplementedError
+        """(numerator, denominator) of every row, [N] each, from the places where `counted` is true."""
 
+    @abc.abstractmethod
     def _result(self, numerator: float, denominator: int) -> dict:
-        raise NotImplementedError
+        """The metric by name, from the two totals."""
 
 
 class Perplexity(_TokenMetric):
