@@ -12,7 +12,7 @@ from creature.errors import UserError
 from creature.hardware import CARDS, Device, card_name, triton_available
 
 OPTIMIZERS = ("muon", "adamw")
-# Bytes per weight alive in `optimizer._muon_step`, which stacks the matrices of one shape (a CPU takes them one by one):
+# Bytes per weight alive in `optimizer._muon_step`, which stacks the matrices of one shape, and on a CPU takes each alone:
 # seven to ten copies in fp32; on GPUs the iteration runs in bf16, and the compiler fuses the rest.
 MUON_TEMPORARIES = {"cpu": 28, "mps": 40, "cuda": 24}
 PRECISION_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
