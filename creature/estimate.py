@@ -12,8 +12,8 @@ from creature.errors import UserError
 from creature.hardware import CARDS, Device, card_name, triton_available
 
 OPTIMIZERS = ("muon", "adamw")
-# Bytes per weight alive in `optimizer._muon_step`, which stacks the matrices of one shape, and on a CPU takes each alone:
-# seven to ten copies in fp32; on GPUs the iteration runs in bf16, and the compiler fuses the rest.
+# Bytes per weight alive in `optimizer._muon_step`, which stacks the matrices of one shape (a CPU takes each alone): ten
+# copies in fp32, on a CPU seven; on GPUs the iteration runs in bf16, and the compiler fuses the rest.
 MUON_TEMPORARIES = {"cpu": 28, "mps": 40, "cuda": 24}
 PRECISION_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -237,7 +237,7 @@ def _head_bytes(config, tokens: int, wide: int, device_kind: str, compiled: bool
     if device_kind == "cuda" and (compiled or triton_available()):
         per_logit = wide + before  # the kernel turns logits into their gradient in place
     else:
-        # The logits, in fp32 where they are not, and the exponentials that logsumexp sums.
+        # The logits, in fp32 where they are not, and their log probabilities.
         per_logit = (wide if wide < 4 else 0) + 4 + 4 + before
     table = config.vocab_size * config.hidden_size
     logits = chunk * config.vocab_size
