@@ -67,25 +67,41 @@ def _muon_step(
     params: list[torch.Tensor],
     gradients: list[torch.Tensor],
     buffers: list[torch.Tensor],
+    squares: list[torch.Tensor],
     lr: torch.Tensor,
     found_inf: torch.Tensor,
     weight_decay: float,
     momentum: float,
+    beta2: float,
 ) -> None:
     """One Muon update of matrices of one shape, in place; none where `found_inf` is not 0."""
     gradient = torch.stack(gradients).float()  # [N, rows, columns]
     old = torch.stack(buffers)
     new = old.lerp(gradient, 1 - momentum)
     update = orthogonalize(gradient.lerp(new, momentum)).float()  # Nesterov: look one step ahead
+    # Neurons that move much get smaller steps, as in Adam; all together keep their length.
+    length = update.norm(dim=(-2, -1), keepdim=True)
+    old_square = torch.stack(squares)
+    square = old_square.lerp(update.square().mean(dim=_within_neuron(update), keepdim=True), 1 - beta2)
+    update = update * (square + 1e-10).rsqrt()
+    update = update * (length / update.norm(dim=(-2, -1), keepdim=True))
     # A step of equal size for every output, whatever the shape (Jordan et al. 2024; Bernstein 2025).
     update = update * (lr * max(1.0, update.shape[-2] / update.shape[-1]) ** 0.5)
     bad = found_inf != 0
     kept = torch.where(bad, old, new)
+    kept_square = torch.where(bad, old_square, square)
     shrink = torch.where(bad, 1.0, 1 - lr * weight_decay)
     update = torch.where(bad, 0.0, update)
-    for param, buffer, keep, step in zip(params, buffers, kept.unbind(), update.unbind(), strict=True):
+    made = (kept.unbind(), kept_square.unbind(), update.unbind())
+    for param, buffer, average, keep, keep_square, step in zip(params, buffers, squares, *made, strict=True):
         buffer.copy_(keep)
+        average.copy_(keep_square)
         param.mul_(shrink).sub_(step.to(param.dtype))
+
+
+def _within_neuron(matrix: torch.Tensor) -> int:
+    """The dimension that a neuron's weights lie along: its inputs, or its outputs where a matrix has more inputs."""
+    return -1 if matrix.shape[-2] >= matrix.shape[-1] else -2
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -93,7 +109,8 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon (Jordan et al. 2024) where `group["muon"]` is true, AdamW (Loshchilov and Hutter 2019) elsewhere.
 
     Muon replaces the momentum of a matrix by the nearest orthogonal one, so that every direction of the matrix learns
-    at the same rate; it keeps one state per weight where AdamW keeps two.
+    at the same rate; it keeps one state per weight where AdamW keeps two. What it makes is evened out over the neurons
+    by their running mean square (Li et al. 2025, "NorMuon").
 
     As with torch's fused optimizers, a tensor set as `found_inf` that is not 0 makes the next step change nothing.
 
@@ -113,7 +130,8 @@ class MuonAdamW(torch.optim.Optimizer):
             "lr": lr,
             "weight_decay": weight_decay,
             "muon": False,
-            "momentum": 0.95,
+            "momentum": 0.9,
+            "beta2": 0.95,
             "betas": (0.8, 0.95),
             "eps": 1e-10,
             "fused": True,
@@ -148,7 +166,9 @@ class MuonAdamW(torch.optim.Optimizer):
             # On a CPU each matrix alone, which then stays in the cache with all that is made of it.
             stacks.setdefault(param if param.device.type == "cpu" else param.shape, []).append(param)
             if not self.state[param]:
-                self.state[param]["momentum_buffer"] = torch.zeros_like(param, dtype=torch.float32)
+                buffer = torch.zeros_like(param, dtype=torch.float32)
+                square = torch.zeros_like(buffer.mean(dim=_within_neuron(param), keepdim=True))
+                self.state[param].update(momentum_buffer=buffer, mean_square=square)
         # Tensors, so that a new learning rate does not mean a new compilation.
         lr = torch.as_tensor(group["lr"], dtype=torch.float32)
         found_inf = getattr(self, "found_inf", None)
@@ -156,7 +176,9 @@ class MuonAdamW(torch.optim.Optimizer):
         for same in stacks.values():
             gradients = [param.grad for param in same]
             buffers = [self.state[param]["momentum_buffer"] for param in same]
-            self._muon_step(same, gradients, buffers, lr, found_inf, group["weight_decay"], group["momentum"])
+            squares = [self.state[param]["mean_square"] for param in same]
+            settings = group["weight_decay"], group["momentum"], group["beta2"]
+            self._muon_step(same, gradients, buffers, squares, lr, found_inf, *settings)
 
     def _step_adamw(self, group: dict, params: list[torch.Tensor]) -> None:
         for param in params:
