@@ -11,10 +11,12 @@ from transformers.utils import ModelOutput
 
 try:
     from .configuration_creature import STREAMS
+    from .decoding_creature import decode, is_plain
     from .losses_creature import IGNORE_INDEX
     from .streams_creature import pick
 except ImportError:
     from configuration_creature import STREAMS
+    from decoding_creature import decode, is_plain
     from losses_creature import IGNORE_INDEX
     from streams_creature import pick
 
@@ -166,6 +168,25 @@ class CreatureGenerationMixin(GenerationMixin):
         fields = {name: getattr(outputs, name, None) for name in CreatureGenerateOutput.__dataclass_fields__}
         fields |= {name: torch.stack(ticks[:new_tokens], dim=1) for name, ticks in emission.emitted.items()}
         return CreatureGenerateOutput(**fields)
+
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        """Greedy search and sampling: as in `GenerationMixin`, and fast where nothing but the tokens is asked for."""
+        if is_plain(self, stopping_criteria, generation_config, synced_gpus, model_kwargs):
+            return decode(
+                self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+            )
+        return super()._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+        )
 
     def encode_senses(self, **senses) -> torch.Tensor:
         """

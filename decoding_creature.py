@@ -1,0 +1,309 @@
+# Copyright 2026 The MultiModalCreature developers. Licensed under the Apache License, Version 2.0.
+"""Fast decoding of the internal text: buffers that stay in place, a CUDA graph of the step, few waits for the device."""
+
+import importlib.util
+import threading
+import types
+import warnings
+from itertools import chain
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+# Calls that ask for at least so many new tokens have the step compiled, which takes a while once per shape.
+COMPILE_FROM = 128
+# On a GPU the end of all rows is looked for once in so many tokens: every look makes the device wait for the host.
+CHECK_EVERY = 16
+# Graphs stay with their model for the next call: the latest ones, with so many bytes of keys and values together.
+KEPT_GRAPHS, KEPT_BYTES = 8, 2**31
+SHORTEST = 256  # slots of the smallest graph; the others are powers of two
+
+# What the loop below passes on or replaces; any other argument of `forward` belongs to the loop of transformers.
+KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
+
+# Beside the model and not on it: nothing of a graph may reach a state dict, a pickle or a copy.
+_kept: WeakKeyDictionary = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+class DecodingCache:
+    """
+    Keys and values of all layers in buffers [B, heads, length, head_dim], written in place.
+
+    Args:
+        prefilled: the cache that the pass over the prompt has filled; it gives heads, sizes and dtypes.
+        length: slots, one a tick.
+    """
+
+    def __init__(self, prefilled: Cache, length: int):
+        self.keys = [layer.keys.new_zeros(*_with_length(layer.keys, length)) for layer in prefilled.layers]
+        self.values = [layer.values.new_zeros(*_with_length(layer.values, length)) for layer in prefilled.layers]
+        self.slot = torch.zeros(1, dtype=torch.long, device=self.keys[0].device)  # where the next tick goes
+        self.visible = length  # slots that attention is shown; a graph always shows all and masks
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Store one tick [B, heads, 1, head_dim]; returns the keys and values to attend to."""
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys.index_copy_(2, self.slot, key)
+        values.index_copy_(2, self.slot, value)
+        return keys[:, :, : self.visible], values[:, :, : self.visible]
+
+    def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:
+        return self.slot[0]
+
+    def load(self, prefilled: Cache, ticks: int):
+        for name in ("keys", "values"):
+            for buffer, layer in zip(getattr(self, name), prefilled.layers, strict=True):
+                buffer[:, :, :ticks] = getattr(layer, name)
+                # A NaN that an earlier call left behind would come through the mask: 0 * NaN.
+                buffer[:, :, ticks:] = 0
+        self.slot.fill_(ticks)
+
+
+class Decoder:
+    """
+    One pass over one new tick of every row, again and again: eagerly, or as a CUDA graph.
+
+    It holds buffers and no model: the model is passed in, so that it can go when its owner lets go of it.
+
+    Args:
+        prefilled: as for [`DecodingCache`].
+        length: the longest text with its prompt, in ticks.
+    """
+
+    def __init__(self, prefilled: Cache, length: int):
+        first = prefilled.layers[0].keys
+        self.compiled, self.graph, self.fingerprint = False, None, None
+        with torch.inference_mode(False):  # inference tensors could not be written outside of inference mode
+            self.cache = DecodingCache(prefilled, length)
+            self.tokens = torch.zeros(first.shape[0], 1, dtype=torch.long, device=first.device)
+            self.position_ids = torch.zeros_like(self.tokens)
+            # Added to the scores of attention, in its dtype: a mask of booleans would be converted in every layer.
+            self.mask = first.new_zeros(first.shape[0], 1, 1, length)
+
+    @property
+    def bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in chain(self.cache.keys, self.cache.values))
+
+    def load(self, prefilled: Cache, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None):
+        """Begin a text: the cache after the prompt, its padding [B, ticks], its positions [B or 1, ticks]."""
+        ticks = int(prefilled.get_seq_length())
+        self.cache.load(prefilled, ticks)
+        if self.graph is None:
+            self.cache.visible = ticks
+        self.mask.fill_(float("-inf"))
+        self.mask[..., :ticks] = 0
+        if attention_mask is not None:
+            self.mask[..., :ticks].masked_fill_(attention_mask[:, None, None] == 0, float("-inf"))
+        if position_ids is None:
+            self.position_ids.fill_(ticks)
+        else:
+            self.position_ids.copy_(position_ids[:, -1:] + 1)
+
+    def __call__(self, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        """The latest tokens [B] -> logits of the next ones [B, vocab_size], valid until the next call."""
+        self.tokens[:, 0] = tokens
+        if self.graph is not None:
+            self.graph.replay()
+            return self.logits
+        self.cache.visible += 1
+        return self._pass(model, one_tick)
+
+    def _pass(self, model: nn.Module, step) -> torch.Tensor:
+        self.mask.index_fill_(3, self.cache.slot, 0.0)
+        logits = step(model, self.tokens, self.position_ids, self.mask[..., : self.cache.visible], self.cache)
+        self.cache.slot += 1
+        self.position_ids += 1
+        return logits
+
+    def capture(self, model: nn.Module, compiled: bool) -> "Decoder":
+        """Record the pass as a CUDA graph, of compiled kernels or of PyTorch's own."""
+        step = one_tick
+        if compiled:
+            # A code object of its own: torch counts compilations by code object, and gives up after a few.
+            step = types.FunctionType(one_tick.__code__.replace(), globals(), "one_tick")
+            step = torch.compile(step, fullgraph=True, dynamic=False)
+        device = self.tokens.device
+        with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # what compiles, picks kernels or allocates workspaces does so before the recording
+                    self._pass(model, step)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Only this thread is recorded: a data loader may be pinning memory in another one.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.logits = self._pass(model, step)
+        self.graph, self.compiled, self.fingerprint = graph, compiled, fingerprint(model)
+        return self
+
+
+def one_tick(model: nn.Module, tokens, position_ids, mask, cache) -> torch.Tensor:
+    """tokens, position_ids [B, 1], mask [B, 1, 1, slots] -> logits [B, vocab_size]."""
+    outputs = model(
+        input_ids=tokens, attention_mask=mask, position_ids=position_ids, past_key_values=cache, logits_to_keep=1
+    )
+    return outputs.logits[:, -1]
+
+
+def is_plain(model, stopping_criteria, generation_config, synced_gpus: bool, inputs: dict) -> bool:
+    """Whether `decode` gives exactly what the loop of transformers would give; otherwise that loop is to run."""
+    cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+    given = {name for name, value in inputs.items() if value is not None}
+    return (
+        given <= KNOWN_INPUTS
+        and not (synced_gpus or model.training)
+        and not (generation_config.return_dict_in_generate or generation_config.is_assistant)
+        # A cache that the caller brought or chose is the caller's.
+        and generation_config.cache_implementation is None
+        and bool(inputs.get("use_cache"))
+        and type(cache) is DynamicCache
+        and not getattr(cache, "_is_user_defined", False)
+        and (mask is None or mask.dim() == 2)
+        # Other attention implementations take other masks.
+        and model.config._attn_implementation in ("sdpa", "eager")
+        and stopping_criteria.max_length is not None
+        and all(type(criteria) in (MaxLengthCriteria, EosTokenCriteria) for criteria in stopping_criteria)
+    )
+
+
+def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, inputs: dict):
+    """
+    The loop of `GenerationMixin._sample`, with the same tokens, in as little Python per token as it takes.
+
+    input_ids [B, T] -> [B, T + N], N the tokens until the last row has ended, at most up to the maximal length.
+    """
+    rows, prompt = input_ids.shape
+    longest = stopping_criteria.max_length
+    ends = [criteria.eos_token_id for criteria in stopping_criteria if isinstance(criteria, EosTokenCriteria)]
+    ends = torch.cat([end.flatten() for end in ends]).to(input_ids.device) if ends else None
+    # A processor of the user's own, or a listener, is not to see tokens beyond the end.
+    known = all(
+        type(processor).__module__.startswith("transformers.")
+        and not isinstance(processor, PrefixConstrainedLogitsProcessor)
+        for processor in logits_processor
+    )
+    check_every = CHECK_EVERY if known and streamer is None and input_ids.device.type != "cpu" else 1
+
+    outputs = model._prefill(input_ids, generation_config, inputs)
+    logits = outputs.logits[:, -1]
+    sequences = input_ids.new_zeros(rows, max(longest, prompt + 1))
+    sequences[:, :prompt] = input_ids
+    finished = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
+    decoder, length = None, prompt
+    try:
+        while True:
+            scores = logits.to(copy=True, dtype=torch.float32)
+            if logits_processor:
+                scores = logits_processor(sequences[:, :length].contiguous(), scores)
+            if generation_config.do_sample:
+                tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
+            else:
+                tokens = scores.argmax(dim=-1)
+            if ends is not None:
+                tokens = torch.where(finished, generation_config._pad_token_tensor, tokens)
+                finished |= (tokens[:, None] == ends).any(dim=1)
+            sequences[:, length] = tokens
+            length += 1
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            if length >= longest:
+                break
+            if ends is not None and (length - prompt) % check_every == 0 and finished.all():
+                break
+            if decoder is None:
+                decoder = _decoder(model, outputs.past_key_values, longest - length, generation_config, streamer)
+                decoder.load(outputs.past_key_values, inputs.get("attention_mask"), inputs.get("position_ids"))
+                del outputs, logits
+            logits = decoder(model, tokens)
+    finally:
+        if decoder is not None and decoder.graph is not None:
+            _keep(model, decoder)
+    if streamer is not None:
+        streamer.end()
+    if ends is not None and check_every > 1:
+        ended = (sequences[:, prompt:length, None] == ends).any(dim=-1)
+        if ended.any(dim=1).all():
+            length = prompt + int(ended.int().argmax(dim=1).max()) + 1
+    return sequences[:, :length].contiguous()
+
+
+def _decoder(model, prefilled: Cache, passes: int, generation_config, streamer) -> Decoder:
+    """A decoder for the passes to come: a kept graph of this shape, a new one, or none where graphs cannot be had."""
+    ticks = int(prefilled.get_seq_length()) + passes
+    slots = max(SHORTEST, 1 << (ticks - 1).bit_length())
+    first = prefilled.layers[0]
+    needed = slots * sum(layer.keys[:, :, 0].nbytes + layer.values[:, :, 0].nbytes for layer in prefilled.layers)
+    # A batch that large keeps the device busy without a graph, too.
+    if needed > KEPT_BYTES or not is_recordable(model):
+        return Decoder(prefilled, ticks)
+    # Whoever listens to a streamer is not to wait for a compiler.
+    compiled = (
+        passes >= COMPILE_FROM
+        and streamer is None
+        and not generation_config.disable_compile
+        and importlib.util.find_spec("triton") is not None
+        and torch.cuda.get_device_capability(first.keys.device) >= (7, 0)
+    )
+    key = (first.keys.shape[0], slots, first.keys.dtype, model.config._attn_implementation)
+    with _lock:
+        # Taken out while it is in use: a second thread makes its own.
+        kept = _kept.setdefault(model, {}).pop(key, None)
+    if kept is not None and kept.fingerprint == fingerprint(model) and kept.compiled >= compiled:
+        return kept
+    kept = None  # before the next buffers are allocated
+    if compiled:
+        try:
+            return Decoder(prefilled, slots).capture(model, compiled=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            warnings.warn(
+                f"Generation goes on with a step that is not compiled, as compiling it failed ({error}). "
+                "`disable_compile=True` does without the attempt.",
+                stacklevel=2,
+            )
+    return Decoder(prefilled, slots).capture(model, compiled=False)
+
+
+def _keep(model, decoder: Decoder) -> None:
+    """Put a graph back for the next call of its shape, and let go of the oldest beyond the bounds."""
+    rows, slots = decoder.tokens.shape[0], decoder.mask.shape[-1]
+    with _lock:
+        kept = _kept.setdefault(model, {})
+        kept[rows, slots, decoder.mask.dtype, model.config._attn_implementation] = decoder
+        while len(kept) > KEPT_GRAPHS or sum(other.bytes for other in kept.values()) > KEPT_BYTES:
+            del kept[next(iter(kept))]
+
+
+def fingerprint(model: nn.Module) -> tuple:
+    """Where the model's weights are: a graph reads them there, whatever is written into them, and nowhere else."""
+    return tuple((t.data_ptr(), t.dtype, t.shape) for t in chain(model.parameters(), model.buffers()))
+
+
+def is_recordable(model: nn.Module) -> bool:
+    """Whether a pass is a fixed series of kernels: on one GPU, without hooks, adapters or anything else of Python's."""
+    if model.device.type != "cuda" or torch.is_autocast_enabled("cuda"):
+        return False
+    if model.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
+        return False  # their frequencies depend on the length
+    for module in model.modules():
+        package, _, name = type(module).__module__.rpartition(".")
+        known = name.endswith("_creature") or package.partition(".")[0] in ("torch", "transformers")
+        if not known or "forward" in module.__dict__:
+            return False
+        for hook in chain(module._forward_hooks.values(), module._forward_pre_hooks.values()):
+            # transformers leaves its own, which do nothing unless hidden states are asked for.
+            if not getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing"):
+                return False
+    return all(type(weight) is nn.Parameter and weight.is_cuda for weight in model.parameters())
+
+
+def _with_length(states: torch.Tensor, length: int) -> tuple[int, int, int, int]:
+    rows, heads, _, size = states.shape
+    return rows, heads, length, size
