@@ -2,6 +2,7 @@
 """Fast decoding of the internal text: buffers that stay in place, a CUDA graph of the step, few waits for the device."""
 
 import importlib.util
+import platform
 import threading
 import types
 import warnings
@@ -24,6 +25,9 @@ SHORTEST = 256  # slots of the smallest graph; the others are powers of two
 
 # What the loop below passes on or replaces; any other argument of `forward` belongs to the loop of transformers.
 KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
+
+# The head is most of a small model's step. Where MKL is slow (on AMD), oneDNN reads its matrix up to twice as fast.
+ONEDNN = torch.backends.mkldnn.is_available() and platform.machine().lower() in ("x86_64", "amd64")
 
 # Beside the model and not on it: nothing of a graph may reach a state dict, a pickle or a copy.
 _kept: WeakKeyDictionary = WeakKeyDictionary()
@@ -64,6 +68,23 @@ class DecodingCache:
         self.slot.fill_(ticks)
 
 
+def full_tick(model: nn.Module, tokens, position_ids, mask, cache) -> torch.Tensor:
+    """tokens, position_ids [B, 1], mask [B, 1, 1, slots] -> logits [B, vocab_size]."""
+    outputs = model(
+        input_ids=tokens, attention_mask=mask, position_ids=position_ids, past_key_values=cache, logits_to_keep=1
+    )
+    return outputs.logits[:, -1]
+
+
+def bare_tick(model: nn.Module, tokens, position_ids, mask, cache) -> torch.Tensor:
+    """The same from backbone and head alone, without the senses and streams that `forward` looks after."""
+    outputs = model.model(input_ids=tokens, attention_mask=mask, position_ids=position_ids, past_key_values=cache)
+    hidden, head = outputs.last_hidden_state[:, -1], model.lm_head
+    if ONEDNN and hidden.device.type == "cpu" and hidden.dtype == head.weight.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(hidden, head.weight, None, "none", [], "")
+    return head(hidden)
+
+
 class Decoder:
     """
     One pass over one new tick of every row, again and again: eagerly, or as a CUDA graph.
@@ -73,10 +94,12 @@ class Decoder:
     Args:
         prefilled: as for [`DecodingCache`].
         length: the longest text with its prompt, in ticks.
+        tick: `bare_tick`, or `full_tick` where the model has hooks to be called.
     """
 
-    def __init__(self, prefilled: Cache, length: int):
+    def __init__(self, prefilled: Cache, length: int, tick=bare_tick):
         first = prefilled.layers[0].keys
+        self.tick = tick
         self.compiled, self.graph, self.fingerprint = False, None, None
         with torch.inference_mode(False):  # inference tensors could not be written outside of inference mode
             self.cache = DecodingCache(prefilled, length)
@@ -111,44 +134,36 @@ class Decoder:
             self.graph.replay()
             return self.logits
         self.cache.visible += 1
-        return self._pass(model, one_tick)
+        return self._pass(model, self.tick)
 
-    def _pass(self, model: nn.Module, step) -> torch.Tensor:
+    def _pass(self, model: nn.Module, tick) -> torch.Tensor:
         self.mask.index_fill_(3, self.cache.slot, 0.0)
-        logits = step(model, self.tokens, self.position_ids, self.mask[..., : self.cache.visible], self.cache)
+        logits = tick(model, self.tokens, self.position_ids, self.mask[..., : self.cache.visible], self.cache)
         self.cache.slot += 1
         self.position_ids += 1
         return logits
 
     def capture(self, model: nn.Module, compiled: bool) -> "Decoder":
         """Record the pass as a CUDA graph, of compiled kernels or of PyTorch's own."""
-        step = one_tick
+        tick = self.tick
         if compiled:
             # A code object of its own: torch counts compilations by code object, and gives up after a few.
-            step = types.FunctionType(one_tick.__code__.replace(), globals(), "one_tick")
-            step = torch.compile(step, fullgraph=True, dynamic=False)
+            tick = types.FunctionType(tick.__code__.replace(), globals(), tick.__name__)
+            tick = torch.compile(tick, fullgraph=True, dynamic=False)
         device = self.tokens.device
         with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(3):  # what compiles, picks kernels or allocates workspaces does so before the recording
-                    self._pass(model, step)
+                    self._pass(model, tick)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             # Only this thread is recorded: a data loader may be pinning memory in another one.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.logits = self._pass(model, step)
+                self.logits = self._pass(model, tick)
         self.graph, self.compiled, self.fingerprint = graph, compiled, fingerprint(model)
         return self
-
-
-def one_tick(model: nn.Module, tokens, position_ids, mask, cache) -> torch.Tensor:
-    """tokens, position_ids [B, 1], mask [B, 1, 1, slots] -> logits [B, vocab_size]."""
-    outputs = model(
-        input_ids=tokens, attention_mask=mask, position_ids=position_ids, past_key_values=cache, logits_to_keep=1
-    )
-    return outputs.logits[:, -1]
 
 
 def is_plain(model, stopping_criteria, generation_config, synced_gpus: bool, inputs: dict) -> bool:
@@ -239,9 +254,10 @@ def _decoder(model, prefilled: Cache, passes: int, generation_config, streamer) 
     slots = max(SHORTEST, 1 << (ticks - 1).bit_length())
     first = prefilled.layers[0]
     needed = slots * sum(layer.keys[:, :, 0].nbytes + layer.values[:, :, 0].nbytes for layer in prefilled.layers)
-    # A batch that large keeps the device busy without a graph, too.
-    if needed > KEPT_BYTES or not is_recordable(model):
-        return Decoder(prefilled, ticks)
+    bare = is_bare(model)
+    # A batch that needs more keeps the device busy without a graph, too.
+    if not (bare and needed <= KEPT_BYTES and is_recordable(model)):
+        return Decoder(prefilled, ticks, bare_tick if bare else full_tick)
     # Whoever listens to a streamer is not to wait for a compiler.
     compiled = (
         passes >= COMPILE_FROM
@@ -286,12 +302,8 @@ def fingerprint(model: nn.Module) -> tuple:
     return tuple((t.data_ptr(), t.dtype, t.shape) for t in chain(model.parameters(), model.buffers()))
 
 
-def is_recordable(model: nn.Module) -> bool:
-    """Whether a pass is a fixed series of kernels: on one GPU, without hooks, adapters or anything else of Python's."""
-    if model.device.type != "cuda" or torch.is_autocast_enabled("cuda"):
-        return False
-    if model.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
-        return False  # their frequencies depend on the length
+def is_bare(model: nn.Module) -> bool:
+    """Whether the model is what its class says: no hooks, no adapters, no quantized layers, no replaced `forward`."""
     for module in model.modules():
         package, _, name = type(module).__module__.rpartition(".")
         known = name.endswith("_creature") or package.partition(".")[0] in ("torch", "transformers")
@@ -301,7 +313,17 @@ def is_recordable(model: nn.Module) -> bool:
             # transformers leaves its own, which do nothing unless hidden states are asked for.
             if not getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing"):
                 return False
-    return all(type(weight) is nn.Parameter and weight.is_cuda for weight in model.parameters())
+    return type(model.lm_head) is nn.Linear and model.lm_head.bias is None
+
+
+def is_recordable(model: nn.Module) -> bool:
+    """Whether a tick of a bare model is always the same series of kernels, all of them on one GPU."""
+    return (
+        model.device.type == "cuda"
+        and not torch.is_autocast_enabled("cuda")
+        and model.config.rope_parameters["rope_type"] not in ("dynamic", "longrope")  # these ask for the length
+        and all(type(weight) is nn.Parameter and weight.device == model.device for weight in model.parameters())
+    )
 
 
 def _with_length(states: torch.Tensor, length: int) -> tuple[int, int, int, int]:
