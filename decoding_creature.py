@@ -1,5 +1,5 @@
 # Copyright 2026 The MultiModalCreature developers. Licensed under the Apache License, Version 2.0.
-"""Fast decoding of the internal text: buffers that stay in place, a CUDA graph of the step, few waits for the device."""
+"""Fast decoding of the internal text: buffers in place, a CUDA graph of each tick, few waits for the device."""
 
 import importlib.util
 import platform
@@ -17,8 +17,8 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 # Calls that ask for at least so many new tokens have the step compiled, which takes a while once per shape.
 COMPILE_FROM = 128
-# On a GPU the end of all rows is looked for once in so many tokens: every look makes the device wait for the host.
-CHECK_EVERY = 16
+# The end of all rows is looked for once in so many tokens, for every look makes a GPU wait for the host.
+CHECK_EVERY = {"cpu": 1, "cuda": 16, "mps": 16}
 # Graphs stay with their model for the next call: the latest ones, with so many bytes of keys and values together.
 KEPT_GRAPHS, KEPT_BYTES = 8, 2**31
 SHORTEST = 256  # slots of the smallest graph; the others are powers of two
@@ -93,14 +93,14 @@ class Decoder:
 
     Args:
         prefilled: as for [`DecodingCache`].
-        length: the longest text with its prompt, in ticks.
+        length: slots; a graph's attention always reads them all.
         tick: `bare_tick`, or `full_tick` where the model has hooks to be called.
     """
 
     def __init__(self, prefilled: Cache, length: int, tick=bare_tick):
         first = prefilled.layers[0].keys
         self.tick = tick
-        self.compiled, self.graph, self.fingerprint = False, None, None
+        self.graph, self.fingerprint, self.compiled = None, None, False
         with torch.inference_mode(False):  # inference tensors could not be written outside of inference mode
             self.cache = DecodingCache(prefilled, length)
             self.tokens = torch.zeros(first.shape[0], 1, dtype=torch.long, device=first.device)
@@ -160,7 +160,7 @@ class Decoder:
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             # Only this thread is recorded: a data loader may be pinning memory in another one.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.logits = self._pass(model, tick)
         self.graph, self.compiled, self.fingerprint = graph, compiled, fingerprint(model)
         return self
@@ -203,7 +203,7 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
         and not isinstance(processor, PrefixConstrainedLogitsProcessor)
         for processor in logits_processor
     )
-    check_every = CHECK_EVERY if known and streamer is None and input_ids.device.type != "cpu" else 1
+    check_every = CHECK_EVERY.get(input_ids.device.type, 1) if known and streamer is None else 1
 
     outputs = model._prefill(input_ids, generation_config, inputs)
     logits = outputs.logits[:, -1]
@@ -252,7 +252,7 @@ def _decoder(model, prefilled: Cache, passes: int, generation_config, streamer) 
     """A decoder for the passes to come: a kept graph of this shape, a new one, or none where graphs cannot be had."""
     ticks = int(prefilled.get_seq_length()) + passes
     slots = max(SHORTEST, 1 << (ticks - 1).bit_length())
-    first = prefilled.layers[0]
+    first = prefilled.layers[0].keys
     needed = slots * sum(layer.keys[:, :, 0].nbytes + layer.values[:, :, 0].nbytes for layer in prefilled.layers)
     bare = is_bare(model)
     # A batch that needs more keeps the device busy without a graph, too.
@@ -260,19 +260,17 @@ def _decoder(model, prefilled: Cache, passes: int, generation_config, streamer) 
         return Decoder(prefilled, ticks, bare_tick if bare else full_tick)
     # Whoever listens to a streamer is not to wait for a compiler.
     compiled = (
-        passes >= COMPILE_FROM
-        and streamer is None
-        and not generation_config.disable_compile
-        and importlib.util.find_spec("triton") is not None
-        and torch.cuda.get_device_capability(first.keys.device) >= (7, 0)
+        passes >= COMPILE_FROM and streamer is None and not generation_config.disable_compile and can_compile(model)
     )
-    key = (first.keys.shape[0], slots, first.keys.dtype, model.config._attn_implementation)
+    key = _key(model, len(first), slots, first.dtype)
     with _lock:
-        # Taken out while it is in use: a second thread makes its own.
-        kept = _kept.setdefault(model, {}).pop(key, None)
-    if kept is not None and kept.fingerprint == fingerprint(model) and kept.compiled >= compiled:
-        return kept
-    kept = None  # before the next buffers are allocated
+        graphs = _kept.setdefault(model, {})
+        decoder = graphs.pop(key, None)  # out of reach while it is in use: a second thread makes its own
+        if decoder is not None and decoder.fingerprint == fingerprint(model) and decoder.compiled >= compiled:
+            return decoder
+        decoder = None  # its memory first
+        while graphs and (len(graphs) >= KEPT_GRAPHS or needed + sum(g.bytes for g in graphs.values()) > KEPT_BYTES):
+            del graphs[next(iter(graphs))]
     if compiled:
         try:
             return Decoder(prefilled, slots).capture(model, compiled=True)
@@ -284,17 +282,19 @@ def _decoder(model, prefilled: Cache, passes: int, generation_config, streamer) 
                 "`disable_compile=True` does without the attempt.",
                 stacklevel=2,
             )
-    return Decoder(prefilled, slots).capture(model, compiled=False)
+    decoder = Decoder(prefilled, slots).capture(model, compiled=False)
+    decoder.compiled = compiled  # as far as it goes: nobody is to wait for a second attempt
+    return decoder
 
 
 def _keep(model, decoder: Decoder) -> None:
-    """Put a graph back for the next call of its shape, and let go of the oldest beyond the bounds."""
-    rows, slots = decoder.tokens.shape[0], decoder.mask.shape[-1]
+    """Put a graph back for the next call of its shape, as the one used last."""
     with _lock:
-        kept = _kept.setdefault(model, {})
-        kept[rows, slots, decoder.mask.dtype, model.config._attn_implementation] = decoder
-        while len(kept) > KEPT_GRAPHS or sum(other.bytes for other in kept.values()) > KEPT_BYTES:
-            del kept[next(iter(kept))]
+        _kept.setdefault(model, {})[_key(model, *decoder.mask.shape[::3], decoder.mask.dtype)] = decoder
+
+
+def _key(model, rows: int, slots: int, dtype: torch.dtype) -> tuple:
+    return rows, slots, dtype, model.config._attn_implementation
 
 
 def fingerprint(model: nn.Module) -> tuple:
@@ -303,11 +303,11 @@ def fingerprint(model: nn.Module) -> tuple:
 
 
 def is_bare(model: nn.Module) -> bool:
-    """Whether the model is what its class says: no hooks, no adapters, no quantized layers, no replaced `forward`."""
+    """Whether the model is what its class says: no hooks, no adapters, no quantized layers, no other `forward`."""
     for module in model.modules():
         package, _, name = type(module).__module__.rpartition(".")
         known = name.endswith("_creature") or package.partition(".")[0] in ("torch", "transformers")
-        if not known or "forward" in module.__dict__:
+        if not known or "forward" in module.__dict__ or module._compiled_call_impl is not None:
             return False
         for hook in chain(module._forward_hooks.values(), module._forward_pre_hooks.values()):
             # transformers leaves its own, which do nothing unless hidden states are asked for.
@@ -324,6 +324,11 @@ def is_recordable(model: nn.Module) -> bool:
         and model.config.rope_parameters["rope_type"] not in ("dynamic", "longrope")  # these ask for the length
         and all(type(weight) is nn.Parameter and weight.device == model.device for weight in model.parameters())
     )
+
+
+def can_compile(model: nn.Module) -> bool:
+    """Whether torch can compile for the model's device: Triton is there, and the card is not too old for it."""
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(model.device) >= (7, 0)
 
 
 def _with_length(states: torch.Tensor, length: int) -> tuple[int, int, int, int]:
