@@ -1,0 +1,411 @@
+"""The fast loop of generation against the loop of transformers: the same tokens, and nothing left where it matters.
+
+A CUDA graph is played by an object that runs the recorded pass again: the buffers, the mask and what is kept between
+calls are then those of a GPU.
+"""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from creatures import micro_model, random_batch
+from torch import nn
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+import decoding_creature
+import generation_creature
+from modeling_creature import MultiModalCreature
+
+PROMPT, NEW = 5, 12
+GREEDY = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+SAMPLED = dict(max_new_tokens=NEW, do_sample=True, eos_token_id=None, temperature=1.3)
+
+
+@pytest.fixture
+def model():
+    return micro_model(tie_word_embeddings=False)
+
+
+@pytest.fixture
+def prompt(model):
+    return random_batch(model.config, rows=3, ticks=PROMPT)["input_ids"]
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """A list that grows by one with every call that the fast loop serves."""
+    calls = []
+
+    def spy(*arguments):
+        calls.append(arguments)
+        return decoding_creature.decode(*arguments)
+
+    monkeypatch.setattr(generation_creature, "decode", spy)
+    return calls
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Graphs on the CPU, and a GPU's rare look for the end; a list that grows by one with every recording."""
+    recordings = []
+
+    class Graph:
+        def __init__(self, decoder, model):
+            self.decoder, self.model = weakref.ref(decoder), weakref.ref(model)
+
+        def replay(self):
+            decoder = self.decoder()
+            with torch.no_grad():
+                decoder.logits.copy_(decoder._pass(self.model(), decoder.tick))
+
+    def capture(self, model, compiled):
+        with torch.inference_mode(False), torch.no_grad():
+            self.logits = self._pass(model, self.tick).clone()
+        self.graph, self.compiled = Graph(self, model), compiled
+        self.fingerprint = decoding_creature.fingerprint(model)
+        recordings.append(compiled)
+        return self
+
+    monkeypatch.setattr(decoding_creature.Decoder, "capture", capture)
+    monkeypatch.setattr(decoding_creature, "is_recordable", lambda model: True)
+    monkeypatch.setattr(decoding_creature, "can_compile", lambda model: True)
+    monkeypatch.setattr(decoding_creature, "COMPILE_FROM", NEW + 4)
+    monkeypatch.setitem(decoding_creature.CHECK_EVERY, "cpu", 4)
+    return recordings
+
+
+@pytest.fixture(params=["eager", "recorded"])
+def how(request):
+    return request.getfixturevalue("recorded") if request.param == "recorded" else None
+
+
+def stock(model, *arguments, **settings):
+    """What the loop of transformers gives."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation_creature, "is_plain", lambda *_: False)
+        return model.generate(*arguments, **settings)
+
+
+def left_padded(model, prompt):
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
+    return prompt.masked_fill(mask == 0, model.config.pad_token_id), mask
+
+
+# --- the same tokens -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GREEDY,
+        SAMPLED,
+        {**SAMPLED, "top_k": 7, "top_p": 0.9, "min_p": 0.02, "num_return_sequences": 3},
+        {**GREEDY, "repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "bad_words_ids": [[3], [5, 6]]},
+        {**GREEDY, "max_new_tokens": 1},
+        {**GREEDY, "max_new_tokens": None, "max_length": 11},
+        {**GREEDY, "prefill_chunk_size": 2},
+    ],
+    ids=["greedy", "sampled", "warped", "penalties", "one token", "max_length", "chunks"],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_same_tokens_as_the_loop_of_transformers(model, prompt, decoded, how, settings, padded):
+    ids, mask = left_padded(model, prompt) if padded else (prompt, torch.ones_like(prompt))
+    torch.manual_seed(7)
+    expected = stock(model, ids, attention_mask=mask, **settings)
+    assert not decoded
+    for _ in range(2):  # the second time on what the first one has left
+        torch.manual_seed(7)
+        assert torch.equal(model.generate(ids, attention_mask=mask, **settings), expected)
+    assert len(decoded) == 2 and expected.is_contiguous()
+    assert expected.shape[1] <= PROMPT + 1 or len(expected[:, PROMPT:].unique()) > 3
+
+
+@pytest.mark.parametrize("pad", [None, 125])
+@pytest.mark.parametrize("end_at", [0, 3, 4, 6, NEW - 1])
+def test_the_end_of_text_ends_each_row(model, prompt, decoded, how, end_at, pad):
+    free = stock(model, prompt, **GREEDY)
+    # Ends that every row meets, the slowest one at `end_at` or later, and ends that not every row meets.
+    every, some = free[:, PROMPT + end_at].tolist(), [free[1, PROMPT + end_at].item()]
+    for ends in (every, some, some[0]):
+        settings = {**GREEDY, "eos_token_id": ends, "pad_token_id": pad}
+        for extra in ({}, {"min_new_tokens": 6}):
+            expected = stock(model, prompt, **settings, **extra)
+            assert torch.equal(model.generate(prompt, **settings, **extra), expected)
+            alone = stock(model, prompt[1:2], **settings, **extra)
+            assert torch.equal(model.generate(prompt[1:2], **settings, **extra), alone)
+    assert len(decoded) == 12
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_prompt_of_embeddings(model, prompt, decoded, how, both):
+    with torch.no_grad():
+        given = {"inputs_embeds": model.model.embed_tokens(prompt)} | ({"input_ids": prompt} if both else {})
+    expected = stock(model, **given, **GREEDY)
+    assert torch.equal(model.generate(**given, **GREEDY), expected) and len(decoded) == 1
+
+
+def test_a_prompt_as_long_as_the_context(model, decoded, how):
+    ids = random_batch(model.config, rows=2, ticks=model.config.max_position_embeddings)["input_ids"]
+    assert torch.equal(model.generate(ids, **GREEDY), stock(model, ids, **GREEDY)) and len(decoded) == 1
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_key_value_heads": 2}, {"tie_word_embeddings": True}, {"attn_implementation": "eager"}]
+)
+def test_other_architectures(prompt, decoded, how, changes):
+    model = micro_model(**{"tie_word_embeddings": False, **changes})
+    ids, mask = left_padded(model, prompt)
+    expected = stock(model, ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected) and len(decoded) == 1
+
+
+def test_bfloat16_and_inference_mode(prompt, decoded, how):
+    model = micro_model(tie_word_embeddings=False).to(torch.bfloat16)
+    with torch.inference_mode():
+        first = model.generate(prompt, **GREEDY)
+    assert torch.equal(model.generate(prompt, **GREEDY), first)
+    assert first.shape == (3, PROMPT + NEW) and len(decoded) == 2
+
+
+def test_a_draw_follows_the_distribution(model, prompt, decoded):
+    rows = prompt[:1].expand(4000, -1)
+    torch.manual_seed(0)
+    drawn = model.generate(rows, do_sample=True, max_new_tokens=2, eos_token_id=None, top_k=4)
+    with torch.no_grad():
+        scores = model(drawn[:1, : PROMPT + 1]).logits[0, -1].topk(4)
+    same = drawn[:, PROMPT] == drawn[0, PROMPT]
+    seen = torch.stack([(drawn[same, PROMPT + 1] == token).float().mean() for token in scores.indices])
+    torch.testing.assert_close(seen, scores.values.softmax(-1), atol=4 / int(same.sum()) ** 0.5, rtol=0)
+    assert len(decoded) == 1
+
+
+# --- who is served by the loop of transformers -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "dynamic"},
+        {"use_cache": False},
+        {"num_beams": 2},
+        {"prompt_lookup_num_tokens": 2},
+        {"max_time": 100.0},
+        {"output_streams": ("audio",)},
+        {"external_voice_ids": torch.full((1, 3), 4)},
+        {"past_key_values": DynamicCache()},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_anything_else_is_left_to_transformers(model, prompt, decoded, settings):
+    model.generate(prompt[:1], **GREEDY, **settings)
+    assert not decoded
+
+
+def test_a_model_in_training_or_with_another_attention_is_left_to_transformers(model, prompt, decoded):
+    model.train().generate(prompt, **GREEDY)
+    model.eval().set_attn_implementation("flex_attention")
+    assert not decoding_creature.is_plain(model, None, model.generation_config, False, {})
+    assert not decoded
+
+
+class Listener(BaseStreamer):
+    def __init__(self):
+        self.heard, self.ended = [], False
+
+    def put(self, value):
+        self.heard += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+class Counted(LogitsProcessor):
+    def __init__(self):
+        self.lengths = []
+
+    def __call__(self, input_ids, scores):
+        self.lengths.append(input_ids.view(-1).shape[0] // len(scores))
+        scores[:, 3] = float("-inf")
+        return scores
+
+
+def test_listeners_and_processors_of_the_caller_see_each_token_once(model, prompt, decoded, how):
+    end = stock(model, prompt[:1], **GREEDY)[0, PROMPT + 4].item()
+    settings = {**GREEDY, "eos_token_id": end}
+    listener, counted = Listener(), Counted()
+    out = model.generate(prompt[:1], streamer=listener, **settings)
+    assert listener.heard == out[0].tolist() and listener.ended and out[0, -1] == end
+    out = model.generate(prompt, logits_processor=LogitsProcessorList([counted]), **settings)
+    assert counted.lengths == list(range(PROMPT, out.shape[1]))
+    assert torch.equal(out, stock(model, prompt, logits_processor=LogitsProcessorList([Counted()]), **settings))
+    assert len(decoded) == 2
+
+
+def test_hooks_are_called(model, prompt, decoded, how):
+    heard = []
+    handle = model.model.norm.register_forward_hook(lambda module, args, output: heard.append(output.shape[1]))
+    out = model.generate(prompt, **GREEDY)
+    assert heard == [PROMPT] + [1] * (NEW - 1) and len(decoded) == 1
+    handle.remove()
+    assert torch.equal(model.generate(prompt, **GREEDY), out)
+    # The hooks that transformers leaves behind are idle, and cost a model nothing of its speed.
+    model.generate(prompt, **GREEDY, return_dict_in_generate=True, output_hidden_states=True)
+    assert decoding_creature.is_bare(model)
+
+
+def test_replaced_parts_are_respected(model, prompt, how):
+    """A layer of another make, as adapters and quantization put in, and a head with a bias."""
+    plain = model.generate(prompt, **GREEDY)
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    changed = copy.deepcopy(model)
+    doubled = Doubled(32, 64, bias=False)
+    doubled.weight = changed.model.layers[0].mlp.up_proj.weight
+    changed.model.layers[0].mlp.up_proj = doubled
+    biased = copy.deepcopy(model)
+    biased.lm_head = nn.Linear(32, 128)
+    biased.lm_head.weight = model.lm_head.weight
+    for other in (changed, biased):
+        out = other.generate(prompt, **GREEDY)
+        assert torch.equal(out, stock(other, prompt, **GREEDY)) and not torch.equal(out, plain)
+
+
+# --- graphs between calls --------------------------------------------------------------------------------------------
+
+
+def test_a_graph_serves_the_next_calls_of_its_shape(model, prompt, recorded):
+    for settings in (GREEDY, SAMPLED, {**GREEDY, "max_new_tokens": 7}):
+        model.generate(prompt, **settings)
+    assert recorded == [False]
+    model.generate(prompt[:2], **GREEDY)
+    model.generate(prompt, **GREEDY)
+    assert recorded == [False, False]
+
+
+def test_long_texts_are_compiled_once(model, prompt, recorded):
+    long = {**GREEDY, "max_new_tokens": decoding_creature.COMPILE_FROM + 1}
+    model.generate(prompt, **long, disable_compile=True)
+    model.generate(prompt[:1], **long, streamer=Listener())
+    assert recorded == [False, False]
+    model.generate(prompt, **long)
+    model.generate(prompt, **long)
+    model.generate(prompt, **GREEDY)
+    assert recorded == [False, False, True]
+
+
+def test_a_failing_compiler_is_told_of_once(model, prompt, recorded, monkeypatch):
+    capture = decoding_creature.Decoder.capture
+
+    def broken(self, model, compiled):
+        if compiled:
+            raise RuntimeError("no C compiler")
+        return capture(self, model, compiled)
+
+    monkeypatch.setattr(decoding_creature.Decoder, "capture", broken)
+    long = {**GREEDY, "max_new_tokens": decoding_creature.COMPILE_FROM + 1}
+    with pytest.warns(UserWarning, match="no C compiler"):
+        out = model.generate(prompt, **long)
+    assert torch.equal(out, stock(model, prompt, **long))
+    model.generate(prompt, **long)
+    assert recorded == [False]
+
+
+def test_weights_may_change_and_move(model, prompt, recorded):
+    before = model.generate(prompt, **GREEDY)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    after = model.generate(prompt, **GREEDY)
+    assert recorded == [False]  # written in place, they are read where they always were
+    assert torch.equal(after, stock(model, prompt, **GREEDY)) and not torch.equal(after, before)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().roll(1, 0))
+    assert torch.equal(model.generate(prompt, **GREEDY), stock(model, prompt, **GREEDY))
+    assert recorded == [False, False]
+    model.to(torch.float64)
+    assert torch.equal(model.generate(prompt, **GREEDY), stock(model, prompt, **GREEDY))
+    assert recorded == [False, False, False]
+
+
+def test_what_an_earlier_text_left_in_the_buffers_is_not_seen(model, prompt, recorded):
+    expected = stock(model, prompt, **GREEDY)
+    with torch.no_grad():
+        weight = model.model.embed_tokens.weight[3].clone()
+        model.model.embed_tokens.weight[3] = float("nan")
+        model.generate(torch.full((3, 60), 3), **GREEDY)
+        model.model.embed_tokens.weight[3] = weight
+    assert torch.equal(model.generate(prompt, **GREEDY), expected) and recorded == [False]
+
+
+def test_few_graphs_are_kept(model, prompt, recorded, monkeypatch):
+    for rows in range(1, decoding_creature.KEPT_GRAPHS + 3):
+        model.generate(prompt[:1].expand(rows, -1), **{**GREEDY, "max_new_tokens": 3})
+    kept = decoding_creature._kept[model]
+    assert [key[0] for key in kept] == list(range(3, decoding_creature.KEPT_GRAPHS + 3))
+    room = 2 * max(decoder.bytes for decoder in kept.values())
+    monkeypatch.setattr(decoding_creature, "KEPT_BYTES", room)
+    model.generate(prompt[:1].expand(11, -1), **GREEDY)
+    assert sum(decoder.bytes for decoder in kept.values()) <= room and list(kept)[-1][0] == 11
+    recordings = len(recorded)
+    monkeypatch.setattr(decoding_creature, "KEPT_BYTES", 1000)
+    model.generate(prompt, **GREEDY)
+    assert len(recorded) == recordings  # too large for a graph
+
+
+def test_no_graph_outlives_its_model(prompt, recorded):
+    model = micro_model()
+    model.generate(prompt, **GREEDY)
+    decoder = weakref.ref(*decoding_creature._kept[model].values())
+    assert decoder() is not None
+    del model
+    gc.collect()
+    assert decoder() is None
+
+
+def test_nothing_of_it_is_copied_or_saved(model, prompt, recorded, tmp_path):
+    names, attributes = list(model.state_dict()), set(vars(model))
+    out = model.generate(prompt, **GREEDY)
+    assert list(model.state_dict()) == names and set(vars(model)) == attributes
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    model.save_pretrained(tmp_path)
+    copies.append(MultiModalCreature.from_pretrained(tmp_path).eval())
+    for other in copies:
+        assert torch.equal(other.generate(prompt, **GREEDY), out)
+    assert len(recorded) == 4
+
+
+def test_two_threads_do_not_share_a_graph(model, prompt, recorded):
+    """A call within a call stands for a second thread: both would write into the same buffers."""
+    expected = model.generate(prompt, **GREEDY)
+
+    class Inner(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] == PROMPT + 3:
+                model.generate(prompt.flip(1), **GREEDY)
+            return scores
+
+    out = model.generate(prompt, logits_processor=LogitsProcessorList([Inner()]), **GREEDY)
+    assert torch.equal(out, expected) and len(recorded) == 2
+
+
+def test_a_tick_is_one_graph_for_the_compiler(model, prompt):
+    """Without a break, for a break would mean a graph of CUDA in pieces; compiled by nobody, to be quick."""
+    with torch.no_grad():
+        prefilled = model(prompt, use_cache=True)
+        logits = []
+        for tick in (
+            decoding_creature.bare_tick,
+            torch.compile(decoding_creature.bare_tick, fullgraph=True, dynamic=False, backend="eager"),
+        ):
+            decoder = decoding_creature.Decoder(prefilled.past_key_values, 16, tick)
+            decoder.load(prefilled.past_key_values, None, None)
+            decoder.cache.visible = 15
+            logits.append([decoder(model, prompt[:, 0]).clone() for _ in range(1)])
+    torch.testing.assert_close(logits[0], logits[1])
