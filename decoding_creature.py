@@ -80,7 +80,7 @@ def bare_tick(model: nn.Module, tokens, position_ids, mask, cache) -> torch.Tens
     """The same from backbone and head alone, without the senses and streams that `forward` looks after."""
     outputs = model.model(input_ids=tokens, attention_mask=mask, position_ids=position_ids, past_key_values=cache)
     hidden, head = outputs.last_hidden_state[:, -1], model.lm_head
-    if ONEDNN and hidden.device.type == "cpu" and hidden.dtype == head.weight.dtype == torch.float32:
+    if hidden.device.type == "cpu" and ONEDNN and hidden.dtype == head.weight.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(hidden, head.weight, None, "none", [], "")
     return head(hidden)
 
@@ -163,6 +163,7 @@ class Decoder:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.logits = self._pass(model, tick)
         self.graph, self.compiled, self.fingerprint = graph, compiled, fingerprint(model)
+        self.tick = tick  # the compiled kernels stay loaded as long as the graph that launches them
         return self
 
 
@@ -278,8 +279,8 @@ def _decoder(model, prefilled: Cache, passes: int, generation_config, streamer) 
             raise
         except Exception as error:
             warnings.warn(
-                f"Generation goes on with a step that is not compiled, as compiling it failed ({error}). "
-                "`disable_compile=True` does without the attempt.",
+                f"Generation goes on with a step that is not compiled, as compiling it failed "
+                f"({next(iter(str(error).splitlines()), type(error).__name__)}). `disable_compile=True` does without.",
                 stacklevel=2,
             )
     decoder = Decoder(prefilled, slots).capture(model, compiled=False)

@@ -254,6 +254,10 @@ def test_hooks_are_called(model, prompt, decoded, how):
     assert heard == [PROMPT] + [1] * (NEW - 1) and len(decoded) == 1
     handle.remove()
     assert torch.equal(model.generate(prompt, **GREEDY), out)
+    # As where the training job casts: another `forward` on the model itself.
+    model.forward, forward = lambda **inputs: heard.append("forward") or forward(**inputs), model.forward
+    assert torch.equal(model.generate(prompt, **GREEDY), out) and heard.count("forward") == NEW
+    del model.forward
     # The hooks that transformers leaves behind are idle, and cost a model nothing of its speed.
     model.generate(prompt, **GREEDY, return_dict_in_generate=True, output_hidden_states=True)
     assert decoding_creature.is_bare(model)

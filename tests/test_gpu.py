@@ -1,10 +1,15 @@
 """What only a CUDA device can show; skipped where there is none."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
-from creatures import micro_config
+from creatures import micro_config, micro_model
 
+import decoding_creature
 import losses_creature
 from creature.optimizer import MuonAdamW, parameter_groups
 from modeling_creature import MultiModalCreature
@@ -46,3 +51,77 @@ def test_compiled_training_keeps_the_causal_mask_a_flag_and_learns():
             optimizer.zero_grad()
             losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
+
+
+LONG = dict(max_new_tokens=decoding_creature.COMPILE_FROM + 8, eos_token_id=None, pad_token_id=127)
+
+
+def stock(model, ids, **settings):
+    """`generate` by the loop of transformers, which serves a caller who names a cache."""
+    return model.generate(ids, cache_implementation="dynamic", **settings)
+
+
+@pytest.fixture
+def speaker():
+    """A creature in float32 whose texts are not one token for ever, a prompt of three rows and its padding."""
+    model = micro_model(tie_word_embeddings=False, hidden_size=64, num_attention_heads=2).cuda()
+    mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] * 8 + [1]], device="cuda")
+    ids = torch.randint(0, 120, (3, 9), generator=torch.Generator().manual_seed(3)).cuda()
+    return model, ids.masked_fill(mask == 0, 127), mask
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "repetition_penalty": 1.3},
+        {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 1.2},
+    ],
+    ids=["greedy", "penalty", "sampled"],
+)
+def test_the_graph_gives_the_tokens_of_the_loop_of_transformers(speaker, settings, compiled):
+    model, ids, mask = speaker
+    settings = {**LONG, **settings, "attention_mask": mask}
+    torch.manual_seed(0)
+    expected = stock(model, ids, **settings)
+    for _ in range(2):
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(ids, **settings, disable_compile=not compiled), expected)
+    (decoder,) = decoding_creature._kept[model].values()
+    assert decoder.graph is not None and decoder.compiled == compiled
+    assert len(expected[:, 9:].unique()) > 10
+
+
+def test_the_graph_stops_at_the_end_of_text(speaker):
+    model, ids, _ = speaker
+    settings = {**LONG, "do_sample": False}
+    free = stock(model, ids, **settings)
+    for ends in (free[:, 30].tolist(), [free[1, 12].item()]):
+        settings["eos_token_id"] = ends
+        for rows in (slice(0, 3), slice(1, 2)):
+            out = model.generate(ids[rows], **settings, disable_compile=True)
+            assert torch.equal(out, stock(model, ids[rows], **settings))
+
+
+def test_the_graph_follows_the_weights_and_goes_with_the_model(speaker):
+    model, ids, _ = speaker
+    settings = {**LONG, "do_sample": False, "disable_compile": True}
+    before = model.generate(ids, **settings)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    after = model.generate(ids, **settings)
+    assert torch.equal(after, stock(model, ids, **settings)) and not torch.equal(after, before)
+    model.bfloat16()
+    assert model.generate(ids, **settings).shape == after.shape
+    model.float().cpu()
+    assert model.generate(ids.cpu(), **settings).shape == after.shape
+    model.cuda()
+    assert torch.equal(copy.deepcopy(model).generate(ids, **settings), model.generate(ids, **settings))
+    with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16):
+        assert model.generate(ids, **settings).shape == after.shape
+    kept = [weakref.ref(decoder) for decoder in decoding_creature._kept[model].values()]
+    # The fixture holds the model as well, so it is emptied in place of being let go of.
+    decoding_creature._kept.pop(model)
+    gc.collect()
+    assert kept and not any(decoder() for decoder in kept)

@@ -1,0 +1,161 @@
+"""Speed of `model.generate`: the creature with default arguments beside the loop of transformers and GPT-2.
+
+examples:
+  python benchmarks/generation.py                                          # a GPU: batches of 1, 8 and 64, bfloat16
+  python benchmarks/generation.py --device cpu --batch 1 --new_tokens 64   # a laptop, float32
+  python benchmarks/generation.py --device cpu --batch 1 --threads 1 --pairs 5
+
+All models are fresh, of one shape (6 layers x 512, 8 heads, 50304 columns), and their texts have no end, so that every
+row makes as many tokens. The first call, which may compile, is timed alone; the speed is the median of the runs after
+it, everything in `generate` included. --pairs times creature and GPT-2 in turns and gives the median of the ratios.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+# In place of this folder, whose tokenize.py would hide the standard library's module of that name.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+# Name, model, what `generate` is given, whether only a GPU runs it. "dynamic" asks for the loop of transformers.
+ROWS = (
+    ("creature", "creature", {}, False),
+    ("creature, not compiled", "creature", {"disable_compile": True}, True),
+    ("creature, sampled, top_k 50", "creature", {"do_sample": True, "top_k": 50, "temperature": 0.8}, False),
+    ("creature, loop of transformers", "creature", {"cache_implementation": "dynamic"}, False),
+    ("GPT-2", "gpt2", {}, False),
+    ("GPT-2, static cache, compiled", "gpt2", {"cache_implementation": "static"}, True),
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="rows at once (default 1 8 64)")
+    parser.add_argument("--prompt_tokens", type=int, default=16, help="length of the prompt (default 16)")
+    parser.add_argument("--new_tokens", type=int, default=256, help="length of the continuation (default 256)")
+    parser.add_argument("--runs", type=int, default=5, help="timed calls a figure (default 5)")
+    parser.add_argument("--threads", type=int, help="threads of the CPU (default: as torch has them)")
+    parser.add_argument("--pairs", type=int, help="creature and GPT-2 in turns, so many times, in place of the table")
+    return parser.parse_args()
+
+
+def build(kind: str, device: str, **changes):
+    """A fresh model in evaluation mode: bfloat16 on a GPU."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from configuration_creature import CreatureConfig
+    from modeling_creature import MultiModalCreature
+
+    torch.manual_seed(0)
+    if kind == "creature":
+        model = MultiModalCreature(CreatureConfig(**changes))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(n_embd=512, n_layer=6, n_head=8, n_positions=2048, vocab_size=50304))
+    return model.eval().to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+
+
+def prompt_of(rows: int, options: argparse.Namespace):
+    import torch
+
+    torch.manual_seed(1)
+    return torch.randint(0, 50000, (rows, options.prompt_tokens)).to(options.device)
+
+
+def seconds(model, prompt, options: argparse.Namespace, **settings) -> float:
+    """The time of one call, until its tokens are there."""
+    import torch
+
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **settings}
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=options.new_tokens, **settings)
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    assert out.shape[1] == options.prompt_tokens + options.new_tokens
+    return time.perf_counter() - started
+
+
+def measure(row: tuple, options: argparse.Namespace) -> list[str]:
+    """One row of the table at every batch size."""
+    import torch
+
+    name, kind, settings, _ = row
+    torch._dynamo.reset()
+    model = build(kind, options.device)
+    lines = []
+    for rows in options.batch:
+        prompt = prompt_of(rows, options)
+        first = seconds(model, prompt, options, **settings)
+        times = [seconds(model, prompt, options, **settings) for _ in range(options.runs)]
+        median = statistics.median(times)
+        per_token = 1000 * median / options.new_tokens
+        speed = rows * options.new_tokens / median
+        lines.append(f"{name:32}  {rows:5}  {speed:10,.0f}  {per_token:10.3f}  {first:12.2f}")
+    return lines
+
+
+def equal_tokens(options: argparse.Namespace) -> str:
+    """Whether the default gives the tokens of the loop of transformers, in float32."""
+    import torch
+
+    # Tied and untrained, a model repeats one token for ever, and every loop would agree.
+    model = build("creature", options.device, tie_word_embeddings=False).float()
+    prompt = prompt_of(min(8, max(options.batch)), options)
+    settings = {"max_new_tokens": options.new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mask = torch.ones_like(prompt)
+    ours = model.generate(prompt, attention_mask=mask, **settings)
+    theirs = model.generate(prompt, attention_mask=mask, cache_implementation="dynamic", **settings)
+    same = int((ours == theirs).all(dim=1).sum())
+    kinds = len(ours[:, options.prompt_tokens :].unique())
+    return f"float32, default against the loop of transformers: {same} of {len(prompt)} rows equal, {kinds} tokens"
+
+
+def compare(options: argparse.Namespace) -> str:
+    """Creature and GPT-2 in turns, default arguments both."""
+    creature, gpt2 = build("creature", options.device), build("gpt2", options.device)
+    lines = []
+    for rows in options.batch:
+        prompt = prompt_of(rows, options)
+        seconds(creature, prompt, options), seconds(gpt2, prompt, options)
+        pairs = [(seconds(creature, prompt, options), seconds(gpt2, prompt, options)) for _ in range(options.pairs)]
+        own, other = (1000 * statistics.median(times) / options.new_tokens for times in zip(*pairs, strict=True))
+        ratio = statistics.median(theirs / ours for ours, theirs in pairs)
+        lines.append(
+            f"batch {rows}: creature {own:.2f} ms a token, GPT-2 {other:.2f}; "
+            f"the creature is {ratio:.2f} times as fast (median of {options.pairs} pairs)"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = parse_arguments()
+    if min(*options.batch, options.prompt_tokens, options.new_tokens, options.runs, options.pairs or 1) < 1:
+        raise SystemExit("--batch, --prompt_tokens, --new_tokens, --runs and --pairs must be at least 1")
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    if options.device is None:
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name += f", torch {torch.__version__}, transformers {transformers.__version__}, {options.new_tokens} new tokens"
+    print(name)
+    if options.pairs:
+        print(compare(options))
+        return
+    print(f"{'':32}  {'batch':>5}  {'tokens/s':>10}  {'ms a token':>10}  {'first call s':>12}")
+    for row in ROWS:
+        if options.device == "cuda" or not row[3]:
+            print("\n".join(measure(row, options)), flush=True)
+    print(equal_tokens(options))
+
+
+if __name__ == "__main__":
+    main()
