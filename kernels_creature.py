@@ -6,17 +6,20 @@ work where the numbers already are: in the registers of the matrix product that 
 equivalent beside its caller, which runs where there is no Triton.
 """
 
+import functools
+
 import torch
 
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # no GPU compiler
     triton = None
 
-# Tiles of the matrix products: rows, columns, depth, rows of tiles that share columns in the cache, warps, stages.
-MATMUL_TILE = (128, 128, 64, 8, 4, 3)
+TILE = (128, 256, 64)  # rows, columns and depth of a step of the matrix product
 ROTARY_ROWS = 64
+FINISHED_ROWS = 16
 
 
 def kernels_available(*tensors: torch.Tensor) -> bool:
@@ -24,73 +27,116 @@ def kernels_available(*tensors: torch.Tensor) -> bool:
     return triton is not None and all(x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) for x in tensors)
 
 
+@functools.lru_cache
+def _multiprocessors(device: int) -> int:
+    """
+    The multiprocessors of a device that `_matmul_kernel` is made for, else 0.
+
+    Its tiles fill the 227 KiB of shared memory of Hopper (H100, H200, GH200), and need its copy engine:
+    elsewhere cuBLAS with an element-wise pass behind it is faster.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    suited = properties.major == 9 and properties.shared_memory_per_block_optin >= 227 << 10
+    return properties.multi_processor_count if suited else 0
+
+
 if triton is not None:
 
     @triton.jit
     def _matmul_kernel(
-        a_ptr,
-        b_ptr,
-        out_ptr,
+        a,
+        b,
+        out,
         aux_ptr,
         sums_ptr,
         M,
         N,
-        stride_a,
-        stride_bk,
-        stride_bn,
-        stride_out,
         K: tl.constexpr,
+        B_IS_TRANSPOSED: tl.constexpr,
         EPILOGUE: tl.constexpr,
+        PROGRAMS: tl.constexpr,
         BM: tl.constexpr,
         BN: tl.constexpr,
         BK: tl.constexpr,
-        GROUP: tl.constexpr,
+        GROUP: tl.constexpr = 8,
     ):
         """
-        One tile [BM, BN] of a [M, K] @ b [K, N], then the epilogue.
+        Tiles [BM, BN] of a [M, K] @ b [K, N], each followed by the epilogue; a program makes every PROGRAMS-th of them.
 
         "exp": exp(product - aux[row]), and the tile's row sums into sums [tiles of columns, M]. "relu2": relu squared.
         "relu2_grad": the product times the derivative of relu squared, 2 sqrt(aux), aux [M, N] being its output.
         """
-        pid = tl.program_id(0)
-        tiles_n = tl.cdiv(N, BN)
-        group = pid // (GROUP * tiles_n)
-        height = tl.minimum(tl.cdiv(M, BM) - group * GROUP, GROUP)
-        within = pid % (GROUP * tiles_n)
-        tile_m = group * GROUP + within % height
-        tile_n = within // height
+        tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+        # Flattened, the loads of the next tile run during the epilogue of this one.
+        for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+            # GROUP rows of tiles at a time, so that what they share stays in the cache.
+            group = tile // (GROUP * tiles_n)
+            height = tl.minimum(tiles_m - group * GROUP, GROUP)
+            within = tile % (GROUP * tiles_n)
+            row = (group * GROUP + within % height) * BM
+            tile_n = within // height
+            column = tile_n * BN
+            product = tl.zeros((BM, BN), tl.float32)
+            for k in range(0, K, BK):
+                if B_IS_TRANSPOSED:
+                    right = b.load([column, k]).T
+                else:
+                    right = b.load([k, column])
+                product = tl.dot(a.load([row, k]), right, product)
 
-        rows = tile_m * BM + tl.arange(0, BM)
-        columns = tile_n * BN + tl.arange(0, BN)
-        depth = tl.arange(0, BK)
-        # Rows and columns past the end wrap around: their loads need no mask, and nothing of them is stored.
-        a = a_ptr + (rows % M)[:, None].to(tl.int64) * stride_a + depth[None, :]
-        b = b_ptr + (columns % N)[None, :].to(tl.int64) * stride_bn + depth[:, None] * stride_bk
-        product = tl.zeros((BM, BN), tl.float32)
-        for _ in range(0, K, BK):
-            product = tl.dot(tl.load(a), tl.load(b), product)
-            a += BK
-            b += BK * stride_bk
+            rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
+            if EPILOGUE == "exp":
+                shift = tl.load(aux_ptr + rows, mask=rows < M, other=0.0)
+                # 115 / log2(e) = 80 nats: the exponential of more does not fit into float32.
+                result = tl.exp2(tl.minimum((product - shift[:, None]) * 1.4426950408889634, 115.0))
+                result = tl.where(columns[None, :] < N, result, 0.0)
+                tl.store(sums_ptr + tile_n * M + rows, tl.sum(result, 1), mask=rows < M)
+            elif EPILOGUE == "relu2":
+                result = tl.maximum(product, 0.0)
+                result = result * result
+            else:
+                inside = (rows < M)[:, None] & (columns < N)[None, :]
+                made = tl.load(aux_ptr + rows[:, None].to(tl.int64) * N + columns[None, :], mask=inside, other=0.0)
+                result = product * 2.0 * tl.sqrt(made.to(tl.float32))
+            # One half after the other needs half the shared memory.
+            left, right = tl.split(tl.permute(tl.reshape(result, (BM, 2, BN // 2)), (0, 2, 1)))
+            out.store([row, column], left.to(out.dtype))
+            out.store([row, column + BN // 2], right.to(out.dtype))
 
-        inside = (rows < M)[:, None] & (columns < N)[None, :]
-        place = rows[:, None].to(tl.int64) * stride_out + columns[None, :]
-        if EPILOGUE == "exp":
-            shift = tl.load(aux_ptr + rows, mask=rows < M, other=0.0)
-            # 115 / log2(e) = 80 nats: what lies above would not fit into float32.
-            result = tl.exp2(tl.minimum((product - shift[:, None]) * 1.4426950408889634, 115.0))
-            result = tl.where(columns[None, :] < N, result, 0.0)
-            tl.store(sums_ptr + tile_n * M + rows, tl.sum(result, 1), mask=rows < M)
-        elif EPILOGUE == "relu2":
-            result = tl.maximum(product, 0.0)
-            result = result * result
-        else:
-            result = product * 2.0 * tl.sqrt(tl.load(aux_ptr + place, mask=inside, other=0.0).to(tl.float32))
-        tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=inside)
+    @triton.jit
+    def _odds_kernel(logits_ptr, targets_ptr, sums_ptr, columns, BLOCK: tl.constexpr):
+        """One row of logits a program: made into odds in place, with 1 - sum for the target, and summed up."""
+        row = tl.program_id(0).to(tl.int64)
+        start = logits_ptr + row * columns
+        target = tl.load(targets_ptr + row)
+        shift = tl.load(start + target).to(tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, columns, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            logits = tl.load(start + column, mask=column < columns, other=float("-inf")).to(tl.float32)
+            odds = tl.exp2(tl.minimum((logits - shift) * 1.4426950408889634, 115.0))
+            total += odds
+            tl.store(start + column, odds.to(logits_ptr.dtype.element_ty), mask=(column < columns) & (column != target))
+        row_total = tl.sum(total, 0)
+        tl.store(sums_ptr + row, row_total)
+        tl.store(start + target, (1.0 - row_total).to(logits_ptr.dtype.element_ty))
+
+    @triton.jit
+    def _finish_odds_kernel(odds_ptr, parts_ptr, targets_ptr, sums_ptr, rows, columns, parts, ROWS: tl.constexpr):
+        """sums [rows] of parts [parts, rows], and 1 - sum in place of the odds of each row's target, which are 1."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        inside = row < rows
+        total = tl.zeros((ROWS,), tl.float32)
+        for part in range(parts):
+            total += tl.load(parts_ptr + part * rows + row, mask=inside, other=0.0)
+        target = tl.load(targets_ptr + row, mask=inside, other=0)
+        tl.store(sums_ptr + row, total, mask=inside)
+        place = odds_ptr + row.to(tl.int64) * columns + target
+        tl.store(place, (1.0 - total).to(odds_ptr.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _rotary_norm_kernel(
-        x_ptr, cos_ptr, sin_ptr, out_ptr, scale_ptr, rows, ticks, heads, eps,
-        HALF: tl.constexpr, ROWS: tl.constexpr
+        x_ptr, cos_ptr, sin_ptr, out_ptr, scale_ptr, rows, ticks, heads, eps, HALF: tl.constexpr, ROWS: tl.constexpr
     ):  # fmt: skip
         """rows of [B, ticks, heads, 2 HALF]: to root mean square 1, then rotated; 1 / rms of each row into scale."""
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -138,28 +184,84 @@ if triton is not None:
         tl.store(grad_x_ptr + place + HALF, (grad2 * cos - grad1 * sin).to(kind), mask=inside)
 
 
+def matmul_fits(x: torch.Tensor, columns: int) -> bool:
+    """Whether the fused matrix product takes `x [..., K] @ [K, columns]`: on this device, all in steps of 16 bytes."""
+    if not kernels_available(x) or x.shape[-1] % 64 or columns % 8:
+        return False
+    return _multiprocessors(x.device.index) > 0
+
+
 def _matmul(
-    a: torch.Tensor, b: torch.Tensor, aux: torch.Tensor, sums: torch.Tensor, epilogue: str
+    a: torch.Tensor, b: torch.Tensor, aux: torch.Tensor, sums: torch.Tensor, epilogue: str, tile=TILE, stages=4
 ) -> torch.Tensor:
-    """`_matmul_kernel` over a [M, K], contiguous, and b [K, N] in any layout: [M, N] in the dtype of a."""
-    rows, columns, depth, group, warps, stages = MATMUL_TILE
+    """Launch `_matmul_kernel` for a [M, K] and b [K, N], contiguous or its transpose is: [M, N] in the dtype of a."""
     (m, k), n = a.shape, b.shape[1]
     out = torch.empty((m, n), dtype=a.dtype, device=a.device)
-    _matmul_kernel[(triton.cdiv(m, rows) * triton.cdiv(n, columns),)](
-        a, b, out, aux, sums, m, n, a.stride(0), b.stride(0), b.stride(1), n,
-        K=k, EPILOGUE=epilogue, BM=rows, BN=columns, BK=depth, GROUP=group, num_warps=warps, num_stages=stages,
+    rows, columns, depth = tile
+    transposed = b.stride(0) == 1
+    programs = _multiprocessors(a.device.index)
+    _matmul_kernel[(programs,)](
+        TensorDescriptor.from_tensor(a, [rows, depth]),
+        TensorDescriptor.from_tensor(b.t() if transposed else b, [columns, depth] if transposed else [depth, columns]),
+        TensorDescriptor.from_tensor(out, [rows, columns // 2]),
+        aux, sums, m, n, K=k, B_IS_TRANSPOSED=transposed, EPILOGUE=epilogue, PROGRAMS=programs,
+        BM=rows, BN=columns, BK=depth, num_warps=8, num_stages=stages,
     )  # fmt: skip
     return out
 
 
-def matmul_exp(x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    exp(x @ weight.T - shift[:, None]) in the dtype of x, and its row sums [M] in float32, from one pass.
+# Operators of their own, so that a compiled graph takes them as they are. Defined again by the copy of this file that
+# a checkpoint carries, they replace themselves.
 
-    x [M, K], weight [N, K], both contiguous, K a multiple of 64; shift [M] float32. An exponent is cut off at 80.
+
+@torch.library.custom_op("creature::softmax_odds", mutates_args=())
+def softmax_odds(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    sums = torch.empty((triton.cdiv(len(weight), MATMUL_TILE[1]), len(x)), dtype=torch.float32, device=x.device)
-    return _matmul(x, weight.t(), shift, sums, "exp"), sums.sum(dim=0)
+    The odds of every token against the target, exp(logit - target's logit), without the logits ever being written.
+
+    x [M, K], weight [N, K] of one half-precision dtype, targets [M] int64 -> odds [M, N] in that dtype, where 1 minus
+    the row's sum stands in the target's place, and the sums [M] float32. odds / sums is the gradient of the cross
+    entropy log(sums). An exponent is cut off at 80.
+    """
+    sums = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    if not matmul_fits(x, len(weight)):
+        odds = x @ weight.t()
+        _odds_kernel[(len(x),)](odds, targets, sums, len(weight), BLOCK=4096, num_warps=8)
+        return odds, sums
+    target_logits = (x.float() * weight[targets].float()).sum(dim=-1)
+    parts = torch.empty((triton.cdiv(len(weight), TILE[1]), len(x)), dtype=torch.float32, device=x.device)
+    odds = _matmul(x, weight.t(), target_logits, parts, "exp")
+    _finish_odds_kernel[(triton.cdiv(len(x), FINISHED_ROWS),)](
+        odds, parts, targets, sums, *odds.shape, len(parts), ROWS=FINISHED_ROWS, num_warps=1
+    )
+    return odds, sums
+
+
+@softmax_odds.register_fake
+def _(x, weight, targets):
+    return x.new_empty((len(x), len(weight))), x.new_empty(len(x), dtype=torch.float32)
+
+
+@torch.library.custom_op("creature::matmul_relu2", mutates_args=())
+def matmul_relu2(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """relu(x @ weight.T)^2; x [M, K], weight [N, K] -> [M, N]."""
+    return _matmul(x, weight.t(), x, x, "relu2")
+
+
+@matmul_relu2.register_fake
+def _(x, weight):
+    return x.new_empty((len(x), len(weight)))
+
+
+@torch.library.custom_op("creature::matmul_relu2_grad", mutates_args=())
+def matmul_relu2_grad(grad: torch.Tensor, weight: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
+    """(grad @ weight) times the derivative of relu squared, whose output is `activation` [M, N]; weight [K, N]."""
+    return _matmul(grad, weight, activation, grad, "relu2_grad", stages=3)  # the activation needs room, too
+
+
+@matmul_relu2_grad.register_fake
+def _(grad, weight, activation):
+    return torch.empty_like(activation)
 
 
 class _Relu2MLP(torch.autograd.Function):
@@ -167,7 +269,7 @@ class _Relu2MLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, up, down):
-        activation = _matmul(x, up.t(), x, x, "relu2")  # [M, intermediate_size]
+        activation = matmul_relu2(x, up)  # [M, intermediate_size]
         ctx.save_for_backward(x, up, down, activation)
         return activation @ down.t()
 
@@ -176,7 +278,7 @@ class _Relu2MLP(torch.autograd.Function):
         x, up, down, activation = ctx.saved_tensors
         grad = grad.contiguous()
         grad_down = grad.t() @ activation
-        grad_inner = _matmul(grad, down, activation, x, "relu2_grad")  # [M, intermediate_size]
+        grad_inner = matmul_relu2_grad(grad, down, activation)  # [M, intermediate_size]
         return grad_inner @ up, grad_inner.t() @ x, grad_down
 
 
@@ -184,7 +286,7 @@ def relu2_mlp(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Te
     """
     relu(x @ up.T)^2 @ down.T with the activation made inside the first product, differentiable once.
 
-    x [..., K], up [intermediate_size, K], down [K, intermediate_size], one dtype; K a multiple of 64.
+    x [..., K], up [intermediate_size, K], down [K, intermediate_size], of one dtype and as `matmul_fits` wants them.
     """
     return _Relu2MLP.apply(x.reshape(-1, x.shape[-1]), up, down).view(x.shape)
 
@@ -219,6 +321,6 @@ class _RotaryNorm(torch.autograd.Function):
 def rotary_norm(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float) -> torch.Tensor:
     """
     x [B, T, heads, head_dim], contiguous, to root mean square 1 over head_dim, its halves then rotated against each
-    other by cos, sin [1 or B, T, head_dim / 2]; differentiable with respect to x.
+    other by cos, sin [1 or B, T, head_dim / 2]; head_dim a power of two; differentiable with respect to x.
     """
     return _RotaryNorm.apply(x, cos.contiguous(), sin.contiguous(), eps)

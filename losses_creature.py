@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 try:
-    from .kernels_creature import kernels_available, matmul_exp
+    from .kernels_creature import kernels_available, softmax_odds
 except ImportError:
-    from kernels_creature import kernels_available, matmul_exp
+    from kernels_creature import kernels_available, softmax_odds
 
 IGNORE_INDEX = -100  # a text or code target that is unknown
 
@@ -37,12 +37,9 @@ def _softmax_gradient(
     x [n, hidden_size], weight [vocab_size, hidden_size], targets [n] -> losses [n] float32, a matrix
     [n, vocab_size] in the dtype of x, and the factor [n] that makes its rows the gradient (None: they are).
     """
-    if kernels_available(x, weight) and x.dtype == torch.bfloat16 and x.shape[1] % 64 == 0:
-        # exp(logit - logit of the target), summed over a row, is 1 / probability of the target: no maximum is needed,
-        # the logits themselves are never written, and dividing by the sum can wait until the rows are short again.
-        target_logits = (x.float() * weight[targets].float()).sum(dim=-1)
-        odds, sums = matmul_exp(x, weight, target_logits)
-        odds.scatter_(1, targets[:, None], (1 - sums)[:, None].to(odds.dtype))
+    if x.dtype == torch.bfloat16 and kernels_available(x, weight):
+        # Odds need no maximum of the row, and dividing them by their sum can wait until the rows are short again.
+        odds, sums = softmax_odds(x, weight, targets)
         return sums.log(), odds, 1 / sums
     log_probabilities = torch.log_softmax((x @ weight.t()).float(), dim=-1)  # one pass on a CPU; logsumexp takes five
     losses = -log_probabilities.gather(1, targets[:, None]).squeeze(1)

@@ -25,14 +25,14 @@ from transformers.utils.output_capturing import capture_outputs
 try:
     from .configuration_creature import SENSES, STREAMS, CreatureConfig
     from .generation_creature import CreatureGenerationMixin
-    from .kernels_creature import kernels_available, relu2_mlp, rotary_norm
+    from .kernels_creature import kernels_available, matmul_fits, relu2_mlp, rotary_norm
     from .losses_creature import IGNORE_INDEX, linear_token_losses
     from .senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
     from .streams_creature import CreatureStreams, count_targets, text_loss, text_target_weights
 except ImportError:
     from configuration_creature import SENSES, STREAMS, CreatureConfig
     from generation_creature import CreatureGenerationMixin
-    from kernels_creature import kernels_available, relu2_mlp, rotary_norm
+    from kernels_creature import kernels_available, matmul_fits, relu2_mlp, rotary_norm
     from losses_creature import IGNORE_INDEX, linear_token_losses
     from senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
     from streams_creature import CreatureStreams, count_targets, text_loss, text_target_weights
@@ -210,7 +210,7 @@ class CreatureAttention(nn.Module):
 
     def _normalize_and_rotate(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """[B, T, heads, head_dim] -> [B, heads, T, head_dim]"""
-        if kernels_available(x):
+        if kernels_available(x) and self.head_dim & (self.head_dim - 1) == 0:
             return rotary_norm(x, *position_embeddings, self.eps).transpose(1, 2)
         x = F.rms_norm(x.float(), (self.head_dim,), eps=self.eps).to(x.dtype)
         return apply_rotary_pos_emb(x.transpose(1, 2), *position_embeddings)
@@ -225,7 +225,7 @@ class CreatureMLP(nn.Module):
         self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-        self.relu2 = config.hidden_act == "relu2" and config.hidden_size % 64 == 0
+        self.relu2 = config.hidden_act == "relu2"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.relu2 and self._is_plain(x):
@@ -234,7 +234,7 @@ class CreatureMLP(nn.Module):
 
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Whether the fused kernel may stand for the modules: nobody has hooked, wrapped, quantized or split them."""
-        plain = kernels_available(x)
+        plain = matmul_fits(x, self.up_proj.out_features)
         for module in (self.up_proj, self.down_proj):
             plain = plain and type(module) in (nn.Linear, ResidualProjection) and not module._forward_hooks
             plain = plain and not module._forward_pre_hooks and type(module.weight) is nn.Parameter
@@ -316,6 +316,8 @@ class CreaturePreTrainedModel(PreTrainedModel):
         elif isinstance(module, CreatureDecoderLayer):
             init.ones_(module.residual_scale)
             init.zeros_(module.input_scale)
+        elif isinstance(module, CreatureAttention) and module.layer_idx:
+            init.zeros_(module.v_proj.weight)  # later layers begin with the first layer's values alone
         elif isinstance(module, ResidualProjection):
             # The residual stream adds up 2 x layers outputs: scale them so that its variance does not grow (GPT-2).
             init.normal_(module.weight, mean=0.0, std=std / (2 * self.config.num_hidden_layers) ** 0.5)

@@ -8,6 +8,7 @@ from creature.args import Settings
 from creature.errors import UserError
 from creature.estimate import fit_micro_batch
 from creature.hardware import Device, choose_precision, compiler_available, device_info
+from creature.optimizer import width_learning_rate
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Plan:
 
 def plan_run(settings: Settings, config, resumed: dict | None = None) -> Plan:
     """
-    Decide device, precision, compiling and batch, before anything touches the device.
+    Decide device, precision, compiling, batch and learning rate, before anything touches the device.
 
     Args:
         config: the CreatureConfig.
@@ -48,6 +49,9 @@ def plan_run(settings: Settings, config, resumed: dict | None = None) -> Plan:
     plan = Plan(device, precision, reason, compiled, compile_reason, world_size, block, 0, 0, 0, notes=notes)
     _plan_batch(plan, settings, config, resumed)
     plan.threads = _set_threads(training, device, notes)
+    if "learning_rate" not in training:
+        muon = training.get("matrix_learning_rate") != 0 and not training.get("fsdp")
+        training["learning_rate"] = width_learning_rate(config.hidden_size, muon)
     return plan
 
 

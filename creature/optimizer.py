@@ -18,6 +18,8 @@ _POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+# Peak learning rates of AdamW at width 512, beside Muon and alone (docs/log.md).
+_RATE_BESIDE_MUON, _RATE_ALONE, _RATE_WIDTH = 8e-3, 2e-3, 512
 # What the iterations run in.
 _DTYPES = {"cuda": torch.bfloat16, "cpu": torch.bfloat16 if cpu_has_bf16() else torch.float32}
 
@@ -205,6 +207,15 @@ class MuonAdamW(torch.optim.Optimizer):
             maximize=False,
             found_inf=getattr(self, "found_inf", None),
         )
+
+
+def width_learning_rate(hidden_size: int, muon: bool = True) -> float:
+    """
+    The peak learning rate of AdamW for a model of this width, beside Muon or alone; it falls with the width's root.
+
+    Muon's own rate needs no such rule: an orthogonal step changes every output by the same amount at any width.
+    """
+    return (_RATE_BESIDE_MUON if muon else _RATE_ALONE) * (_RATE_WIDTH / hidden_size) ** 0.5
 
 
 def parameter_groups(

@@ -15,6 +15,10 @@ from creature.launch import own_command
 from creature.machine import Plan
 from creature.trainer import schedule_steps
 
+# Times that a text can be seen before seeing it again stops helping (Muennighoff et al. 2023, "Scaling Data-Constrained
+# Language Models").
+REPEATS = 4
+
 
 def identity(settings: Settings, plan: Plan, args, config, data_info: dict, steps: int) -> dict:
     """What a resumed run must agree with, so that it goes on exactly as it began."""
@@ -53,6 +57,12 @@ def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, s
     expected = hours(config, tokens, plan.device.name, plan.block_size) if peak else None
     kernel, kernel_reason = attention_kernel(plan.device, plan.precision, config._attn_implementation or "sdpa")
     own = identity(settings, plan, args, config, data_info, steps)
+    epochs = tokens / max(data_info["tokens"], 1)
+    if epochs > REPEATS and not settings.dry_run:
+        plan.notes.append(
+            f"the data will be seen {epochs:.1f} times, and from about {REPEATS} times on a text is learned by heart: "
+            "watch eval_loss, and stop where it rises, or give more text or fewer --max_steps"
+        )
     return {
         "kind": "dry_run" if settings.dry_run else "run",
         "status": "started",
@@ -78,7 +88,7 @@ def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, s
         "peak_flops": peak * plan.world_size if peak else None,
         "steps": steps,
         "tokens": tokens,
-        "epochs": round(tokens / max(data_info["tokens"], 1), 4),
+        "epochs": round(epochs, 4),
         "decay_start": steps - own["decay_steps"] if own["schedule"] == "warmup_stable_decay" else None,
         "expected_seconds": expected * 3600 / plan.world_size if expected else None,
         "data": data_info,

@@ -22,7 +22,10 @@ class CreatureTrainingArguments(TrainingArguments):
     )
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; or give num_train_epochs."})
     learning_rate: float = field(
-        default=8e-3, metadata={"help": "Peak learning rate of AdamW: token table, norms, scales."}
+        default=8e-3,
+        metadata={
+            "help": "Peak learning rate of AdamW: token table, norms, scales. Left out, it follows from hidden_size."
+        },
     )
     matrix_learning_rate: float = field(
         default=0.02,

@@ -123,3 +123,19 @@ def test_a_step_marked_as_not_finite_changes_nothing():
 def test_a_vector_for_muon_is_refused():
     with pytest.raises(ValueError, match="matrices"):
         MuonAdamW([{"params": [torch.nn.Parameter(torch.zeros(3))], "muon": True}])
+
+
+def test_neurons_with_small_steps_catch_up_with_the_others():
+    """Two rows of the gradient share a direction: each gets a smaller step, and is brought up to the others' size."""
+    matrix = torch.nn.Parameter(torch.zeros(8, 8))
+    optimizer = MuonAdamW([{"params": [matrix], "muon": True, "lr": 1.0}])
+    gradient = draw(8, 8)
+    gradient[0] = gradient[1] + 1e-3 * gradient[0]
+    gradient[1] = gradient[0]
+    matrix.grad = gradient
+    optimizer.step()
+    lengths = matrix.detach().norm(dim=1)
+    plain = orthogonalize(gradient[None], torch.float32)[0].norm(dim=1)
+    assert plain.min() < 0.8 * plain.max()
+    assert lengths.min() > 0.99 * lengths.max()
+    assert lengths.norm() == pytest.approx(plain.norm().item(), rel=0.05)

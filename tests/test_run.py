@@ -258,7 +258,8 @@ def test_bad_input_is_named_and_nothing_is_written(place, monkeypatch, flags, wo
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    settings, config = parse_settings(["--max_steps", "20"]), SimpleNamespace(max_position_embeddings=2048)
+    settings = parse_settings(["--max_steps", "20"])
+    config = SimpleNamespace(max_position_embeddings=2048, hidden_size=512)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=7 names a GPU that is not there"):
         plan_run(settings, config)
@@ -283,16 +284,40 @@ def test_the_batch_is_counted_in_tokens(monkeypatch, training, expected):
     monkeypatch.setattr("creature.machine.fit_micro_batch", lambda *args, **kwargs: 3)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     settings = Settings(training={"use_cpu": True, "max_steps": 50} | training, given=set(training))
-    plan = plan_run(settings, SimpleNamespace(max_position_embeddings=2048))
+    plan = plan_run(settings, SimpleNamespace(max_position_embeddings=2048, hidden_size=512))
     assert (plan.tokens_per_step, plan.micro_batch, plan.accumulation) == expected
 
 
 def test_a_dry_run_on_a_cpu_says_what_it_scaled_down(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     settings = parse_settings(["--dry_run", "--use_cpu"])
-    plan = plan_run(settings, SimpleNamespace(max_position_embeddings=2048))
+    plan = plan_run(settings, SimpleNamespace(max_position_embeddings=2048, hidden_size=512))
     assert (plan.tokens_per_step, plan.micro_batch, plan.accumulation) == (2048, 1, 1)
     assert any("instead of 65,536 tokens" in note and "--tokens_per_step" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("training", "width", "expected"),
+    [
+        ({}, 512, 8e-3),
+        ({}, 2048, 4e-3),  # the root of the width
+        ({"matrix_learning_rate": 0.0}, 512, 2e-3),  # AdamW alone
+        ({"learning_rate": 1e-3}, 2048, 1e-3),
+    ],
+)
+def test_the_learning_rate_follows_from_the_width(monkeypatch, training, width, expected):
+    monkeypatch.setattr("creature.machine.fit_micro_batch", lambda *args, **kwargs: 1)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    settings = Settings(training={"use_cpu": True, "max_steps": 50} | training, given=set(training))
+    plan_run(settings, SimpleNamespace(max_position_embeddings=2048, hidden_size=width))
+    assert settings.training["learning_rate"] == pytest.approx(expected)
+
+
+def test_a_run_that_is_about_to_repeat_its_data_says_so(place, monkeypatch, capsys):
+    run(monkeypatch, "--max_steps", 40, "--output_dir", "once", "--eval_strategy", "no")
+    assert "times on a text is learned by heart" not in capsys.readouterr().out
+    run(monkeypatch, "--max_steps", 90, "--output_dir", "often", "--eval_strategy", "no")
+    assert "the data will be seen 5." in capsys.readouterr().out
 
 
 def test_out_of_memory_names_the_batch_that_fits(place, monkeypatch):
