@@ -17,6 +17,7 @@ from creature.args import DataArguments, Settings
 from creature.callbacks import (
     ConsoleLog,
     DecayCheckpoint,
+    FirstStep,
     HealthAdvice,
     MetricsFile,
     Samples,
@@ -209,6 +210,7 @@ def build_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MetricsFile(args.output_dir, seconds_before))
+    trainer.add_callback(FirstStep())
     trainer.add_callback(ConsoleLog(throughput, bar=False if args.disable_tqdm else None))
     scaled_down = settings.dry_run and args.device.type == "cpu"  # its speed says nothing
     trainer.add_callback(HealthAdvice(min_samples_per_second=0.0 if scaled_down else 5.0))
