@@ -79,7 +79,7 @@ def curve(folder, key="loss"):
 def test_a_run_says_what_it_waits_for_until_the_first_step(place, monkeypatch, capsys):
     run(monkeypatch, "--max_steps", 2)
     output = capsys.readouterr().out
-    waits = ["loading torch", "opening the data", "building the model", "the first step", "first step done", "step "]
+    waits = ["loading torch", "opening the data", "building the model", "the first step", "first step done", "\nstep "]
     places = [output.index(text) for text in waits]
     assert places == sorted(places) and output.count("first step done") == 1
     described = checkpoints.read_run(place / "checkpoints" / "dry_run")
