@@ -25,6 +25,7 @@ def main() -> int | None:
         return code
 
     # Heavy imports come after the settings are known to be right.
+    launch.say_waiting("loading torch and transformers")
     from creature import job, report
     from creature.machine import plan_run
     from creature.tokenizer import load_tokenizer
@@ -33,6 +34,7 @@ def main() -> int | None:
     config = job.build_config(settings)
     plan = plan_run(settings, config, old["identity"] if old else None)
     args = job.build_arguments(settings, plan)
+    launch.say_waiting("opening the data")
     splits, data = job.build_data(settings, plan, config, args)
     tokenizer = load_tokenizer(data.tokenizer_name)
     splits.info["tokenizer_hash"] = job.check_tokenizer(tokenizer, splits.info, config)
@@ -41,6 +43,7 @@ def main() -> int | None:
     if old and "warmup_steps" not in settings.given:
         args.warmup_steps = old["identity"]["warmup_steps"]  # a share of the old length, not of an extended one
     checkpoint = job.resume_point(settings, folder, args, old, steps)
+    launch.say_waiting("building the model")
     model = job.build_model(config, args)
     run = report.describe_run(settings, plan, args, model, splits.info, steps)
     if old:

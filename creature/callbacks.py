@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from transformers import ProgressCallback, TrainerCallback
 
-from creature.checkpoints import METRICS_FILE, list_checkpoints
+from creature.checkpoints import METRICS_FILE, list_checkpoints, read_run, update_run
 from creature.errors import UserError
+from creature.launch import say_waiting, seconds_since_launch
 from creature.terminal import give_terminal_back
 
 
@@ -332,6 +333,28 @@ class MetricsFile(TrainerCallback):
             raise UserError(f"cannot write {self.path} ({error.strerror}): free some space, then --resume") from error
 
 
+class FirstStep(TrainerCallback):
+    """Says what the first step waits for, then when it was done; run.json keeps that as `seconds_to_first_step`."""
+
+    def __init__(self):
+        self._begun: float | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        compiling = ", compiling (a minute or so the first time on a machine)" if args.torch_compile else ""
+        say_waiting(f"the first step{compiling}")
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._begun is None or not state.is_world_process_zero:
+            return
+        _wait_for_device(args.device)
+        seconds = seconds_since_launch()
+        _say(f"first step done {seconds:.1f} s after the launch; it took {time.perf_counter() - self._begun:.1f} s")
+        self._begun = None
+        if read_run(args.output_dir) is not None:
+            update_run(args.output_dir, seconds_to_first_step=round(seconds, 1))
+
+
 class ConsoleLog(ProgressCallback):
     """A progress bar with the time that is left, where there is a terminal, and one readable line for each log."""
 
@@ -342,8 +365,6 @@ class ConsoleLog(ProgressCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.current_step = 0
-        if args.torch_compile and state.is_world_process_zero:
-            _say("compiling in the first step, which takes a minute or so the first time on a machine")
         if self.bar:
             super().on_train_begin(args, state, control, **kwargs)
 

@@ -40,6 +40,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of torch or of Python, says that memory did not suffice."""
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
 def _report(message: str, code: int = 1) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code

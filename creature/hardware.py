@@ -245,6 +245,8 @@ def compiler_available(device: Device) -> tuple[bool, str]:
             return False, "Triton is not installed (`pip install triton`, on Windows triton-windows)"
         if device.capability is not None and device.capability < (7, 0):
             return False, "Triton needs compute capability 7.0"
+        if os.name == "posix" and not any(map(shutil.which, (os.environ.get("CC") or "gcc", "gcc", "clang"))):
+            return False, "Triton needs a C compiler, and neither gcc nor clang was found"
         return True, "Triton is installed"
     if device.kind == "mps":
         return False, "torch.compile is experimental on Apple GPUs"

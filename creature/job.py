@@ -17,6 +17,7 @@ from creature.args import DataArguments, Settings
 from creature.callbacks import (
     ConsoleLog,
     DecayCheckpoint,
+    FirstStep,
     HealthAdvice,
     MetricsFile,
     Samples,
@@ -25,7 +26,7 @@ from creature.callbacks import (
 )
 from creature.card import write_card
 from creature.data import Splits, collate_blocks, load_splits
-from creature.errors import UserError
+from creature.errors import UserError, is_out_of_memory
 from creature.estimate import fit_micro_batch
 from creature.launch import parent_to_watch
 from creature.machine import Plan, training_values
@@ -209,6 +210,7 @@ def build_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MetricsFile(args.output_dir, seconds_before))
+    trainer.add_callback(FirstStep())
     trainer.add_callback(ConsoleLog(throughput, bar=False if args.disable_tqdm else None))
     scaled_down = settings.dry_run and args.device.type == "cpu"  # its speed says nothing
     trainer.add_callback(HealthAdvice(min_samples_per_second=0.0 if scaled_down else 5.0))
@@ -230,7 +232,7 @@ def train(trainer: CreatureTrainer, plan: Plan, config: CreatureConfig, checkpoi
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         fits = fit_micro_batch(config, plan.block_size, plan.device, plan.precision, compiled=plan.compiled)
         divisors = [d for d in range(1, plan.micro_batch) if plan.micro_batch % d == 0]
@@ -243,11 +245,6 @@ def train(trainer: CreatureTrainer, plan: Plan, config: CreatureConfig, checkpoi
             else f"one block does not fit: use a smaller --block_size, --{kind}_checkpointing, or a smaller model"
         )
         raise UserError(f"out of memory on {plan.device.name} with micro-batch {plan.micro_batch}: {remedy}") from error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    words = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def sample(model, tokenizer, prompt: str, max_new_tokens: int = 40) -> str:

@@ -68,6 +68,19 @@ def parent_to_watch() -> int | None:
     return launcher.pid if launcher else None
 
 
+def seconds_since_launch() -> float:
+    """Seconds since the launcher of this process was started, or the process itself where it has none."""
+    import psutil
+
+    return max(0.0, time.time() - psutil.Process(parent_to_watch() or os.getpid()).create_time())
+
+
+def say_waiting(what: str) -> None:
+    """Say what comes next, on the main process and with the time since the launch, before what may take seconds."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"start {seconds_since_launch():6.1f} s  {what}", flush=True)
+
+
 def own_command() -> str:
     """The command line that started this run, ready for a shell."""
     if COMMAND in os.environ:

@@ -131,15 +131,21 @@ def _find_precision(training: dict, device: Device) -> tuple[str, str]:
 
 
 def _find_compiler(training: dict, device: Device, notes: list[str]) -> tuple[bool, str]:
+    from creature.compiling import keep_compiled_code, use_plain_loss
+
     asked = training.get("torch_compile")
     if asked is None and (training.get("torch_compile_backend") or training.get("torch_compile_mode")):
         asked = True
+    works, reason = compiler_available(device)
+    if not works and device.kind == "cuda":
+        use_plain_loss()
     if asked is False:
         return False, "as asked for"
     if asked is None and device.kind != "cuda":
         return False, "off by default without a CUDA GPU"
-    works, reason = compiler_available(device)
-    if not works:
+    if works:
+        keep_compiled_code()
+    else:
         notes.append(f"torch.compile is off: {reason}")
         training.pop("torch_compile_backend", None)
         training.pop("torch_compile_mode", None)

@@ -3,10 +3,13 @@
 One object, so that the scheduler, gradient clipping, the checkpoint and accelerate see an ordinary optimizer.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
+from creature.compiling import or_eager
 from creature.hardware import cpu_has_bf16
 
 # Newton-Schulz coefficients, one triple an iteration (Amsel et al. 2025, "The Polar Express"): together they carry the
@@ -143,7 +146,9 @@ class MuonAdamW(torch.optim.Optimizer):
             for param in group["params"]:
                 if group["muon"] and param.dim() != 2:
                     raise ValueError(f"Muon updates matrices; a parameter of shape {tuple(param.shape)} goes to AdamW.")
-        self._muon_step = torch.compile(_muon_step, dynamic=False, fullgraph=True) if compiled else _muon_step
+        self._muon_step = _muon_step
+        if compiled:
+            self._muon_step = partial(or_eager, torch.compile(_muon_step, dynamic=False, fullgraph=True))
 
     @torch.no_grad()
     def step(self, closure=None):

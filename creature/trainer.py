@@ -16,6 +16,7 @@ from transformers.trainer_utils import SchedulerType
 
 from creature import checkpoints
 from creature.callbacks import FiniteGuard, StopEvaluation, StopSignals, Throughput
+from creature.compiling import fill_rows, or_eager
 from creature.errors import UserError
 from creature.files import free_bytes, is_disk_full
 from creature.metrics import text_metrics
@@ -59,6 +60,7 @@ class CreatureTrainer(Trainer):
         self._byte_lengths = np.ones(model.config.vocab_size, np.int64) if byte_lengths is None else byte_lengths
         self._stream_losses = torch.zeros(len(STREAMS), device=self.args.device)
         self._stream_steps = torch.zeros(len(STREAMS), device=self.args.device)
+        self._has_compiled = False
         self._aside: Path | None = None
         self._resumed_from: str | None = None
         self.protected_steps: set[int] = set()
@@ -85,6 +87,23 @@ class CreatureTrainer(Trainer):
         for name, value in (outputs["losses"] or {}).items():
             self._stream_losses[STREAMS.index(name)] += value
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+        """The Trainer's; where torch.compile fails in the first one, that step is undone and made without it."""
+        if not self.args.torch_compile:
+            return super().training_step(model, inputs, *args, **kwargs)
+        inputs, undo = fill_rows(inputs, self.args.per_device_train_batch_size), None
+        if not self._has_compiled:
+            states, stream_losses = _random_states(self.args.device), self._stream_losses.clone()
+
+            def undo() -> None:
+                model.zero_grad()
+                self._stream_losses.copy_(stream_losses)
+                _set_random_states(self.args.device, states)
+
+        loss = or_eager(super().training_step, model, inputs, *args, undo=undo, **kwargs)
+        self._has_compiled = True
+        return loss
 
     def _stream_log(self) -> dict[str, float]:
         """The mean loss of every stream that had targets, over the steps of the window and all ranks."""
@@ -320,6 +339,18 @@ class _TrainBegin(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.function()
+
+
+def _random_states(device: torch.device) -> list[torch.Tensor]:
+    """The states of the generators that a step on this device may draw from."""
+    states = [torch.get_rng_state()]
+    return states + [torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_random_states(device: torch.device, states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def schedule_steps(args, num_training_steps: int) -> tuple[int, int]:

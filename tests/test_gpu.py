@@ -2,12 +2,15 @@
 
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from creatures import micro_config, micro_model
+from test_trainer import Rows, make_trainer
+from transformers import TrainerCallback
 
 import decoding_creature
 import losses_creature
@@ -125,3 +128,27 @@ def test_the_graph_follows_the_weights_and_goes_with_the_model(speaker):
     decoding_creature._kept.pop(model)
     gc.collect()
     assert kept and not any(decoder() for decoder in kept)
+
+
+class WatchWaits(TrainerCallback):
+    """Lets torch warn where the host waits for the GPU, from the third step to the log of the last."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.cuda.set_sync_debug_mode("warn" if state.global_step >= 2 else "default")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_step_without_a_log_waits_for_the_gpu(tmp_path):
+    settings = dict(
+        use_cpu=False, bf16=True, dataloader_pin_memory=True, accelerator_config={"non_blocking": True},
+        max_steps=6, logging_steps=6, logging_first_step=False,
+    )  # fmt: skip
+    trainer = make_trainer(tmp_path, rows=Rows(48), callbacks=[WatchWaits()], **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+    assert not waits

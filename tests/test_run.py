@@ -76,6 +76,16 @@ def curve(folder, key="loss"):
     return {entry["step"]: entry[key] for entry in checkpoints.read_metrics(folder) if key in entry}
 
 
+def test_a_run_says_what_it_waits_for_until_the_first_step(place, monkeypatch, capsys):
+    run(monkeypatch, "--max_steps", 2)
+    output = capsys.readouterr().out
+    waits = ["loading torch", "opening the data", "building the model", "the first step", "first step done", "\nstep "]
+    places = [output.index(text) for text in waits]
+    assert places == sorted(places) and output.count("first step done") == 1
+    described = checkpoints.read_run(place / "checkpoints" / "dry_run")
+    assert described["seconds_to_first_step"] > 0
+
+
 def test_a_dry_run_checks_everything_and_can_be_repeated(place, monkeypatch, capsys):
     (place / "checkpoints" / "text_only").mkdir(parents=True)
     keep = place / "checkpoints" / "text_only" / "precious"

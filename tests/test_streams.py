@@ -376,6 +376,14 @@ def test_chunked_cross_entropy_equals_the_plain_one(chunk, monkeypatch):
         torch.testing.assert_close(mine, true, atol=1e-6, rtol=2e-6)
 
 
+def test_chunked_cross_entropy_with_the_vocabulary_of_gpt2():
+    hidden, weight, *rest = random_head(tokens=1500, size=8, vocab=50304, dtype=torch.float32)  # two chunks on a CPU
+    expected = value_and_gradients(plain_cross_entropy, hidden, weight, *rest)
+    found = value_and_gradients(linear_cross_entropy, hidden, weight, *rest)
+    for mine, true in zip(found, expected, strict=True):
+        assert (mine - true).norm() / true.norm() < 1e-6
+
+
 def test_chunked_cross_entropy_under_bf16_autocast(monkeypatch):
     monkeypatch.setattr(losses_creature, "chunk_tokens", lambda device: 16)
     hidden, weight, *rest = random_head()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from creatures import micro_config
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from creature import checkpoints, optimizer
@@ -117,6 +118,45 @@ def test_a_window_logs_the_mean_of_its_steps(tmp_path):
     means = [sum(steps[:3]) / 3, sum(steps[3:]) / 3]
     assert losses_of(window, "loss_internal_text") == pytest.approx(means, abs=1e-6)
     assert [entry["tokens"] for entry in window.state.log_history if "tokens" in entry] == [3 * 64, 6 * 64]
+
+
+class Waits(TorchDispatchMode):
+    """Counts the calls that make the host wait for a device: a tensor's value read as a number, or its shape by it."""
+
+    waiting = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in self.waiting
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_step_without_a_log_reads_a_value_from_the_device(tmp_path, monkeypatch):
+    """Of the whole Trainer; copies between devices are seen by tests/test_gpu.py."""
+    waits, counts = Waits(), []
+    for name in ("tolist", "cpu", "numpy"):
+        plain = getattr(torch.Tensor, name)
+
+        def counted(self, *args, _plain=plain, **kwargs):
+            waits.count += 1
+            return _plain(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+
+    class Count(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            counts.append(waits.count)
+
+    settings = dict(max_steps=6, logging_steps=4, logging_first_step=False)
+    trainer = make_trainer(tmp_path, rows=Rows(48), callbacks=[Count()], **settings)  # less than a pass
+    trainer.finite_guard.check = lambda *args: None  # looks at once on a CPU, and a step later on a GPU
+    with waits:
+        trainer.train()
+    per_step = [after - before for before, after in zip(counts, counts[1:], strict=False)]
+    assert per_step[:3] == [0, 0, 0] and per_step[3] > 0 and per_step[4] == 0
 
 
 class StopAt(TrainerCallback):

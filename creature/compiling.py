@@ -1,0 +1,89 @@
+"""torch.compile as the job uses it: compiled code is kept for the next run, and a compiler that fails stops nothing."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch._functorch import config as autograd_config
+
+from creature.errors import first_line, is_out_of_memory
+
+
+def keep_compiled_code() -> None:
+    """
+    Keep what torch.compile makes in the user's cache (~/.cache/torch/inductor), so that the next run starts faster.
+
+    torch's own choice is the folder for temporary files, which a reboot empties. TORCHINDUCTOR_CACHE_DIR, where it is
+    set, stays in force; Triton keeps its kernels below either. To be called before anything is compiled.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = Path(torch.hub.get_dir()).parent / "inductor"
+        with contextlib.suppress(OSError):  # a home that cannot be written to: the temporary folder, then
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    # Without it the loss, an autograd function of our own, would keep the whole model out of AOTAutograd's cache.
+    if hasattr(autograd_config, "autograd_cache_allow_custom_autograd_functions"):
+        autograd_config.autograd_cache_allow_custom_autograd_functions = True
+
+
+def or_eager(function: Callable, *args, undo: Callable[[], None] | None = None, **kwargs) -> Any:
+    """
+    function(*args, **kwargs); where the compiler fails in it, the call is made again, and all later ones, uncompiled.
+
+    Args:
+        undo: puts back what a failed call has changed. Where it is given, any error but lack of memory counts as the
+            compiler's: if it was not, it comes again.
+    """
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        failed = isinstance(error, torch._dynamo.exc.BackendCompilerFailed) or undo is not None
+        if not failed or is_out_of_memory(error):
+            raise
+        reason = _reason(error)
+    if undo is not None:
+        undo()
+    _compile_no_more(reason)
+    return function(*args, **kwargs)
+
+
+def _compile_no_more(reason: str) -> None:
+    """Run everything uncompiled from here on, and say why in one line."""
+    torch.compiler.set_stance("force_eager")
+    use_plain_loss()
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"torch.compile failed ({reason}): going on without it, slower; --torch_compile false leaves it out",
+            flush=True,
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """The line of a compiler's output that names the error, else the first line."""
+    named = [line for line in str(error).splitlines() if "error:" in line]
+    return " ".join((named[0] if named else first_line(error)).split())[:200]
+
+
+def fill_rows(inputs: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+    """
+    A short batch of text with rows without targets added, so that the last batch of a pass is not compiled by itself.
+
+    inputs: input_ids and labels, [B, T] -> [rows, T]; a batch with other senses stays as it is.
+    """
+    missing = rows - len(inputs["input_ids"])
+    if missing <= 0 or inputs.keys() != {"input_ids", "labels"}:
+        return inputs
+    values = {"input_ids": 0, "labels": -100}
+    return {name: F.pad(tensor, (0, 0, 0, missing), value=values[name]) for name, tensor in inputs.items()}
+
+
+def use_plain_loss() -> None:
+    """Leave the Triton kernel of the loss alone: it takes the same compiler, and plain torch does the same."""
+    import losses_creature
+
+    losses_creature.triton = None
