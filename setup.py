@@ -17,6 +17,7 @@ setup(
         "modeling_creature",
         "generation_creature",
         "losses_creature",
+        "masks_creature",
         "senses_creature",
         "streams_creature",
         "run_clm_creature",

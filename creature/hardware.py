@@ -218,10 +218,21 @@ def choose_precision(device: Device) -> tuple[str, str]:
     return "fp32", "a CPU gains nothing from mixed precision at this size"
 
 
-def attention_kernel(device: Device, precision: str, implementation: str = "sdpa") -> tuple[str, str]:
-    """(the kernel that plain causal attention runs with, the reason)."""
+def attention_kernel(
+    device: Device, precision: str, implementation: str = "sdpa", *, masked: bool = False, flex: bool = False
+) -> tuple[str, str]:
+    """
+    (the kernel that causal attention runs with, the reason).
+
+    masked: whether documents are kept apart. flex: whether FlexAttention could do that, which is compiled and knows no
+    dropout.
+    """
     if implementation != "sdpa":
         return implementation, "as configured"
+    if masked and flex and device.kind == "cuda":
+        return "FlexAttention", "skips what lies in another document"
+    if masked:
+        return "with a mask", "scaled_dot_product_attention; FlexAttention needs a GPU, torch.compile and no dropout"
     if device.kind == "cuda" and precision != "fp32":
         if device.capability is None or device.capability >= (8, 0):
             return "flash", "scaled_dot_product_attention in half precision on this GPU"

@@ -24,7 +24,7 @@ from creature.callbacks import (
     Throughput,
 )
 from creature.card import write_card
-from creature.data import Splits, collate_blocks, load_splits
+from creature.data import Splits, block_collator, collate_blocks, load_splits
 from creature.errors import UserError
 from creature.estimate import fit_micro_batch
 from creature.launch import parent_to_watch
@@ -154,8 +154,9 @@ def _refuse_horizon(old: dict, steps: int) -> None:
 def check_identity(old: dict, new: dict, accept: bool) -> None:
     """UserError when a resumed run would not go on as it began, with every difference; max_steps may grow."""
     ignored = {"max_steps", "decay_steps"}
+    before = {"separate_documents": False} | old["identity"]  # which runs of earlier versions do not say
     found = checkpoints.differences(
-        {k: v for k, v in old["identity"].items() if k not in ignored},
+        {k: v for k, v in before.items() if k not in ignored},
         {k: v for k, v in new["identity"].items() if k not in ignored},
     )
     found += checkpoints.differences(
@@ -200,7 +201,7 @@ def build_trainer(
         args=args,
         train_dataset=splits.train,
         eval_dataset=splits.validation,
-        data_collator=collate_blocks,
+        data_collator=block_collator(tokenizer, data.separate_documents),
         processing_class=tokenizer,
         byte_lengths=token_byte_lengths(tokenizer, model.config.vocab_size),
         throughput=throughput,

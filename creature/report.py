@@ -25,6 +25,7 @@ def identity(settings: Settings, plan: Plan, args, config, data_info: dict, step
         "accumulation": plan.accumulation,
         "world_size": plan.world_size,
         "block_size": plan.block_size,
+        "separate_documents": settings.data.get("separate_documents", False),
         "precision": plan.precision,
         "data_hash": data_info["data_hash"],
         "data_tokens": data_info["tokens"],
@@ -51,8 +52,14 @@ def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, s
     flops = flops_per_token(config, plan.block_size)
     peak = peak_flops(plan.device.name) if plan.device.kind == "cuda" else None
     expected = hours(config, tokens, plan.device.name, plan.block_size) if peak else None
-    kernel, kernel_reason = attention_kernel(plan.device, plan.precision, config._attn_implementation or "sdpa")
     own = identity(settings, plan, args, config, data_info, steps)
+    kernel, kernel_reason = attention_kernel(
+        plan.device,
+        plan.precision,
+        config._attn_implementation or "sdpa",
+        masked=own["separate_documents"],
+        flex=plan.compiled and not config.attention_dropout,
+    )
     return {
         "kind": "dry_run" if settings.dry_run else "run",
         "status": "started",
@@ -118,7 +125,8 @@ def run_table(run: dict) -> str:
         "torch.compile": f"{'on' if run['compiled'] else 'off'} ({run['compile_reason']})",
         "batch": f"{own['tokens_per_step']:,} tokens a step = micro-batch {own['micro_batch']} x block "
         f"{own['block_size']} x accumulation {own['accumulation']} x {own['world_size']} process(es)",
-        "data": f"{data['path']}: {data['tokens']:,} tokens, {held_out:,} for validation",
+        "data": f"{data['path']}: {data['tokens']:,} tokens, {held_out:,} for validation"
+        + (", documents kept apart" if own["separate_documents"] else ""),
         "length": f"{run['steps']:,} steps, {run['tokens']:,} tokens, {run['epochs']:.3g} epochs",
         "schedule": f"{own['schedule']}: peak {own['learning_rate']:.3g}, {own['warmup_steps']:,} steps up, "
         f"{own['decay_steps']:,} down",
