@@ -59,6 +59,17 @@ def build(kind: str, columns: int):
     return GPT2LMHeadModel(config)
 
 
+def clear_device() -> None:
+    """Forget the models and graphs of the row before."""
+    import torch
+
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def timed_steps(
     model,
     blocks,
@@ -77,7 +88,7 @@ def timed_steps(
     are NaN. Raises torch.OutOfMemoryError where the batch has no room.
     """
     import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     from creature.data import block_collator
     from creature.tokenizer import load_tokenizer
@@ -95,11 +106,7 @@ def timed_steps(
             ends.append(time.perf_counter())
 
     set_seed(0)
-    torch._dynamo.reset()
-    if cuda:
-        gc.collect()  # of the model before
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    clear_device()
     with tempfile.TemporaryDirectory() as folder:
         args = (CreatureTrainingArguments if own else TrainingArguments)(
             output_dir=folder,
@@ -115,6 +122,7 @@ def timed_steps(
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=cuda,
+            dataloader_drop_last=True,  # a shorter batch would be compiled anew
         )
         trainer = (CreatureTrainer if own else Trainer)(
             model=model,
@@ -123,6 +131,7 @@ def timed_steps(
             data_collator=block_collator(load_tokenizer(), separate_documents),
             callbacks=[Clock()],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     timed = ends[warmup - 1 :]
     seconds = statistics.median(after - before for before, after in zip(timed, timed[1:], strict=False))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from creature.args import PROJECT, Settings
 from creature.callbacks import format_seconds
-from creature.estimate import count_parameters, flops_per_token, hours
+from creature.estimate import count_parameters, flops_per_token, tokens_per_second
 from creature.hardware import attention_kernel, peak_flops
 from creature.launch import own_command
 from creature.machine import Plan
@@ -51,7 +51,10 @@ def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, s
     tokens = steps * plan.tokens_per_step
     flops = flops_per_token(config, plan.block_size)
     peak = peak_flops(plan.device.name) if plan.device.kind == "cuda" else None
-    expected = hours(config, tokens, plan.device.name, plan.block_size) if peak else None
+    optimizer = "muon" if args.matrix_learning_rate else "adamw"
+    speed = tokens_per_second(
+        config, plan.micro_batch, plan.block_size, plan.device.name, plan.accumulation, optimizer
+    ) if peak else None  # fmt: skip
     own = identity(settings, plan, args, config, data_info, steps)
     kernel, kernel_reason = attention_kernel(
         plan.device,
@@ -87,7 +90,7 @@ def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, s
         "tokens": tokens,
         "epochs": round(tokens / max(data_info["tokens"], 1), 4),
         "decay_start": steps - own["decay_steps"] if own["schedule"] == "warmup_stable_decay" else None,
-        "expected_seconds": expected * 3600 / plan.world_size if expected else None,
+        "expected_seconds": tokens / speed / plan.world_size if speed else None,
         "data": data_info,
         "code_hash": code_hash(),
         "versions": {"python": platform.python_version()}
