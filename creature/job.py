@@ -361,6 +361,13 @@ def check_tokenizer(tokenizer, info: dict, config: CreatureConfig) -> str:
     return own
 
 
+def check_documents(tokenizer, data: DataArguments, splits: Splits, notes: list[str]) -> None:
+    """UserError where documents cannot be kept apart, a note where there are none to keep apart."""
+    block_collator(tokenizer, data.separate_documents)
+    if data.separate_documents and not any(tokenizer.eos_token_id in row["input_ids"] for row in splits.train):
+        notes.append("separate_documents has no effect: nothing in the data ends with the tokenizer's end-of-text")
+
+
 def open_folder(folder: str, args, run: dict, checkpoint: Path | None, *, keep: bool) -> float:
     """
     Take the output folder for this run and write run.json; the main process does, the others wait.
