@@ -67,15 +67,13 @@ class CreatureConfig(PreTrainedConfig):
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "first_states", "attention_mask"], ["hidden_states"]),
+        "layers": (["hidden_states", "first_states", "first_values", "attention_mask"], ["hidden_states", "values"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
 

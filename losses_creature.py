@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 
 try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no GPU compiler: the plain path below does the same
-    triton = None
+    from .kernels_creature import kernels_available, matmul_exp
+except ImportError:
+    from kernels_creature import kernels_available, matmul_exp
 
 IGNORE_INDEX = -100  # a text or code target that is unknown
 
@@ -29,63 +28,27 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-if triton is not None:
-
-    @triton.jit
-    def _cross_entropy_kernel(
-        logits_ptr, targets_ptr, weights_ptr, losses_ptr, row_stride, columns, BLOCK: tl.constexpr
-    ):
-        """
-        One row of logits a program: its weighted loss out, and the row itself overwritten by the loss's gradient.
-
-        The row crosses memory once in either direction; the second reading hits the cache.
-        """
-        row = tl.program_id(0).to(tl.int64)
-        start_ptr = logits_ptr + row * row_stride
-        target = tl.load(targets_ptr + row)
-        weight = tl.load(weights_ptr + row)
-        lanes = tl.arange(0, BLOCK)
-        # Every lane keeps its own maximum and sum; they are brought together once, at the end of the row.
-        highest = tl.full((BLOCK,), -1e30, tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, columns, BLOCK):
-            x = tl.load(start_ptr + start + lanes, mask=start + lanes < columns, other=float("-inf")).to(tl.float32)
-            higher = tl.maximum(highest, x)
-            total = total * tl.exp(highest - higher) + tl.exp(x - higher)
-            highest = higher
-        row_highest = tl.max(highest, 0)
-        log_norm = row_highest + tl.log(tl.sum(total * tl.exp(highest - row_highest), 0))
-        picked = tl.load(start_ptr + target).to(tl.float32)
-        tl.store(losses_ptr + row, (log_norm - picked) * weight)
-        for start in range(0, columns, BLOCK):
-            columns_now = start + lanes
-            inside = columns_now < columns
-            x = tl.load(start_ptr + columns_now, mask=inside, other=float("-inf")).to(tl.float32)
-            gradient = tl.exp(x - log_norm)
-            gradient = tl.where(columns_now == target, gradient - 1.0, gradient) * weight
-            tl.store(start_ptr + columns_now, gradient.to(logits_ptr.dtype.element_ty), mask=inside)
-
-
-def _cross_entropy_(
-    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _softmax_gradient(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """
-    Weighted losses [N] float32 of logits [N, vocab_size], and their gradient in the dtype (and memory) of the logits.
+    The cross entropies of `x @ weight.T`, and their gradient with respect to these logits.
 
-    The logits are used up.
+    x [n, hidden_size], weight [vocab_size, hidden_size], targets [n] -> losses [n] float32, a matrix
+    [n, vocab_size] in the dtype of x, and the factor [n] that makes its rows the gradient (None: they are).
     """
-    if triton is not None and logits.is_cuda:
-        losses = torch.empty_like(weights)
-        _cross_entropy_kernel[(logits.shape[0],)](
-            logits, targets, weights, losses, logits.stride(0), logits.shape[1], BLOCK=4096, num_warps=8
-        )
-        return losses, logits
-    x = logits.float()
-    log_norm = x.logsumexp(dim=-1, keepdim=True)
-    losses = (log_norm - x.gather(1, targets[:, None])).squeeze(1) * weights
-    gradient = x.sub_(log_norm).exp_()
-    gradient.scatter_add_(1, targets[:, None], torch.full_like(log_norm, -1.0))
-    return losses, gradient.mul_(weights[:, None]).to(logits.dtype)
+    if kernels_available(x, weight) and x.dtype == torch.bfloat16 and x.shape[1] % 64 == 0:
+        # exp(logit - logit of the target), summed over a row, is 1 / probability of the target: no maximum is needed,
+        # the logits themselves are never written, and dividing by the sum can wait until the rows are short again.
+        target_logits = (x.float() * weight[targets].float()).sum(dim=-1)
+        odds, sums = matmul_exp(x, weight, target_logits)
+        odds.scatter_(1, targets[:, None], (1 - sums)[:, None].to(odds.dtype))
+        return sums.log(), odds, 1 / sums
+    log_probabilities = torch.log_softmax((x @ weight.t()).float(), dim=-1)  # one pass on a CPU; logsumexp takes five
+    losses = -log_probabilities.gather(1, targets[:, None]).squeeze(1)
+    gradient = log_probabilities.exp_()
+    gradient.scatter_add_(1, targets[:, None], gradient.new_full((len(targets), 1), -1.0))
+    return losses, gradient.to(x.dtype), None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -103,17 +66,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         cast_weight = weight.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = []
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        for x, target, w in zip(
+        grad_weight = None
+        for x, target, factor in zip(
             hidden.split(chunk), targets.split(chunk), target_weights.split(chunk), strict=True
         ):  # x: [chunk, hidden_size]
             x = x.to(dtype)
-            losses, grad_logits = _cross_entropy_(x @ cast_weight.t(), target, w)  # [chunk], [chunk, vocab_size]
-            loss = loss + losses.sum()
+            losses, gradient, row_factor = _softmax_gradient(x, cast_weight, target)
+            loss = loss + losses @ factor
+            # The weights of the targets meet the gradient where its rows are short: at hidden_size.
+            factor = (factor if row_factor is None else factor * row_factor)[:, None]
             if need_hidden:
-                grad_hidden.append(grad_logits @ cast_weight)
+                grad_hidden.append(((gradient @ cast_weight) * factor).to(dtype))
             if need_weight:
-                grad_weight += grad_logits.t() @ x
+                product = gradient.t() @ (x * factor).to(dtype)  # [vocab_size, hidden_size]
+                grad_weight = product.float() if grad_weight is None else grad_weight.add_(product)
         ctx.save_for_backward(torch.cat(grad_hidden) if need_hidden else None, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss

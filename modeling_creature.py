@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 try:
     from .configuration_creature import SENSES, STREAMS, CreatureConfig
     from .generation_creature import CreatureGenerationMixin
+    from .kernels_creature import kernels_available, relu2_mlp, rotary_norm
     from .losses_creature import IGNORE_INDEX, linear_token_losses
     from .masks_creature import attention_mask_for
     from .senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
@@ -32,6 +33,7 @@ try:
 except ImportError:
     from configuration_creature import SENSES, STREAMS, CreatureConfig
     from generation_creature import CreatureGenerationMixin
+    from kernels_creature import kernels_available, relu2_mlp, rotary_norm
     from losses_creature import IGNORE_INDEX, linear_token_losses
     from masks_creature import attention_mask_for
     from senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
@@ -146,7 +148,12 @@ class ResidualProjection(nn.Linear):
 
 
 class CreatureAttention(nn.Module):
-    """Causal grouped-query attention with rotary positions and normalized queries and keys (Henry et al. 2020)."""
+    """
+    Causal grouped-query attention with rotary positions and normalized queries and keys (Henry et al. 2020).
+
+    The values of the first layer are added to those of every later one, which then say only what the ticks around have
+    added (Zhou et al. 2024, "Value Residual Learning"; gain in docs/log.md).
+    """
 
     def __init__(self, config: CreatureConfig, layer_idx: int):
         super().__init__()
@@ -154,32 +161,37 @@ class CreatureAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
+        # Twice the usual: normalized queries and keys cannot grow to make attention as sharp as it wants to be.
+        self.scaling = 2 * self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
+        self.eps = float(config.rms_norm_eps)
         self.is_causal = True
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = ResidualProjection(queries, config.hidden_size, bias=False)
-        self.q_norm = CreatureRMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = CreatureRMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        first_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states [B, T, hidden_size] -> the same shape, and the weights where the implementation has them."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """
+        hidden_states [B, T, hidden_size] -> the same shape, the weights where the implementation has them, and the
+        values [B, T, num_key_value_heads * head_dim], to which `first_values`, the first layer's, have been added.
+        """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)  # [B, heads, T, head_dim]
-        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        query = apply_rotary_pos_emb(query, *position_embeddings)
-        key = apply_rotary_pos_emb(key, *position_embeddings)
+        query = self._normalize_and_rotate(self.q_proj(hidden_states).view(shape), position_embeddings)
+        key = self._normalize_and_rotate(self.k_proj(hidden_states).view(shape), position_embeddings)
+        values = self.v_proj(hidden_states)
+        if first_values is not None:
+            values = values + first_values
+        value = values.view(shape).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -196,7 +208,14 @@ class CreatureAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights, values
+
+    def _normalize_and_rotate(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """[B, T, heads, head_dim] -> [B, heads, T, head_dim]"""
+        if kernels_available(x):
+            return rotary_norm(x, *position_embeddings, self.eps).transpose(1, 2)
+        x = F.rms_norm(x.float(), (self.head_dim,), eps=self.eps).to(x.dtype)
+        return apply_rotary_pos_emb(x.transpose(1, 2), *position_embeddings)
 
 
 class CreatureMLP(nn.Module):
@@ -208,8 +227,20 @@ class CreatureMLP(nn.Module):
         self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
+        self.relu2 = config.hidden_act == "relu2" and config.hidden_size % 64 == 0
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.relu2 and self._is_plain(x):
+            return relu2_mlp(x, self.up_proj.weight.to(x.dtype), self.down_proj.weight.to(x.dtype))
         return self.down_proj(self.act_fn(self.up_proj(x)))
+
+    def _is_plain(self, x: torch.Tensor) -> bool:
+        """Whether the fused kernel may stand for the modules: nobody has hooked, wrapped, quantized or split them."""
+        plain = kernels_available(x)
+        for module in (self.up_proj, self.down_proj):
+            plain = plain and type(module) in (nn.Linear, ResidualProjection) and not module._forward_hooks
+            plain = plain and not module._forward_pre_hooks and type(module.weight) is nn.Parameter
+        return plain
 
 
 class CreatureDecoderLayer(GradientCheckpointingLayer):
@@ -233,25 +264,30 @@ class CreatureDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         first_states: torch.Tensor,
+        first_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """hidden_states and the backbone's input, both [B, T, hidden_size] -> the same shape."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        hidden_states and the backbone's input, both [B, T, hidden_size], and the values of the first layer's attention
+        (None in that layer) -> the next hidden states and the values of this layer's attention.
+        """
         # [0]: a factor without dimensions leaves the stream's dtype alone.
         hidden_states = self.residual_scale[0] * hidden_states + self.input_scale[0] * first_states
-        attended, _ = self.self_attn(
+        attended, _, values = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
+            first_values=first_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             **kwargs,
         )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), values
 
 
 class CreaturePreTrainedModel(PreTrainedModel):
@@ -366,16 +402,19 @@ class CreatureModel(CreaturePreTrainedModel):
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + past_seen)[None]
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
 
+        first_values = None
         for layer in self.layers:
-            hidden_states = layer(
+            hidden_states, values = layer(
                 hidden_states,
                 first_states,
+                first_values,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
+            first_values = values if first_values is None else first_values
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )

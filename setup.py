@@ -16,6 +16,7 @@ setup(
         "configuration_creature",
         "modeling_creature",
         "generation_creature",
+        "kernels_creature",
         "losses_creature",
         "masks_creature",
         "senses_creature",

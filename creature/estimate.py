@@ -13,9 +13,9 @@ from creature.errors import UserError
 from creature.hardware import CARDS, Device, card_name, triton_available
 
 OPTIMIZERS = ("muon", "adamw")
-# Bytes per weight alive in `optimizer._muon_step`, which stacks the matrices of one shape: ten stacks in fp32; on GPUs
-# the iteration runs in bf16, and the compiler fuses the rest.
-MUON_TEMPORARIES = {"cpu": 40, "mps": 40, "cuda": 24}
+# Bytes per weight alive in `optimizer._muon_step`, which stacks the matrices of one shape (a CPU takes each alone): ten
+# copies in fp32, on a CPU seven; on GPUs the iteration runs in bf16, and the compiler fuses the rest.
+MUON_TEMPORARIES = {"cpu": 28, "mps": 40, "cuda": 24}
 PRECISION_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Bytes per weight that Muon's step reads and writes around its iterations: stacking, momentum, update.
 MUON_BYTES = 60
@@ -129,6 +129,7 @@ def _count(config_json: str, config_class: type) -> SimpleNamespace:
         text_only=table + body + head,
         trainable=total(trainable),
         largest_stack=max(rows * columns * count for (rows, columns), count in matrices.items()),
+        largest_matrix=max(rows * columns for rows, columns in matrices),
         total=total(model.parameters()),
     )
 
@@ -210,7 +211,8 @@ def memory_parts(
     fresh = 4 * inventory.body if compiled and accumulating else 0
     after_backward = lasting + parts["gradients"] + fresh + head_gradient + tokens * per_layer + working
     # The fused AdamW works in place.
-    parts["optimizer_step"] = MUON_TEMPORARIES[device_kind] * inventory.largest_stack if optimizer == "muon" else 0
+    stack = inventory.largest_matrix if device_kind == "cpu" else inventory.largest_stack
+    parts["optimizer_step"] = MUON_TEMPORARIES[device_kind] * stack if optimizer == "muon" else 0
     in_step = lasting + parts["gradients"] + parts["optimizer_step"]
     parts["peak"] = max(at_loss, in_backward, after_backward, in_step)
     return {name: int(size) for name, size in parts.items()}
@@ -261,7 +263,7 @@ def _head_bytes(config, tokens: int, wide: int, device_kind: str, compiled: bool
     if device_kind == "cuda" and (compiled or triton_available()):
         per_logit = wide + before  # the kernel turns logits into their gradient in place
     else:
-        # The logits, in fp32 where they are not, and the exponentials that logsumexp sums.
+        # The logits, in fp32 where they are not, and their log probabilities.
         per_logit = (wide if wide < 4 else 0) + 4 + 4 + before
     table = config.vocab_size * config.hidden_size
     logits = chunk * config.vocab_size

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
+from creature.hardware import cpu_has_bf16
+
 # Newton-Schulz coefficients, one triple an iteration (Amsel et al. 2025, "The Polar Express"): together they carry the
 # singular values of a matrix of norm below 1 to 1 faster than one triple repeated, also in bfloat16.
 _POLAR_EXPRESS = (
@@ -16,50 +18,90 @@ _POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+# What the iterations run in.
+_DTYPES = {"cuda": torch.bfloat16, "cpu": torch.bfloat16 if cpu_has_bf16() else torch.float32}
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """
     The nearest semi-orthogonal matrix of each of a stack, approximately: singular values land near 1.
 
-    matrices [N, rows, columns] -> the same shape, in `dtype` (default: bfloat16 on a GPU, float32 elsewhere).
+    matrices [N, rows, columns] -> the same shape, in `dtype` (default: bfloat16 on a GPU and on a CPU that multiplies
+    in it, float32 elsewhere).
     """
     if dtype is None:
-        dtype = torch.bfloat16 if matrices.is_cuda else torch.float32
-    x = matrices.to(dtype)
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:  # the products below are square in the number of rows: take the smaller side
-        x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
-    for a, b, c in _POLAR_EXPRESS:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        dtype = _DTYPES.get(matrices.device.type, torch.float32)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices  # the products below are square in the number of rows: take the smaller side
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)).to(dtype)
+    if dtype != torch.bfloat16 and 2 * x.shape[-2] <= x.shape[-1]:
+        x = _iterate_gram(x)
+    else:
+        for a, b, c in _POLAR_EXPRESS:
+            gram = _gram(x)
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    """x @ x.mT of [N, rows, columns]; one matrix goes to `mm`, which on a CPU is much faster with it than `bmm`."""
+    return (x[0] @ x[0].mT)[None] if len(x) == 1 else x @ x.mT
+
+
+def _iterate_gram(x: torch.Tensor) -> torch.Tensor:
+    """
+    The same iterations on x @ x.mT alone, whose factors are multiplied into x at the end: a matrix four times as wide
+    as high takes half the arithmetic. Exact but for rounding, which bfloat16 has too much of.
+    """
+    gram, factor = _gram(x), None
+    for step, (a, b, c) in enumerate(_POLAR_EXPRESS):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        factor = polynomial if factor is None else polynomial @ factor
+        if step + 1 < len(_POLAR_EXPRESS):
+            gram = polynomial @ gram @ polynomial
+    return factor @ x
 
 
 def _muon_step(
     params: list[torch.Tensor],
     gradients: list[torch.Tensor],
     buffers: list[torch.Tensor],
+    squares: list[torch.Tensor],
     lr: torch.Tensor,
     found_inf: torch.Tensor,
     weight_decay: float,
     momentum: float,
+    beta2: float,
 ) -> None:
     """One Muon update of matrices of one shape, in place; none where `found_inf` is not 0."""
     gradient = torch.stack(gradients).float()  # [N, rows, columns]
     old = torch.stack(buffers)
     new = old.lerp(gradient, 1 - momentum)
     update = orthogonalize(gradient.lerp(new, momentum)).float()  # Nesterov: look one step ahead
+    # Neurons that move much get smaller steps, as in Adam; all together keep their length.
+    length = update.norm(dim=(-2, -1), keepdim=True)
+    old_square = torch.stack(squares)
+    square = old_square.lerp(update.square().mean(dim=_within_neuron(update), keepdim=True), 1 - beta2)
+    update = update * (square + 1e-10).rsqrt()
+    update = update * (length / update.norm(dim=(-2, -1), keepdim=True))
     # A step of equal size for every output, whatever the shape (Jordan et al. 2024; Bernstein 2025).
     update = update * (lr * max(1.0, update.shape[-2] / update.shape[-1]) ** 0.5)
     bad = found_inf != 0
     kept = torch.where(bad, old, new)
+    kept_square = torch.where(bad, old_square, square)
     shrink = torch.where(bad, 1.0, 1 - lr * weight_decay)
     update = torch.where(bad, 0.0, update)
-    for param, buffer, keep, step in zip(params, buffers, kept.unbind(), update.unbind(), strict=True):
+    made = (kept.unbind(), kept_square.unbind(), update.unbind())
+    for param, buffer, average, keep, keep_square, step in zip(params, buffers, squares, *made, strict=True):
         buffer.copy_(keep)
+        average.copy_(keep_square)
         param.mul_(shrink).sub_(step.to(param.dtype))
+
+
+def _within_neuron(matrix: torch.Tensor) -> int:
+    """The dimension that a neuron's weights lie along: its inputs, or its outputs where a matrix has more inputs."""
+    return -1 if matrix.shape[-2] >= matrix.shape[-1] else -2
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -67,7 +109,8 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon (Jordan et al. 2024) where `group["muon"]` is true, AdamW (Loshchilov and Hutter 2019) elsewhere.
 
     Muon replaces the momentum of a matrix by the nearest orthogonal one, so that every direction of the matrix learns
-    at the same rate; it keeps one state per weight where AdamW keeps two.
+    at the same rate; it keeps one state per weight where AdamW keeps two. What it makes is evened out over the neurons
+    by their running mean square (Li et al. 2025, "NorMuon").
 
     As with torch's fused optimizers, a tensor set as `found_inf` that is not 0 makes the next step change nothing.
 
@@ -87,7 +130,8 @@ class MuonAdamW(torch.optim.Optimizer):
             "lr": lr,
             "weight_decay": weight_decay,
             "muon": False,
-            "momentum": 0.95,
+            "momentum": 0.9,
+            "beta2": 0.95,
             "betas": (0.8, 0.95),
             "eps": 1e-10,
             "fused": True,
@@ -117,19 +161,24 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _step_muon(self, group: dict, params: list[torch.Tensor]) -> None:
-        by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+        stacks: dict[torch.Size | torch.Tensor, list[torch.Tensor]] = {}
         for param in params:
-            by_shape.setdefault(param.shape, []).append(param)
+            # On a CPU each matrix alone, which then stays in the cache with all that is made of it.
+            stacks.setdefault(param if param.device.type == "cpu" else param.shape, []).append(param)
             if not self.state[param]:
-                self.state[param]["momentum_buffer"] = torch.zeros_like(param, dtype=torch.float32)
+                buffer = torch.zeros_like(param, dtype=torch.float32)
+                square = torch.zeros_like(buffer.mean(dim=_within_neuron(param), keepdim=True))
+                self.state[param].update(momentum_buffer=buffer, mean_square=square)
         # Tensors, so that a new learning rate does not mean a new compilation.
         lr = torch.as_tensor(group["lr"], dtype=torch.float32)
         found_inf = getattr(self, "found_inf", None)
         found_inf = torch.zeros(()) if found_inf is None else found_inf
-        for same in by_shape.values():
+        for same in stacks.values():
             gradients = [param.grad for param in same]
             buffers = [self.state[param]["momentum_buffer"] for param in same]
-            self._muon_step(same, gradients, buffers, lr, found_inf, group["weight_decay"], group["momentum"])
+            squares = [self.state[param]["mean_square"] for param in same]
+            settings = group["weight_decay"], group["momentum"], group["beta2"]
+            self._muon_step(same, gradients, buffers, squares, lr, found_inf, *settings)
 
     def _step_adamw(self, group: dict, params: list[torch.Tensor]) -> None:
         for param in params:

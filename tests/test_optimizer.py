@@ -6,7 +6,7 @@ import pytest
 import torch
 from creatures import micro_model
 
-from creature.optimizer import MuonAdamW, orthogonalize, parameter_groups
+from creature.optimizer import _POLAR_EXPRESS, MuonAdamW, orthogonalize, parameter_groups
 
 
 def draw(*shape, seed=0):
@@ -26,9 +26,10 @@ def take_steps(model, optimizer, first, count):
 
 @pytest.mark.parametrize("shape", [(3, 32, 64), (2, 64, 32), (1, 48, 48)])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
-def test_orthogonalize_brings_every_singular_value_near_one(shape, scale):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_brings_every_singular_value_near_one(shape, scale, dtype):
     matrices = draw(*shape) * scale
-    result = orthogonalize(matrices)
+    result = orthogonalize(matrices, dtype).float()
     values = torch.linalg.svdvals(result)
     assert values.min() > 0.5 and values.max() < 1.3
     # The directions stay: the result is the polar factor, not just some orthogonal matrix.
@@ -36,6 +37,20 @@ def test_orthogonalize_brings_every_singular_value_near_one(shape, scale):
     cosine = (result * (u @ vt)).sum((1, 2)) / result.norm(dim=(1, 2)) / (u @ vt).norm(dim=(1, 2))
     assert cosine.min() > 0.97
     assert orthogonalize(torch.zeros(shape)).isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 128), (2, 128, 32), (2, 48, 64)])
+def test_orthogonalize_is_five_polar_express_iterations(shape):
+    """However the products are arranged, the singular values go through the five polynomials."""
+    matrices = draw(*shape)
+    u, values, vt = torch.linalg.svd(matrices.double(), full_matrices=False)
+    values = values / (matrices.double().norm(dim=(1, 2))[:, None] * 1.02 + 1e-6)
+    for a, b, c in _POLAR_EXPRESS:
+        values = a * values + b * values**3 + c * values**5
+    expected = u * values[:, None] @ vt
+    torch.testing.assert_close(orthogonalize(matrices, torch.float32).double(), expected, atol=1e-3, rtol=0)
+    error = (orthogonalize(matrices, torch.bfloat16).double() - expected).norm() / expected.norm()
+    assert error < 0.03
 
 
 def test_what_is_not_a_matrix_of_the_body_is_plain_adamw():

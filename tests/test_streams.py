@@ -130,7 +130,7 @@ def test_the_likeliest_animation_is_the_label():
         targets = dict(zip(names, labels, strict=True))
         assert model(**batch, **targets).loss < 1e-5
         for name in names:
-            assert model(**batch, **{**targets, name: targets[name].flip(-1)}).loss > 1e-2
+            assert model(**batch, **{**targets, name: targets[name].flip(-1)}).loss > 1e-3
 
 
 def test_first_animation_stays_near_the_pose():
