@@ -17,8 +17,8 @@ OPTIMIZERS = ("muon", "adamw")
 # copies in fp32, on a CPU seven; on GPUs the iteration runs in bf16, and the compiler fuses the rest.
 MUON_TEMPORARIES = {"cpu": 28, "mps": 40, "cuda": 24}
 PRECISION_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-# Bytes per weight that Muon's step reads and writes around its iterations: stacking, momentum, update.
-MUON_BYTES = 60
+# Bytes per weight that Muon's step reads and writes around its iterations: stacking, momentum, evening out, update.
+MUON_BYTES = 84
 # What attention costs beside its products: columns of a head that take as long as a score's exponential, and ticks of
 # a tile, half of which lie beyond the diagonal.
 SCORE_COLUMNS = 64
@@ -30,28 +30,25 @@ class Shares:
     """
     What compiled training reaches of a card's data sheet, by kind of work (`ideal_seconds` says what counts as which).
 
-    products, head, attention: of the peak rate. layers, logits, weights: of the memory bandwidth. overhead: seconds of
-    an optimizer step in which the card waits.
+    products, head, attention: of the peak rate. layers, weights: of the memory bandwidth. overhead: seconds of an
+    optimizer step in which the card waits.
     """
 
     products: float
     head: float
     attention: float
     layers: float
-    logits: float
     weights: float
     overhead: float
 
 
 # Measured with this library, per card (docs/log.md); `benchmarks/scaling.py --fit` prints such a line from its rows.
 MEASURED_SHARES: dict[str, Shares] = {
-    # Of tiny at 32 x 2048 alone: products 25 ms of 54.9, attention 8.7, loss kernel 5.3, element-wise 10.4.
-    "H200": Shares(products=0.71, head=0.71, attention=0.65, layers=0.565, logits=0.78, weights=0.7, overhead=0.0026),
+    # Of tiny at 32 x 2048 alone, before the kernels: products 25 ms, attention 8.7, element-wise 10.4, step 54.9.
+    "H200": Shares(products=0.71, head=0.71, attention=0.65, layers=0.565, weights=0.7, overhead=0.0026),
 }
 # For any other card: three quarters of that. An assumption, and called one.
-ASSUMED_SHARES = Shares(
-    products=0.53, head=0.53, attention=0.48, layers=0.42, logits=0.58, weights=0.52, overhead=0.004
-)
+ASSUMED_SHARES = Shares(products=0.53, head=0.53, attention=0.48, layers=0.42, weights=0.52, overhead=0.004)
 # For a device whose rate is not in the table: MFU as a share of the rate of a plain matrix product timed on the spot.
 ASSUMED_SHARE_OF_MATMUL = 0.5
 
@@ -226,27 +223,36 @@ def layer_bytes_per_token(config, precision: str, device_kind: str = "cuda", com
 
     - the residual before the layer's scales, w d;
     - two norms of the residual: their input in fp32, 4 d each, and their output, w d each, which projections read;
-    - the norms of queries and keys: 4 (q + k); what attention keeps: w (q + 2 k + q) and 4 bytes per head;
+    - the norms of queries and keys: their input in fp32, 4 (q + k), and a factor per head;
+    - what attention keeps: queries, keys, values and output, w (q + 2 k + q), and 4 bytes per head; on a CPU the output
+      once more in the projection's layout;
     - the MLP: the activation's own input and output, 2 w f; squared ReLU under CUDA's autocast runs in fp32, which adds
       4 f for its input there.
 
-    Compiled, all of it is in the compute dtype: the residual before each norm and the norm's output, 4 w d; queries,
-    keys and values, queries and keys once more after norm and rotation, and the output of attention, w (3 q + 3 k);
-    the MLP's first product and its activation, 2 w f. (tiny, 32 x 2048 on an H200: measured 9.44 GiB in all.)
+    Compiled, all of it is in the compute dtype: the residual before each norm and the norm's output, 4 w d; queries and
+    keys before their norm, w (q + k), and the rest as above.
+
+    The kernels (`kernels_creature.py`, half precision on CUDA) keep no input of the norms of queries and keys, and of
+    squared ReLU its output alone, w f.
     """
     wide = PRECISION_BYTES[precision]
     d, f = config.hidden_size, config.intermediate_size
     q, k = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     heads = config.num_attention_heads + config.num_key_value_heads
-    if compiled:
-        return wide * (4 * d + 3 * q + 3 * k + 2 * f) + 4 * (2 + heads + config.num_attention_heads)
-    norms = 2 * _norm_bytes(d, wide, device_kind) + 3 * wide * d
-    head_norms = _norm_bytes(q, wide, device_kind) + _norm_bytes(k, wide, device_kind) + 4 * (heads - 2)
-    attention = wide * (2 * q + 2 * k) + 4 * config.num_attention_heads
-    mlp = 2 * wide * f
-    if config.hidden_act == "relu2" and wide < 4 and device_kind == "cuda":
+    kernels = _has_kernels(device_kind, wide, compiled)
+    relu2 = config.hidden_act == "relu2"
+    norms = 2 * _norm_bytes(d, wide, device_kind, compiled) + (2 if compiled else 3) * wide * d
+    head_norms = 4 * heads + (0 if kernels else (wide if compiled else 4) * (q + k))
+    attention = wide * (2 * q + 2 * k + (q if device_kind == "cpu" else 0)) + 4 * config.num_attention_heads
+    mlp = wide * f if kernels and relu2 else 2 * wide * f
+    if relu2 and wide < 4 and device_kind == "cuda" and not (kernels or compiled):
         mlp += 4 * f
     return norms + head_norms + attention + mlp
+
+
+def _has_kernels(device_kind: str, wide: int, compiled: bool) -> bool:
+    """Whether a step runs `kernels_creature.py`; where there is a compiler for CUDA, there is Triton."""
+    return device_kind == "cuda" and wide < 4 and (compiled or triton_available())
 
 
 def _norm_bytes(size: int, wide: int, device_kind: str, compiled: bool = False) -> int:
@@ -260,11 +266,11 @@ def _head_bytes(config, tokens: int, wide: int, device_kind: str, compiled: bool
     """Bytes of the chunked head and loss at their peak (`losses_creature.linear_cross_entropy`)."""
     chunk = min(tokens, _chunk_tokens(device_kind))
     before = wide if tokens > chunk else 0  # the gradient of the chunk before is still bound to its name
-    if device_kind == "cuda" and (compiled or triton_available()):
-        per_logit = wide + before  # the kernel turns logits into their gradient in place
+    if _has_kernels(device_kind, wide, compiled):
+        per_logit = wide + before  # the kernel writes no logits, but what their gradient is made of
     else:
-        # The logits, in fp32 where they are not, and their log probabilities.
-        per_logit = (wide if wide < 4 else 0) + 4 + 4 + before
+        # The logits in fp32 and their log probabilities.
+        per_logit = 4 + 4 + before
     table = config.vocab_size * config.hidden_size
     logits = chunk * config.vocab_size
     working = max(
@@ -346,11 +352,10 @@ def ideal_seconds(
 
     - products: three products for every matrix of the body (forward, gradient of input and of weight), each as long as
       its FLOPs or its operands take, whichever is longer; and the products of Muon's five Newton-Schulz iterations.
-    - head: the same three of the vocabulary.
+    - head: the same three of the vocabulary, whose first one makes the loss too.
     - attention: the causal half of scores and their use, forward and twice backward. Besides head_dim columns, a score
       costs its exponential, as much as SCORE_COLUMNS more; and at the diagonal, whole tiles are computed.
     - layers: what element-wise work reads and writes (`layer_traffic_per_token`).
-    - logits: the loss kernel reads them twice and writes their gradient.
     - weights: casting the weights, adding up gradients, clipping and the optimizer, all independent of the tokens.
     """
     rate, bandwidth = CARDS[card].peak_flops, CARDS[card].bandwidth
@@ -359,14 +364,17 @@ def ideal_seconds(
     d, wide = config.hidden_size, 2
     table = config.vocab_size * d
 
+    def product(rows: int, columns: int) -> float:
+        operands = wide * (tokens * (rows + columns) + rows * columns)
+        return max(2 * tokens * rows * columns / rate, operands / bandwidth)
+
     body = muon_flops = muon_bytes = 0.0
     for (rows, columns), count in inventory.matrices.items():
-        operands = wide * (tokens * (rows + columns) + rows * columns)
-        body += 3 * count * max(2 * tokens * rows * columns / rate, operands / bandwidth)
+        body += 3 * count * product(rows, columns)
         small, large = min(rows, columns), max(rows, columns)
-        # An iteration: x x^T, its square, and the product with x; x passes memory six times, x x^T eight times.
+        # An iteration: x x^T, its square, and the product with x; x passes memory five times, the squares six times.
         muon_flops += 5 * count * (4 * small * small * large + 2 * small**3)
-        muon_bytes += count * (5 * wide * (6 * small * large + 8 * small * small) + MUON_BYTES * rows * columns)
+        muon_bytes += count * (5 * wide * (5 * small * large + 6 * small * small) + MUON_BYTES * rows * columns)
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * (config.head_dim + SCORE_COLUMNS)
     attention *= tokens * (block_size + ATTENTION_TILE) / 2
 
@@ -384,10 +392,9 @@ def ideal_seconds(
     layers = config.num_hidden_layers * layer_traffic_per_token(config) + 24 * wide * d  # and before and behind them
     return {
         "products": accumulation * body + muon_flops / rate,
-        "head": accumulation * 6 * tokens * table / rate,
+        "head": accumulation * 3 * product(config.vocab_size, d),
         "attention": accumulation * attention / rate,
         "layers": accumulation * tokens * layers / bandwidth,
-        "logits": accumulation * tokens * 3 * wide * config.vocab_size / bandwidth,
         "weights": weights / bandwidth,
     }
 
@@ -399,12 +406,13 @@ def layer_traffic_per_token(config, wide: int = 2) -> int:
     In units of d, q, k, f as in `layer_bytes_per_token`, forward and backward:
 
     - scales, both norms and both sums of the residual: 9 d and 17 d (weights' gradients read once more);
-    - norm and rotation of queries and keys: 4 (q + k) and 5 (q + k), values into their own layout 2 k;
-    - the activation: 2 f and 3 f.
+    - norm and rotation of queries and keys: 2 (q + k) and 3 (q + k); the first layer's values added: 3 k and 3 k;
+    - the activation, which is made inside a product: its output once more, f, in the backward pass. Others than squared
+      ReLU are read and written, 2 f and 3 f.
     """
     d, f = config.hidden_size, config.intermediate_size
     q, k = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    return wide * (26 * d + 9 * (q + k) + 2 * k + 5 * f)
+    return wide * (26 * d + 5 * (q + k) + 6 * k + (1 if config.hidden_act == "relu2" else 5) * f)
 
 
 def card_shares(card: str) -> tuple[Shares, str]:

@@ -49,9 +49,10 @@ def test_compiled_training_keeps_the_causal_mask_a_flag_and_learns():
     assert losses[-1] < losses[0] - 1
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("mean_length, ticks", [(50, 512), (400, 512), (50, 300), (1e9, 512)])
-def test_documents_apart_by_flex_attention_equal_those_by_a_mask(mean_length, ticks):
-    """Compiled, packed documents run in FlexAttention; the reference is eager, with the mask written out, in fp32."""
+def test_documents_apart_by_flex_attention_equal_those_by_a_mask(mean_length, ticks, half):
+    """Compiled, packed documents run in FlexAttention; the reference is eager, with the mask written out."""
     torch._dynamo.reset()
     config = micro_config(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512)
     torch.manual_seed(0)
@@ -67,16 +68,20 @@ def test_documents_apart_by_flex_attention_equal_those_by_a_mask(mean_length, ti
         results = []
         for run in (model, compiled):
             with torch._dynamo.config.patch(error_on_recompile=True):
-                loss = run(**batch).loss
+                with torch.autocast("cuda", dtype=torch.bfloat16, enabled=half):
+                    loss = run(**batch).loss
                 loss.backward()
             gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
             model.zero_grad()
             results.append((loss.detach(), gradients))
         (expected, wanted), (actual, found) = results
-        torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
+        tolerance = 2e-3 if half else 2e-4
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
         for name, gradient in wanted.items():
+            if half and gradient.numel() == 1:
+                continue  # a sum over all ticks, of which little is left
             distance = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
-            assert distance < 2e-2, f"{name}: {distance:.4f}"
+            assert distance < (1e-1 if half else 2e-2), f"{name}: {distance:.4f}"
 
 
 def test_documents_apart_train_in_bf16_without_a_mask_written_out():
