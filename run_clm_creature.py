@@ -38,6 +38,7 @@ def main() -> int | None:
     splits, data = job.build_data(settings, plan, config, args)
     tokenizer = load_tokenizer(data.tokenizer_name)
     splits.info["tokenizer_hash"] = job.check_tokenizer(tokenizer, splits.info, config)
+    job.check_documents(tokenizer, data, splits, plan.notes)
 
     steps = job.total_steps(args, plan, splits)
     if old and "warmup_steps" not in settings.given:

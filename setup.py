@@ -19,6 +19,7 @@ setup(
         "decoding_creature",
         "kernels_creature",
         "losses_creature",
+        "masks_creature",
         "senses_creature",
         "streams_creature",
         "run_clm_creature",

@@ -2,12 +2,13 @@
 
 examples:
   python benchmarks/loss_per_token.py --train data/corpus.bin --validation data/corpus.valid.bin base \\
-      "untied: tie_word_embeddings=false" "faster table: learning_rate=0.016"
+      "untied: tie_word_embeddings=false" "faster table: learning_rate=0.016" "apart: separate_documents=true"
   python benchmarks/loss_per_token.py --train a.bin --validation b.bin --eager --steps 20 --micro_batch 2 \\
       --validation_blocks 8 base
 
-A variant is a name and, after a colon, fields that differ: of CreatureConfig, or of the training below. The loop is the
-bare one (no Trainer, no checkpoints, no logging), so tokens/s is the ceiling of `run_clm_creature.py`.
+A variant is a name and, after a colon, fields that differ: of CreatureConfig, or of the training below, where
+separate_documents keeps the documents of a block apart, in training and in validation. The loop is the bare one (no
+Trainer, no checkpoints, no logging), so tokens/s is the ceiling of `run_clm_creature.py`.
 """
 
 import argparse
@@ -26,6 +27,7 @@ TRAINING = {
     "decay": 0.4,
     "max_grad_norm": 1.0,
     "adamw": False,
+    "separate_documents": False,
     "seed": 0,
 }
 
@@ -53,18 +55,19 @@ def parse_variant(text: str) -> tuple[str, dict]:
     return name.strip(), {key.strip(): yaml.safe_load(value) for key, value in pairs}
 
 
-def batches(blocks, size: int, seed: int, device: str):
-    """Endless shuffled batches [size, block_size] int64 of the dataset `blocks`."""
+def batches(blocks, size: int, seed: int, device: str, collate):
+    """Endless shuffled batches of `size` rows of the dataset `blocks`, as `collate` makes them."""
     import torch
-
-    from creature.data import collate_blocks
 
     epoch = 0
     while True:
         order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
         for first in range(0, len(order) - size + 1, size):
-            ids = collate_blocks(blocks.__getitems__(order[first : first + size]))["input_ids"]
-            yield (ids.pin_memory() if device == "cuda" else ids).to(device, non_blocking=True)
+            batch = collate(blocks.__getitems__(order[first : first + size]))
+            yield {
+                name: (tensor.pin_memory() if device == "cuda" else tensor).to(device, non_blocking=True)
+                for name, tensor in batch.items()
+            }
         epoch += 1
 
 
@@ -73,8 +76,9 @@ def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict
     import torch
 
     from configuration_creature import CreatureConfig
-    from creature.data import load_splits
+    from creature.data import block_collator, load_splits
     from creature.optimizer import MuonAdamW, parameter_groups
+    from creature.tokenizer import load_tokenizer
     from modeling_creature import MultiModalCreature
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,7 +101,8 @@ def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict
         optimizer = MuonAdamW(groups, compiled=not options.eager)
     peaks = [group["lr"] for group in optimizer.param_groups]
     step_model = model if options.eager else torch.compile(model)
-    stream = batches(blocks, options.micro_batch, training["seed"], device)
+    collate = block_collator(load_tokenizer(), training["separate_documents"])
+    stream = batches(blocks, options.micro_batch, training["seed"], device, collate)
     warm, started = min(20, steps // 2), 0.0
     for step in range(steps):
         if step == warm:
@@ -107,9 +112,9 @@ def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict
         down = min(1.0, (steps - step) / max(1.0, training["decay"] * steps))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * up * down
-        ids = next(stream)
+        batch = next(stream)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            loss = step_model(input_ids=ids, labels=ids, return_logits=False).loss
+            loss = step_model(**batch, return_logits=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], training["max_grad_norm"])
         optimizer.step()
@@ -120,24 +125,22 @@ def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict
     held_out = load_splits(options.validation, validation_fraction=0.0, **sizes).train
     if options.validation_blocks:
         held_out = held_out.select(range(min(options.validation_blocks, len(held_out))))
-    loss = evaluate(model, held_out, device)
+    loss = evaluate(model, held_out, device, collate)
     text_only = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"variant": name, "loss": loss, "tokens_per_second": speed, "gib": memory, "parameters": text_only}
 
 
-def evaluate(model, blocks, device: str, rows: int = 16) -> float:
+def evaluate(model, blocks, device: str, collate, rows: int = 16) -> float:
     """Mean loss in nats of the next tokens of all blocks."""
     import torch
-
-    from creature.data import collate_blocks
 
     model.eval()
     total, count = 0.0, 0
     for first in range(0, len(blocks), rows):
         chosen = list(range(first, min(first + rows, len(blocks))))
-        ids = collate_blocks(blocks.__getitems__(chosen))["input_ids"].to(device)
+        batch = {name: tensor.to(device) for name, tensor in collate(blocks.__getitems__(chosen)).items()}
         with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            losses = model(input_ids=ids, labels=ids, return_logits=False).token_losses
+            losses = model(**batch, return_logits=False).token_losses
         total, count = total + losses.double().sum().item(), count + losses.numel()
     return total / count
 

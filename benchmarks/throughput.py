@@ -9,6 +9,7 @@ of the timed steps, after a warm-up that holds the compiling. Rows whose model o
 """
 
 import argparse
+import gc
 import statistics
 import sys
 import tempfile
@@ -18,13 +19,14 @@ from pathlib import Path
 # In place of this folder, whose tokenize.py would hide the standard library's module of that name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# Name, model, columns of the vocabulary, compiled.
+# Name, model, columns of the vocabulary, compiled, documents of a block kept apart.
 ROWS = (
-    ("creature", "creature", 50304, True),
-    ("creature, eager", "creature", 50304, False),
-    ("GPT-2, 50304 columns", "gpt2", 50304, True),
-    ("GPT-2, 50304 columns, eager", "gpt2", 50304, False),
-    ("GPT-2, 50257 columns, eager", "gpt2", 50257, False),
+    ("creature", "creature", 50304, True, False),
+    ("creature, documents apart", "creature", 50304, True, True),
+    ("creature, eager", "creature", 50304, False, False),
+    ("GPT-2, 50304 columns", "gpt2", 50304, True, False),
+    ("GPT-2, 50304 columns, eager", "gpt2", 50304, False, False),
+    ("GPT-2, 50257 columns, eager", "gpt2", 50257, False, False),
 )
 
 
@@ -35,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--block_size", type=int, default=2048, help="tokens a block (default 2048)")
     parser.add_argument("--steps", type=int, default=40, help="timed steps (default 40)")
     parser.add_argument("--warmup", type=int, default=10, help="steps before them (default 10)")
+    parser.add_argument("--rows", nargs="+", help="names of rows (default: all)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile (default: on a GPU)")
     return parser.parse_args()
 
@@ -56,39 +59,60 @@ def build(kind: str, columns: int):
     return GPT2LMHeadModel(config)
 
 
-def measure(row: tuple, blocks, options: argparse.Namespace) -> str:
-    """Train one row; returns its line of the table."""
+def clear_device() -> None:
+    """Forget the models and graphs of the row before."""
     import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-    from creature.data import collate_blocks
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def timed_steps(
+    model,
+    blocks,
+    *,
+    micro_batch: int,
+    steps: int,
+    warmup: int,
+    compiled: bool,
+    accumulation: int = 1,
+    separate_documents: bool = False,
+) -> tuple[float, float]:
+    """
+    Train `model` on `blocks` in its Trainer, bf16 on a GPU: (median seconds of an optimizer step, peak GiB).
+
+    A step is timed from the end of the one before, after `warmup` of them, which hold the compiling. On a CPU the GiB
+    are NaN. Raises torch.OutOfMemoryError where the batch has no room.
+    """
+    import torch
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+    from creature.data import block_collator
+    from creature.tokenizer import load_tokenizer
     from creature.trainer import CreatureTrainer
     from creature.training_arguments import CreatureTrainingArguments
 
-    name, kind, columns, compiled = row
     cuda = torch.cuda.is_available()
+    own = model.config.model_type == "creature"
+    ends: list[float] = []
 
     class Clock(TrainerCallback):
-        ends: list[float] = []
-
         def on_step_end(self, args, state, control, **kwargs):
             if cuda:
                 torch.cuda.synchronize()
-            self.ends.append(time.perf_counter())
+            ends.append(time.perf_counter())
 
     set_seed(0)
-    torch._dynamo.reset()
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    clock = Clock()
-    clock.ends = []
+    clear_device()
     with tempfile.TemporaryDirectory() as folder:
-        own = CreatureTrainingArguments if kind == "creature" else TrainingArguments
-        args = own(
+        args = (CreatureTrainingArguments if own else TrainingArguments)(
             output_dir=folder,
-            max_steps=options.warmup + options.steps,
-            per_device_train_batch_size=options.micro_batch,
+            max_steps=warmup + steps,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=accumulation,
             bf16=cuda,
             torch_compile=compiled,
             use_cpu=not cuda,
@@ -98,23 +122,48 @@ def measure(row: tuple, blocks, options: argparse.Namespace) -> str:
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=cuda,
+            dataloader_drop_last=True,  # a shorter batch would be compiled anew
         )
-        trainer = (CreatureTrainer if kind == "creature" else Trainer)(
-            model=build(kind, columns), args=args, train_dataset=blocks, data_collator=collate_blocks, callbacks=[clock]
+        trainer = (CreatureTrainer if own else Trainer)(
+            model=model,
+            args=args,
+            train_dataset=blocks,
+            data_collator=block_collator(load_tokenizer(), separate_documents),
+            callbacks=[Clock()],
         )
-        try:
-            trainer.train()
-        except torch.OutOfMemoryError:
-            return f"{name:30}  out of memory"
-    ends = clock.ends[options.warmup - 1 :]
-    step = statistics.median(after - before for before, after in zip(ends, ends[1:], strict=False))
-    memory = f"{torch.cuda.max_memory_allocated() / 2**30:9.2f}" if cuda else "        -"
-    speed = options.micro_batch * options.block_size / step
-    return f"{name:30}  {1000 * step:10.2f}  {speed:12,.0f}  {memory}"
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    timed = ends[warmup - 1 :]
+    seconds = statistics.median(after - before for before, after in zip(timed, timed[1:], strict=False))
+    return seconds, torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
+
+
+def measure(row: tuple, blocks, options: argparse.Namespace) -> str:
+    """Train one row; returns its line of the table."""
+    import torch
+
+    name, kind, columns, compiled, apart = row
+    try:
+        seconds, memory = timed_steps(
+            build(kind, columns),
+            blocks,
+            micro_batch=options.micro_batch,
+            steps=options.steps,
+            warmup=options.warmup,
+            compiled=compiled,
+            separate_documents=apart,
+        )
+    except torch.OutOfMemoryError:
+        return f"{name:30}  out of memory"
+    speed = options.micro_batch * options.block_size / seconds
+    return f"{name:30}  {1000 * seconds:10.2f}  {speed:12,.0f}  {memory:9.2f}"
 
 
 def main() -> None:
     options = parse_arguments()
+    names = [row[0] for row in ROWS]
+    if unknown := sorted(set(options.rows or []) - set(names)):
+        raise SystemExit(f"unknown rows {', '.join(unknown)}: use {', '.join(names)}")
     if options.warmup < 1 or options.steps < 2:
         raise SystemExit("give at least --warmup 1 and --steps 2: a step is timed from the end of the one before")
     import torch
@@ -130,7 +179,8 @@ def main() -> None:
             write_story_corpus(source, max(needed, 4 * options.block_size), seed=0)
         blocks = load_splits(source, block_size=options.block_size, vocab_size=50304, cache_dir=folder).train
         compiles = torch.cuda.is_available() if options.compile is None else options.compile
-        lines = [measure(row, blocks, options) for row in ROWS if compiles or not row[3]]
+        chosen = [row for row in ROWS if (compiles or not row[3]) and row[0] in (options.rows or [row[0]])]
+        lines = [measure(row, blocks, options) for row in chosen]
     print(f"{options.micro_batch} x {options.block_size} tokens a step, 6 x 512, median of {options.steps} steps")
     print(f"{'':30}  {'ms a step':>10}  {'tokens/s':>12}  {'peak GiB':>9}")
     print("\n".join(lines))

@@ -86,6 +86,13 @@ class DataArguments:
     block_size: int | None = field(
         default=None, metadata={"help": "Tokens in a training sample; max_position_embeddings by default."}
     )
+    separate_documents: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the documents of a block apart, in training and evaluation: no attention across a document "
+            "end, and positions that restart."
+        },
+    )
     validation_fraction: float = field(
         default=0.005, metadata={"help": "Share of the documents held out where the data has no validation split."}
     )

@@ -1,9 +1,10 @@
 """Any token file, or text, as datasets of fixed blocks to train and to evaluate on."""
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,13 +104,34 @@ def load_splits(
     return Splits(dataset_of_blocks(train, block_size, 0, blocks, "train"), held_out, info)
 
 
-def collate_blocks(rows: list[dict]) -> dict:
-    """A batch of blocks: input_ids int64 [B, T], and the same tensor as labels (the model shifts)."""
+def collate_blocks(rows: list[dict], end_of_text: int | None = None) -> dict:
+    """
+    A batch of blocks: input_ids int64 [B, T], and the same tensor as labels (the model shifts).
+
+    With `end_of_text`, the id between two documents, also position_ids int64 [B, T] that restart at each of them, by
+    which the model keeps documents apart. End-of-text is predicted by the document that it ends, and read as the first
+    token of the one that it begins: so every label keeps its target, as many as without, and none is predicted from
+    another document.
+    """
     import torch
 
     ids = np.stack([np.asarray(row["input_ids"]) for row in rows]).astype(np.int64, copy=False)
     input_ids = torch.from_numpy(ids)
-    return {"input_ids": input_ids, "labels": input_ids}
+    batch = {"input_ids": input_ids, "labels": input_ids}
+    if end_of_text is not None:
+        ticks = np.arange(ids.shape[1])
+        begins = np.maximum.accumulate(np.where(ids == end_of_text, ticks, 0), axis=1)
+        batch["position_ids"] = torch.from_numpy(ticks - begins)
+    return batch
+
+
+def block_collator(tokenizer, separate_documents: bool) -> Callable[[list[dict]], dict]:
+    """`collate_blocks` as the data section asks for it; UserError for a tokenizer that does not end documents."""
+    if not separate_documents:
+        return collate_blocks
+    if tokenizer.eos_token_id is None:
+        raise UserError("separate_documents needs a tokenizer with an end-of-text token (eos_token): leave it out")
+    return functools.partial(collate_blocks, end_of_text=tokenizer.eos_token_id)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ no time), memory from the tensors that a step keeps. `tests/test_estimate.py` ho
 """
 
 from collections import Counter
+from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -16,13 +17,39 @@ OPTIMIZERS = ("muon", "adamw")
 # copies in fp32, on a CPU seven; on GPUs the iteration runs in bf16, and the compiler fuses the rest.
 MUON_TEMPORARIES = {"cpu": 28, "mps": 40, "cuda": 24}
 PRECISION_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Bytes per weight that Muon's step reads and writes around its iterations: stacking, momentum, evening out, update.
+MUON_BYTES = 84
+# What attention costs beside its products: columns of a head that take as long as a score's exponential, and ticks of
+# a tile, half of which lie beyond the diagonal.
+SCORE_COLUMNS = 64
+ATTENTION_TILE = 256
 
-# Share of the peak rate that training reaches (model FLOPs utilization, Chowdhery et al. 2022, "PaLM", appendix B).
-# What was measured with this library goes here, per card (docs/log.md: the tiny creature only, so other sizes
-# are expected to reach the same share); for any other card the assumption stands, and is called one.
-MEASURED_MFU: dict[str, float] = {"H200": 0.377}
-ASSUMED_MFU = 0.35
-# The same for a device whose rate is not in the table: share of a plain matrix product timed on the spot.
+
+@dataclass(frozen=True)
+class Shares:
+    """
+    What compiled training reaches of a card's data sheet, by kind of work (`ideal_seconds` says what counts as which).
+
+    products, head, attention: of the peak rate. layers, weights: of the memory bandwidth. overhead: seconds of an
+    optimizer step in which the card waits.
+    """
+
+    products: float
+    head: float
+    attention: float
+    layers: float
+    weights: float
+    overhead: float
+
+
+# Measured with this library, per card (docs/log.md); `benchmarks/scaling.py --fit` prints such a line from its rows.
+MEASURED_SHARES: dict[str, Shares] = {
+    # Of tiny at 32 x 2048 alone, before the kernels: products 25 ms, attention 8.7, element-wise 10.4, step 54.9.
+    "H200": Shares(products=0.71, head=0.71, attention=0.65, layers=0.565, weights=0.7, overhead=0.0026),
+}
+# For any other card: three quarters of that. An assumption, and called one.
+ASSUMED_SHARES = Shares(products=0.53, head=0.53, attention=0.48, layers=0.42, weights=0.52, overhead=0.004)
+# For a device whose rate is not in the table: MFU as a share of the rate of a plain matrix product timed on the spot.
 ASSUMED_SHARE_OF_MATMUL = 0.5
 
 
@@ -86,22 +113,20 @@ def _count(config_json: str, config_class: type) -> SimpleNamespace:
     layers = list(model.model.layers.parameters())
     senses = total(model.model.senses.parameters())
     body = total(model.model.parameters()) - table - senses
-    stacks = Counter()
-    for parameter in layers:
-        if parameter.ndim == 2:
-            stacks[parameter.shape] += parameter.numel()
+    matrices = Counter(tuple(parameter.shape) for parameter in layers if parameter.ndim == 2)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return SimpleNamespace(
         token_table=table,
         body=body,
         body_matrices=total(parameter for parameter in layers if parameter.ndim == 2),
+        matrices=dict(matrices),  # shape -> how many
         head=head,
         senses=senses,
         streams=total(model.streams.parameters()),
         text_only=table + body + head,
         trainable=total(trainable),
-        largest_stack=max(stacks.values()),
-        largest_matrix=max(shape.numel() for shape in stacks),
+        largest_stack=max(rows * columns * count for (rows, columns), count in matrices.items()),
+        largest_matrix=max(rows * columns for rows, columns in matrices),
         total=total(model.parameters()),
     )
 
@@ -178,8 +203,10 @@ def memory_parts(
     working = tokens * 2 * wide * config.intermediate_size
     in_backward = lasting + loss_gradients + parts["weight_copies"] + activations + head_gradient
     in_backward += max(head_gradient, recomputed + working)
-    # At its end all gradients are there, and the table has two: from the head and from the lookup.
-    after_backward = lasting + parts["gradients"] + head_gradient + tokens * per_layer + working
+    # At its end all gradients are there, and the table has two: from the head and from the lookup. A compiled backward
+    # pass hands over all of the body's at once, beside those that they are added to.
+    fresh = 4 * inventory.body if compiled and accumulating else 0
+    after_backward = lasting + parts["gradients"] + fresh + head_gradient + tokens * per_layer + working
     # The fused AdamW works in place.
     stack = inventory.largest_matrix if device_kind == "cpu" else inventory.largest_stack
     parts["optimizer_step"] = MUON_TEMPORARIES[device_kind] * stack if optimizer == "muon" else 0
@@ -196,27 +223,36 @@ def layer_bytes_per_token(config, precision: str, device_kind: str = "cuda", com
 
     - the residual before the layer's scales, w d;
     - two norms of the residual: their input in fp32, 4 d each, and their output, w d each, which projections read;
-    - the norms of queries and keys: 4 (q + k); what attention keeps: w (q + 2 k + q) and 4 bytes per head;
+    - the norms of queries and keys: their input in fp32, 4 (q + k), and a factor per head;
+    - what attention keeps: queries, keys, values and output, w (q + 2 k + q), and 4 bytes per head; on a CPU the output
+      once more in the projection's layout;
     - the MLP: the activation's own input and output, 2 w f; squared ReLU under CUDA's autocast runs in fp32, which adds
       4 f for its input there.
 
-    Compiled, all of it is in the compute dtype: the residual before each norm and the norm's output, 4 w d; queries,
-    keys and values, queries and keys once more after norm and rotation, and the output of attention, w (3 q + 3 k);
-    the MLP's first product and its activation, 2 w f. (tiny, 32 x 2048 on an H200: measured 9.44 GiB in all.)
+    Compiled, all of it is in the compute dtype: the residual before each norm and the norm's output, 4 w d; queries and
+    keys before their norm, w (q + k), and the rest as above.
+
+    The kernels (`kernels_creature.py`, half precision on CUDA) keep no input of the norms of queries and keys, and of
+    squared ReLU its output alone, w f.
     """
     wide = PRECISION_BYTES[precision]
     d, f = config.hidden_size, config.intermediate_size
     q, k = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     heads = config.num_attention_heads + config.num_key_value_heads
-    if compiled:
-        return wide * (4 * d + 3 * q + 3 * k + 2 * f) + 4 * (2 + heads + config.num_attention_heads)
-    norms = 2 * _norm_bytes(d, wide, device_kind) + 3 * wide * d
-    head_norms = _norm_bytes(q, wide, device_kind) + _norm_bytes(k, wide, device_kind) + 4 * (heads - 2)
-    attention = wide * (2 * q + 2 * k) + 4 * config.num_attention_heads
-    mlp = 2 * wide * f
-    if config.hidden_act == "relu2" and wide < 4 and device_kind == "cuda":
+    kernels = _has_kernels(device_kind, wide, compiled)
+    relu2 = config.hidden_act == "relu2"
+    norms = 2 * _norm_bytes(d, wide, device_kind, compiled) + (2 if compiled else 3) * wide * d
+    head_norms = 4 * heads + (0 if kernels else (wide if compiled else 4) * (q + k))
+    attention = wide * (2 * q + 2 * k + (q if device_kind == "cpu" else 0)) + 4 * config.num_attention_heads
+    mlp = wide * f if kernels and relu2 else 2 * wide * f
+    if relu2 and wide < 4 and device_kind == "cuda" and not (kernels or compiled):
         mlp += 4 * f
     return norms + head_norms + attention + mlp
+
+
+def _has_kernels(device_kind: str, wide: int, compiled: bool) -> bool:
+    """Whether a step runs `kernels_creature.py`; where there is a compiler for CUDA, there is Triton."""
+    return device_kind == "cuda" and wide < 4 and (compiled or triton_available())
 
 
 def _norm_bytes(size: int, wide: int, device_kind: str, compiled: bool = False) -> int:
@@ -228,17 +264,13 @@ def _norm_bytes(size: int, wide: int, device_kind: str, compiled: bool = False) 
 
 def _head_bytes(config, tokens: int, wide: int, device_kind: str, compiled: bool) -> int:
     """Bytes of the chunked head and loss at their peak (`losses_creature.linear_cross_entropy`)."""
-    import torch
-
-    from losses_creature import chunk_tokens
-
-    chunk = min(tokens, chunk_tokens(torch.device(device_kind)))
+    chunk = min(tokens, _chunk_tokens(device_kind))
     before = wide if tokens > chunk else 0  # the gradient of the chunk before is still bound to its name
-    if device_kind == "cuda" and (compiled or triton_available()):
-        per_logit = wide + before  # the kernel turns logits into their gradient in place
+    if _has_kernels(device_kind, wide, compiled):
+        per_logit = wide + before  # the kernel writes no logits, but what their gradient is made of
     else:
-        # The logits, in fp32 where they are not, and their log probabilities.
-        per_logit = (wide if wide < 4 else 0) + 4 + 4 + before
+        # The logits in fp32 and their log probabilities.
+        per_logit = 4 + 4 + before
     table = config.vocab_size * config.hidden_size
     logits = chunk * config.vocab_size
     working = max(
@@ -246,6 +278,14 @@ def _head_bytes(config, tokens: int, wide: int, device_kind: str, compiled: bool
     )  # ...or the gradient and its product with the states
     copies = 4 * table + (wide * table if wide < 4 else 0)
     return working + copies + tokens * wide * config.hidden_size
+
+
+def _chunk_tokens(device_kind: str) -> int:
+    import torch
+
+    from losses_creature import chunk_tokens
+
+    return chunk_tokens(torch.device(device_kind))
 
 
 # A CPU gains nothing from larger batches, and a dry run is to leave room on a small machine.
@@ -301,25 +341,103 @@ def fit_micro_batch(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def expected_mfu(card: str) -> tuple[float, str]:
-    """(share of the peak rate, "measured" or "assumed") for a card of `hardware.CARDS`."""
-    if card in MEASURED_MFU:
-        return MEASURED_MFU[card], "measured"
-    return ASSUMED_MFU, "assumed"
+def ideal_seconds(
+    config, micro_batch: int, block_size: int, card: str, accumulation: int = 1, optimizer: str = "muon"
+) -> dict[str, float]:
+    """
+    Seconds of one optimizer step by kind of work, if a card of `hardware.CARDS` gave all that its data sheet says.
+
+    A roofline (Williams et al. 2009): arithmetic over the peak rate, bytes over the memory bandwidth. What is reached
+    of either is in `Shares`, under the same names:
+
+    - products: three products for every matrix of the body (forward, gradient of input and of weight), each as long as
+      its FLOPs or its operands take, whichever is longer; and the products of Muon's five Newton-Schulz iterations.
+    - head: the same three of the vocabulary, whose first one makes the loss too.
+    - attention: the causal half of scores and their use, forward and twice backward. Besides head_dim columns, a score
+      costs its exponential, as much as SCORE_COLUMNS more; and at the diagonal, whole tiles are computed.
+    - layers: what element-wise work reads and writes (`layer_traffic_per_token`).
+    - weights: casting the weights, adding up gradients, clipping and the optimizer, all independent of the tokens.
+    """
+    rate, bandwidth = CARDS[card].peak_flops, CARDS[card].bandwidth
+    inventory = _inventory(config)
+    tokens = micro_batch * block_size
+    d, wide = config.hidden_size, 2
+    table = config.vocab_size * d
+
+    def product(rows: int, columns: int) -> float:
+        operands = wide * (tokens * (rows + columns) + rows * columns)
+        return max(2 * tokens * rows * columns / rate, operands / bandwidth)
+
+    body = muon_flops = muon_bytes = 0.0
+    for (rows, columns), count in inventory.matrices.items():
+        body += 3 * count * product(rows, columns)
+        small, large = min(rows, columns), max(rows, columns)
+        # An iteration: x x^T, its square, and the product with x; x passes memory five times, the squares six times.
+        muon_flops += 5 * count * (4 * small * small * large + 2 * small**3)
+        muon_bytes += count * (5 * wide * (5 * small * large + 6 * small * small) + MUON_BYTES * rows * columns)
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * (config.head_dim + SCORE_COLUMNS)
+    attention *= tokens * (block_size + ATTENTION_TILE) / 2
+
+    # Bytes per micro-batch: of a body's weight, read in fp32 and written in bf16, its gradient the other way round and
+    # added; of the table, its gradient of each chunk of the head added in fp32, and five passes over that.
+    chunks = -(-tokens // _chunk_tokens("cuda"))
+    weights = accumulation * (20 * inventory.body_matrices + table * (12 * chunks + 40))
+    # Per step: clipping reads twice and writes once; AdamW reads four and writes three numbers of each weight.
+    weights += 12 * inventory.trainable
+    if optimizer == "muon":
+        weights += muon_bytes + 28 * (inventory.trainable - inventory.body_matrices)
+    else:
+        muon_flops = 0.0
+        weights += 28 * inventory.trainable
+    layers = config.num_hidden_layers * layer_traffic_per_token(config) + 24 * wide * d  # and before and behind them
+    return {
+        "products": accumulation * body + muon_flops / rate,
+        "head": accumulation * 3 * product(config.vocab_size, d),
+        "attention": accumulation * attention / rate,
+        "layers": accumulation * tokens * layers / bandwidth,
+        "weights": weights / bandwidth,
+    }
 
 
-def tokens_per_second(config, block_size: int, card: str) -> float | None:
-    """Training speed to expect on a GPU by its name, None when the card is unknown."""
+def layer_traffic_per_token(config, wide: int = 2) -> int:
+    """
+    Bytes per token that the element-wise work of one compiled layer reads and writes, forward and backward.
+
+    In units of d, q, k, f as in `layer_bytes_per_token`, forward and backward:
+
+    - scales, both norms and both sums of the residual: 9 d and 17 d (weights' gradients read once more);
+    - norm and rotation of queries and keys: 2 (q + k) and 3 (q + k); the first layer's values added: 3 k and 3 k;
+    - the activation, which is made inside a product: its output once more, f, in the backward pass. Others than squared
+      ReLU are read and written, 2 f and 3 f.
+    """
+    d, f = config.hidden_size, config.intermediate_size
+    q, k = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    return wide * (26 * d + 5 * (q + k) + 6 * k + (1 if config.hidden_act == "relu2" else 5) * f)
+
+
+def card_shares(card: str) -> tuple[Shares, str]:
+    """(what a card of `hardware.CARDS` reaches, "measured" or "assumed")."""
+    return (MEASURED_SHARES[card], "measured") if card in MEASURED_SHARES else (ASSUMED_SHARES, "assumed")
+
+
+def step_seconds(
+    config, micro_batch: int, block_size: int, card: str, accumulation: int = 1, optimizer: str = "muon"
+) -> float | None:
+    """Seconds of one compiled optimizer step on a GPU by its name, None when the card is unknown."""
     key = card_name(card)
     if key is None:
         return None
-    return CARDS[key].peak_flops * expected_mfu(key)[0] / flops_per_token(config, block_size)
+    shares = card_shares(key)[0]
+    ideal = ideal_seconds(config, micro_batch, block_size, key, accumulation, optimizer)
+    return shares.overhead + sum(seconds / getattr(shares, kind) for kind, seconds in ideal.items())
 
 
-def hours(config, tokens: float, card: str, block_size: int | None = None) -> float | None:
-    """Hours of training on so many tokens on one GPU by its name, None when the card is unknown."""
-    speed = tokens_per_second(config, block_size or config.max_position_embeddings, card)
-    return None if speed is None else tokens / speed / 3600
+def tokens_per_second(
+    config, micro_batch: int, block_size: int, card: str, accumulation: int = 1, optimizer: str = "muon"
+) -> float | None:
+    """Training speed to expect on a GPU by its name, None when the card is unknown."""
+    seconds = step_seconds(config, micro_batch, block_size, card, accumulation, optimizer)
+    return None if seconds is None else micro_batch * accumulation * block_size / seconds
 
 
 def matmul_flops(kind: str, precision: str, seconds: float = 0.3) -> float:

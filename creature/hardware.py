@@ -15,64 +15,66 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU model: peak dense bf16 rate (fp16 where there is no bf16) in FLOP/s, and its memory in GiB."""
+    """A GPU model: peak dense bf16 rate (fp16 where there is no bf16) in FLOP/s, memory in GiB and in bytes/s."""
 
     peak_flops: float
     memory_gib: float
+    bandwidth: float
 
 
 # Dense rates with fp32 accumulation, as training runs them: never the doubled figure "with sparsity", and for GeForce
 # never the doubled one "with fp16 accumulate" (the RTX 3090 has 71, not 142). Sources: NVIDIA's data sheets of the
 # professional cards; for GeForce the white papers of the architectures (GA102, Ada, Blackwell), row "Peak FP16 Tensor
 # TFLOPS with FP32 Accumulate", at boost clock: twice the shader's fp32 rate, where professional cards have four times.
-# A name that is not here has no rate: laptop and "D" versions are slower in unknown ways.
+# A name that is not here has no rate: laptop and "D" versions are slower in unknown ways. Bandwidths are those of the
+# data sheets; where one name stands for two forms (A100), that of the slower one.
 CARDS = {
     # Ampere, GA10x
-    "RTX 3060": Card(25.5e12, 12),
-    "RTX 3060 Ti": Card(32.4e12, 8),
-    "RTX 3070": Card(40.6e12, 8),
-    "RTX 3070 Ti": Card(43.5e12, 8),
-    "RTX 3080": Card(59.5e12, 10),  # the rarer 12 GB version has the same name and is 3 % faster
-    "RTX 3080 Ti": Card(68.2e12, 12),
-    "RTX 3090": Card(71.2e12, 24),
-    "RTX 3090 Ti": Card(80.0e12, 24),
-    "RTX A4000": Card(76.7e12, 16),
-    "RTX A5000": Card(111.1e12, 24),
-    "RTX A6000": Card(154.8e12, 48),
-    "A10": Card(125e12, 24),
-    "A10G": Card(70e12, 24),
-    "A40": Card(149.7e12, 48),
-    "A100": Card(312e12, 80),
+    "RTX 3060": Card(25.5e12, 12, 360e9),
+    "RTX 3060 Ti": Card(32.4e12, 8, 448e9),
+    "RTX 3070": Card(40.6e12, 8, 448e9),
+    "RTX 3070 Ti": Card(43.5e12, 8, 608e9),
+    "RTX 3080": Card(59.5e12, 10, 760e9),  # the rarer 12 GB version has the same name and is 3 % faster
+    "RTX 3080 Ti": Card(68.2e12, 12, 912e9),
+    "RTX 3090": Card(71.2e12, 24, 936e9),
+    "RTX 3090 Ti": Card(80.0e12, 24, 1008e9),
+    "RTX A4000": Card(76.7e12, 16, 448e9),
+    "RTX A5000": Card(111.1e12, 24, 768e9),
+    "RTX A6000": Card(154.8e12, 48, 768e9),
+    "A10": Card(125e12, 24, 600e9),
+    "A10G": Card(70e12, 24, 600e9),
+    "A40": Card(149.7e12, 48, 696e9),
+    "A100": Card(312e12, 80, 1935e9),
     # Ada
-    "RTX 4060": Card(30.2e12, 8),
-    "RTX 4060 Ti": Card(44.1e12, 8),
-    "RTX 4070": Card(58.3e12, 12),
-    "RTX 4070 SUPER": Card(71.0e12, 12),
-    "RTX 4070 Ti": Card(80.2e12, 12),
-    "RTX 4070 Ti SUPER": Card(88.2e12, 16),
-    "RTX 4080": Card(97.5e12, 16),
-    "RTX 4080 SUPER": Card(104.4e12, 16),
-    "RTX 4090": Card(165.2e12, 24),
-    "RTX 6000 Ada": Card(364.2e12, 48),
-    "L4": Card(121e12, 24),
-    "L40": Card(181e12, 48),
-    "L40S": Card(362e12, 48),
+    "RTX 4060": Card(30.2e12, 8, 272e9),
+    "RTX 4060 Ti": Card(44.1e12, 8, 288e9),
+    "RTX 4070": Card(58.3e12, 12, 504e9),
+    "RTX 4070 SUPER": Card(71.0e12, 12, 504e9),
+    "RTX 4070 Ti": Card(80.2e12, 12, 504e9),
+    "RTX 4070 Ti SUPER": Card(88.2e12, 16, 672e9),
+    "RTX 4080": Card(97.5e12, 16, 717e9),
+    "RTX 4080 SUPER": Card(104.4e12, 16, 736e9),
+    "RTX 4090": Card(165.2e12, 24, 1008e9),
+    "RTX 6000 Ada": Card(364.2e12, 48, 960e9),
+    "L4": Card(121e12, 24, 300e9),
+    "L40": Card(181e12, 48, 864e9),
+    "L40S": Card(362e12, 48, 864e9),
     # Blackwell
-    "RTX 5070": Card(61.7e12, 12),
-    "RTX 5070 Ti": Card(87.9e12, 16),
-    "RTX 5080": Card(112.6e12, 16),
-    "RTX 5090": Card(209.5e12, 32),
-    "B200": Card(2250e12, 180),
+    "RTX 5070": Card(61.7e12, 12, 672e9),
+    "RTX 5070 Ti": Card(87.9e12, 16, 896e9),
+    "RTX 5080": Card(112.6e12, 16, 960e9),
+    "RTX 5090": Card(209.5e12, 32, 1792e9),
+    "B200": Card(2250e12, 180, 8000e9),
     # Hopper
-    "H100 PCIe": Card(756e12, 80),
-    "H100 NVL": Card(835e12, 94),
-    "H100 SXM": Card(989e12, 80),
-    "H200": Card(989e12, 141),
-    "H200 NVL": Card(835e12, 141),
+    "H100 PCIe": Card(756e12, 80, 2000e9),
+    "H100 NVL": Card(835e12, 94, 3900e9),
+    "H100 SXM": Card(989e12, 80, 3350e9),
+    "H200": Card(989e12, 141, 4800e9),
+    "H200 NVL": Card(835e12, 141, 4800e9),
     # Volta and Turing: fp16, for they have no bf16
-    "V100 PCIe": Card(112e12, 16),
-    "V100 SXM": Card(125e12, 16),
-    "T4": Card(65e12, 16),
+    "V100 PCIe": Card(112e12, 16, 900e9),
+    "V100 SXM": Card(125e12, 16, 900e9),
+    "T4": Card(65e12, 16, 320e9),
 }
 
 
@@ -218,10 +220,21 @@ def choose_precision(device: Device) -> tuple[str, str]:
     return "fp32", "a CPU gains nothing from mixed precision at this size"
 
 
-def attention_kernel(device: Device, precision: str, implementation: str = "sdpa") -> tuple[str, str]:
-    """(the kernel that plain causal attention runs with, the reason)."""
+def attention_kernel(
+    device: Device, precision: str, implementation: str = "sdpa", *, masked: bool = False, flex: bool = False
+) -> tuple[str, str]:
+    """
+    (the kernel that causal attention runs with, the reason).
+
+    masked: whether documents are kept apart. flex: whether FlexAttention could do that, which is compiled and knows no
+    dropout.
+    """
     if implementation != "sdpa":
         return implementation, "as configured"
+    if masked and flex and device.kind == "cuda":
+        return "FlexAttention", "skips what lies in another document"
+    if masked:
+        return "with a mask", "scaled_dot_product_attention; FlexAttention needs a GPU, torch.compile and no dropout"
     if device.kind == "cuda" and precision != "fp32":
         if device.capability is None or device.capability >= (8, 0):
             return "flash", "scaled_dot_product_attention in half precision on this GPU"

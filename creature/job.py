@@ -25,7 +25,7 @@ from creature.callbacks import (
     Throughput,
 )
 from creature.card import write_card
-from creature.data import Splits, collate_blocks, load_splits
+from creature.data import Splits, block_collator, collate_blocks, load_splits
 from creature.errors import UserError, is_out_of_memory
 from creature.estimate import fit_micro_batch
 from creature.launch import parent_to_watch
@@ -155,8 +155,9 @@ def _refuse_horizon(old: dict, steps: int) -> None:
 def check_identity(old: dict, new: dict, accept: bool) -> None:
     """UserError when a resumed run would not go on as it began, with every difference; max_steps may grow."""
     ignored = {"max_steps", "decay_steps"}
+    before = {"separate_documents": False} | old["identity"]  # which runs of earlier versions do not say
     found = checkpoints.differences(
-        {k: v for k, v in old["identity"].items() if k not in ignored},
+        {k: v for k, v in before.items() if k not in ignored},
         {k: v for k, v in new["identity"].items() if k not in ignored},
     )
     found += checkpoints.differences(
@@ -201,7 +202,7 @@ def build_trainer(
         args=args,
         train_dataset=splits.train,
         eval_dataset=splits.validation,
-        data_collator=collate_blocks,
+        data_collator=block_collator(tokenizer, data.separate_documents),
         processing_class=tokenizer,
         byte_lengths=token_byte_lengths(tokenizer, model.config.vocab_size),
         throughput=throughput,
@@ -355,6 +356,13 @@ def check_tokenizer(tokenizer, info: dict, config: CreatureConfig) -> str:
             f"multiple of 64 of at least {len(tokenizer):,}"
         )
     return own
+
+
+def check_documents(tokenizer, data: DataArguments, splits: Splits, notes: list[str]) -> None:
+    """UserError where documents cannot be kept apart, a note where there are none to keep apart."""
+    block_collator(tokenizer, data.separate_documents)
+    if data.separate_documents and not any(tokenizer.eos_token_id in row["input_ids"] for row in splits.train):
+        notes.append("separate_documents has no effect: nothing in the data ends with the tokenizer's end-of-text")
 
 
 def open_folder(folder: str, args, run: dict, checkpoint: Path | None, *, keep: bool) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from creature.args import PROJECT, Settings
 from creature.callbacks import format_seconds
-from creature.estimate import count_parameters, flops_per_token, hours
+from creature.estimate import count_parameters, flops_per_token, tokens_per_second
 from creature.hardware import attention_kernel, peak_flops
 from creature.launch import own_command
 from creature.machine import Plan
@@ -29,6 +29,7 @@ def identity(settings: Settings, plan: Plan, args, config, data_info: dict, step
         "accumulation": plan.accumulation,
         "world_size": plan.world_size,
         "block_size": plan.block_size,
+        "separate_documents": settings.data.get("separate_documents", False),
         "precision": plan.precision,
         "data_hash": data_info["data_hash"],
         "data_tokens": data_info["tokens"],
@@ -54,8 +55,10 @@ def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, s
     tokens = steps * plan.tokens_per_step
     flops = flops_per_token(config, plan.block_size)
     peak = peak_flops(plan.device.name) if plan.device.kind == "cuda" else None
-    expected = hours(config, tokens, plan.device.name, plan.block_size) if peak else None
-    kernel, kernel_reason = attention_kernel(plan.device, plan.precision, config._attn_implementation or "sdpa")
+    optimizer = "muon" if args.matrix_learning_rate else "adamw"
+    speed = tokens_per_second(
+        config, plan.micro_batch, plan.block_size, plan.device.name, plan.accumulation, optimizer
+    ) if peak else None  # fmt: skip
     own = identity(settings, plan, args, config, data_info, steps)
     epochs = tokens / max(data_info["tokens"], 1)
     if epochs > REPEATS and not settings.dry_run:
@@ -63,6 +66,13 @@ def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, s
             f"the data will be seen {epochs:.1f} times, and from about {REPEATS} times on a text is learned by heart: "
             "watch eval_loss, and stop where it rises, or give more text or fewer --max_steps"
         )
+    kernel, kernel_reason = attention_kernel(
+        plan.device,
+        plan.precision,
+        config._attn_implementation or "sdpa",
+        masked=own["separate_documents"],
+        flex=plan.compiled and not config.attention_dropout,
+    )
     return {
         "kind": "dry_run" if settings.dry_run else "run",
         "status": "started",
@@ -90,7 +100,7 @@ def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, s
         "tokens": tokens,
         "epochs": round(epochs, 4),
         "decay_start": steps - own["decay_steps"] if own["schedule"] == "warmup_stable_decay" else None,
-        "expected_seconds": expected * 3600 / plan.world_size if expected else None,
+        "expected_seconds": tokens / speed / plan.world_size if speed else None,
         "data": data_info,
         "code_hash": code_hash(),
         "versions": {"python": platform.python_version()}
@@ -128,7 +138,8 @@ def run_table(run: dict) -> str:
         "torch.compile": f"{'on' if run['compiled'] else 'off'} ({run['compile_reason']})",
         "batch": f"{own['tokens_per_step']:,} tokens a step = micro-batch {own['micro_batch']} x block "
         f"{own['block_size']} x accumulation {own['accumulation']} x {own['world_size']} process(es)",
-        "data": f"{data['path']}: {data['tokens']:,} tokens, {held_out:,} for validation",
+        "data": f"{data['path']}: {data['tokens']:,} tokens, {held_out:,} for validation"
+        + (", documents kept apart" if own["separate_documents"] else ""),
         "length": f"{run['steps']:,} steps, {run['tokens']:,} tokens, {run['epochs']:.3g} epochs",
         "schedule": f"{own['schedule']}: peak {own['learning_rate']:.3g}, {own['warmup_steps']:,} steps up, "
         f"{own['decay_steps']:,} down",

@@ -31,14 +31,14 @@ PARTS = {
 
 
 class Row(NamedTuple):
-    """A device to estimate for: its precision, whether it compiles, tokens/s and where that number is from."""
+    """A device to estimate for: its precision, whether it compiles, its key in CARDS, else its timed FLOP/s."""
 
     name: str
     device: Any
     precision: str
     compiled: bool
-    speed: float
-    source: str
+    card: str | None
+    rate: float | None = None
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -84,11 +84,12 @@ def main() -> None:
     print_parameters(counts)
     print(f"\nFLOPs per token, forward and backward: {flops:.4g} (6 x matrices and head, plus causal attention)")
 
-    rows = [_card_row(name, config, block, arguments) for name in cards] + [_own_row(config, block, arguments)]
+    rows = [_card_row(name, arguments) for name in cards] + [_own_row(arguments)]
     options = {"optimizer": arguments.optimizer, "activation_checkpointing": arguments.activation_checkpointing}
     print_memory(config, block, rows[0], arguments.micro_batch, options, step_tokens)
     print_cards(config, block, rows, arguments.micro_batch, options, tokens, step_tokens)
-    print(f"\nassumed: no run was measured on this card; {estimate.ASSUMED_MFU:.0%} of its peak rate is an assumption.")
+    print("\nassumed: nothing was measured on this card, which is taken to give three quarters of what others gave.")
+    print("Speeds are of compiled training, and contain the optimizer.")
     print("Memory is what the framework allocates; a batch fits when it leaves a tenth of the device's memory free.")
     if arguments.activation_checkpointing:
         print("Recomputing activations makes a step up to a third longer; the hours do not contain that.")
@@ -105,36 +106,41 @@ def _find_card(name: str) -> str:
     return key
 
 
-def _card_row(name: str, config, block: int, arguments) -> Row:
-    from creature import estimate, hardware
+def _card_row(name: str, arguments) -> Row:
+    from creature import hardware
 
     card = hardware.CARDS[name]
     memory = int((card.memory_gib - 0.5) * hardware.GIB)  # half a GiB is the driver's
     bf16 = not name.startswith(("T4", "V100"))
     device = hardware.Device("cuda", name, memory, memory, 8, bf16, 1, (8, 0) if bf16 else (7, 0))
     precision = arguments.precision or hardware.choose_precision(device)[0]
-    mfu, source = estimate.expected_mfu(name)
-    speed = estimate.tokens_per_second(config, block, name)
-    return Row(name, device, precision, not arguments.eager, speed, f"MFU {mfu:.2f} {source}")
+    return Row(name, device, precision, not arguments.eager, name)
 
 
-def _own_row(config, block: int, arguments) -> Row:
+def _own_row(arguments) -> Row:
     """This machine; where its card has no known rate, a matrix product is timed."""
     from creature import estimate, hardware
 
     device = hardware.device_info()
     precision = arguments.precision or hardware.choose_precision(device)[0]
     compiled = device.kind == "cuda" and hardware.compiler_available(device)[0] and not arguments.eager
-    speed = estimate.tokens_per_second(config, block, device.name) if device.kind == "cuda" else None
-    if speed is not None:
-        mfu, source = estimate.expected_mfu(hardware.card_name(device.name))
-        return Row("this machine", device, precision, compiled, speed, f"MFU {mfu:.2f} {source}")
-    rate = estimate.matmul_flops(device.kind, precision)
-    share = estimate.ASSUMED_SHARE_OF_MATMUL
-    speed = share * rate / estimate.flops_per_token(config, block)
-    return Row(
-        "this machine", device, precision, compiled, speed, f"{share:.0%} of {rate / 1e9:,.0f} GFLOP/s timed now"
-    )
+    card = hardware.card_name(device.name) if device.kind == "cuda" else None
+    rate = None if card else estimate.matmul_flops(device.kind, precision)
+    return Row("this machine", device, precision, compiled, card, rate)
+
+
+def _speed(config, block: int, row: Row, batch: int, optimizer: str, step_tokens: int) -> tuple[float, str]:
+    """(tokens/s, where that number is from) of a device with a micro-batch."""
+    from creature import estimate, hardware
+
+    flops = estimate.flops_per_token(config, block)
+    if row.card is None:
+        share = estimate.ASSUMED_SHARE_OF_MATMUL
+        return share * row.rate / flops, f"{share:.0%} of {row.rate / 1e9:,.0f} GFLOP/s timed now"
+    accumulation = max(1, step_tokens // (batch * block))
+    speed = estimate.tokens_per_second(config, batch, block, row.card, accumulation, optimizer)
+    mfu = flops * speed / hardware.CARDS[row.card].peak_flops
+    return speed, f"MFU {mfu:.2f} {estimate.card_shares(row.card)[1]}"
 
 
 def print_parameters(counts: dict[str, int]) -> None:
@@ -171,16 +177,17 @@ def print_cards(config, block: int, rows: list[Row], micro_batch, options: dict,
         batch = micro_batch or _fit(config, block, row, options, step_tokens)
         peak = _memory(config, block, row, max(batch, 1), options, step_tokens)["peak"]
         fits = peak <= row.device.free_bytes
+        speed, source = _speed(config, block, row, max(batch, 1), options["optimizer"], step_tokens)
         table.append(
             (
                 row.name,
                 f"{row.device.memory_bytes / 2**30:.0f} GiB",
                 (f"{batch}" if fits else f"{batch} does not fit") if batch else "none fits",
                 f"{peak / 2**30:.1f} GiB",
-                f"{row.speed:,.0f}",
-                _count(row.speed * 86400),
-                f"{tokens / row.speed / 3600:,.1f}" if tokens else "-",
-                row.source,
+                f"{speed:,.0f}",
+                _count(speed * 86400),
+                f"{tokens / speed / 3600:,.1f}" if tokens else "-",
+                source,
             )
         )
     widths = [max(len(line[i]) for line in table) for i in range(len(header))]

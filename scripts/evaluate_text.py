@@ -29,6 +29,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--split", choices=("validation", "train"), help="default: validation where there is one")
     parser.add_argument("--block_size", type=int, help="tokens read at once (default: the creature's context)")
     parser.add_argument("--batch_size", type=int, help="blocks computed at once (default 16 on a GPU, 1 on a CPU)")
+    parser.add_argument(
+        "--separate_documents",
+        action=argparse.BooleanOptionalAction,
+        help="keep the documents of a block apart (default: as the run was trained)",
+    )
     parser.add_argument("--max_blocks", type=int, help="evaluate the first so many blocks only")
     parser.add_argument("--prompt", default="Once upon a time", help="what the samples of --all continue")
     parser.add_argument("--output", help="figure of --all (default RUN/evaluation.png)")
@@ -57,6 +62,8 @@ def main() -> None:
     device = device_info(arguments.device)
     config = load_config(folders[0][1])
     tokenizer = load_own_tokenizer(folders[0][1])
+    if arguments.separate_documents is None:
+        arguments.separate_documents = trained_apart(folders[0][1])
     rows = open_data(arguments, config, tokenizer, folders[0][1])
     lengths = token_byte_lengths(tokenizer, config.vocab_size)
     results = []
@@ -69,6 +76,14 @@ def main() -> None:
     else:
         for name, label in NAMES.items():
             print(f"{label:<14} {results[0][name]:.4f}")
+
+
+def trained_apart(folder: Path) -> bool:
+    """Whether the run that a model belongs to, by the run.json with it or above it, kept documents apart."""
+    from creature.checkpoints import read_run
+
+    run = read_run(folder) or read_run(folder.resolve().parent) or {"identity": {}}
+    return run["identity"].get("separate_documents", False)
 
 
 def find_all(run: str) -> list[tuple[int, Path]]:
@@ -114,7 +129,8 @@ def open_data(arguments: argparse.Namespace, config, tokenizer, folder: Path):
     if arguments.max_blocks:
         rows = rows.select(range(min(arguments.max_blocks, len(rows))))
     whole = "all of it" if splits.validation is None else f"its {split} split"
-    print(f"{arguments.data}: {whole}, {len(rows):,} blocks", file=sys.stderr)
+    apart = ", documents kept apart" if arguments.separate_documents else ""
+    print(f"{arguments.data}: {whole}, {len(rows):,} blocks{apart}", file=sys.stderr)
     return rows
 
 
@@ -123,13 +139,14 @@ def evaluate(folder: Path, rows, lengths, tokenizer, device, arguments) -> tuple
     import torch
     from tqdm import tqdm
 
-    from creature.data import collate_blocks
+    from creature.data import block_collator
     from creature.loading import load_model
     from creature.metrics import TextMetrics
 
     model = load_model(folder, device.kind, torch.float32)
     batch_size = arguments.batch_size or (1 if device.kind == "cpu" else 16)
-    batches = torch.utils.data.DataLoader(rows, batch_size=batch_size, collate_fn=collate_blocks)
+    collator = block_collator(tokenizer, arguments.separate_documents)
+    batches = torch.utils.data.DataLoader(rows, batch_size=batch_size, collate_fn=collator)
     metrics = TextMetrics(lengths)
     half = device.kind == "cuda" and device.bf16
     for batch in tqdm(batches, unit="batch", file=sys.stderr, disable=None, leave=False):

@@ -1,7 +1,11 @@
 """The estimate against the real thing: counted parameters and FLOPs, and the memory of a training step on the CPU."""
 
+import importlib.util
+import re
+import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,20 +16,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from configuration_creature import CreatureConfig
 from creature.errors import UserError
 from creature.estimate import (
-    ASSUMED_MFU,
+    MEASURED_SHARES,
+    card_shares,
     count_parameters,
-    expected_mfu,
     fit_micro_batch,
     flops_per_token,
-    hours,
+    ideal_seconds,
     layer_bytes_per_token,
     matmul_flops,
     memory_parts,
+    step_seconds,
     tokens_per_second,
 )
 from creature.hardware import Device
 from creature.optimizer import MuonAdamW, parameter_groups
 from modeling_creature import MultiModalCreature
+
+PROJECT = Path(__file__).resolve().parent.parent
 
 
 def micro_config(**changes) -> CreatureConfig:
@@ -150,6 +157,9 @@ def real_peak(config, batch, block, precision, optimizer, accumulation, checkpoi
         (1, 32, "fp32", "muon", 1, False, {"hidden_size": 256, "intermediate_size": 1024}),  # the weights do
         (4, 256, "fp32", "adamw", 1, False, {"num_key_value_heads": 2, "hidden_act": "gelu"}),
         (4, 256, "bf16", "muon", 1, True, {"num_hidden_layers": 8}),
+        (1, 1024, "bf16", "muon", 1, False, {"max_position_embeddings": 1024}),  # long
+        (1, 128, "bf16", "muon", 2, False, {"num_hidden_layers": 24}),  # deep
+        (1, 128, "bf16", "muon", 2, False, {"hidden_size": 384, "intermediate_size": 1536}),  # wide
     ],
 )
 def test_memory_of_a_real_step(batch, block, precision, optimizer, accumulation, checkpointing, changes):
@@ -192,13 +202,86 @@ def test_bad_names_are_told():
         memory_parts(micro_config(), 1, 8, optimizer="sgd")
 
 
-def test_hours():
+def test_the_shares_give_back_what_they_were_taken_from():
+    """tiny, 32 x 2048 on the H200 (docs/log.md): products 25 ms, attention 8.7."""
+    ideal, shares = ideal_seconds(CreatureConfig(), 32, 2048, "H200"), MEASURED_SHARES["H200"]
+    parts = {name: seconds / getattr(shares, name) for name, seconds in ideal.items()}
+    assert parts["products"] + parts["head"] == pytest.approx(25e-3, rel=0.05)
+    assert parts["attention"] == pytest.approx(8.7e-3, rel=0.05)
+    step = step_seconds(CreatureConfig(), 32, 2048, "NVIDIA H200")
+    assert step == pytest.approx(sum(parts.values()) + shares.overhead)
+
+
+def test_ideal_seconds_grow_with_what_they_count():
     config = CreatureConfig()
-    speed = 71.2e12 * ASSUMED_MFU / flops_per_token(config, 2048)
-    assert expected_mfu("RTX 3090") == (ASSUMED_MFU, "assumed")
-    assert tokens_per_second(config, 2048, "NVIDIA GeForce RTX 3090") == pytest.approx(speed)
-    assert hours(config, 1e9, "RTX 3090") == pytest.approx(1e9 / speed / 3600)
-    assert hours(config, 1e9, "RTX 3090 Laptop GPU") is None
+    one = ideal_seconds(config, 8, 2048, "H200")
+    # Four times the accumulation is four times everything but the optimizer's share of products and weights.
+    four = ideal_seconds(config, 8, 2048, "H200", accumulation=4)
+    for name in ("head", "attention", "layers"):
+        assert four[name] == pytest.approx(4 * one[name])
+    assert one["products"] < four["products"] < 4 * one["products"]
+    assert one["weights"] < four["weights"] < 4 * one["weights"]
+    # The head's arithmetic is that of flops_per_token, and the body's too once AdamW leaves it alone.
+    adamw = ideal_seconds(config, 8, 2048, "H200", optimizer="adamw")
+    tokens, rate = 8 * 2048, 989e12
+    assert one["head"] == pytest.approx(6 * tokens * 50304 * 512 / rate)
+    assert adamw["products"] == pytest.approx(6 * tokens * 6 * (4 * 512**2 + 2 * 512 * 2048) / rate)
+    assert adamw["weights"] < one["weights"]
+    # The same tokens in longer blocks: attention alone takes longer.
+    longer = ideal_seconds(config, 2, 8192, "H200")
+    assert 3 < longer.pop("attention") / one.pop("attention") < 4
+    assert longer == pytest.approx(one)
+    deeper = ideal_seconds(micro_config(num_hidden_layers=6), 8, 256, "H200")
+    assert deeper["layers"] < 2 * ideal_seconds(micro_config(), 8, 256, "H200")["layers"]
+
+
+def test_narrow_products_are_as_long_as_their_operands_take():
+    """A product of width 64 is bound by memory on every card: its time follows the bandwidth, not the rate."""
+    slow, fast = (ideal_seconds(micro_config(), 8, 256, card, optimizer="adamw") for card in ("H100 SXM", "H200"))
+    assert slow["products"] / fast["products"] == pytest.approx(4800 / 3350)
+    slow, fast = (ideal_seconds(CreatureConfig(), 8, 2048, card) for card in ("H100 SXM", "H200"))
+    assert slow["head"] == fast["head"]  # 512 columns and 50,304 rows are bound by arithmetic
+
+
+def test_speed_and_where_it_is_from():
+    config = CreatureConfig()
+    seconds = step_seconds(config, 8, 2048, "NVIDIA GeForce RTX 3090", accumulation=4)
+    speed = tokens_per_second(config, 8, 2048, "NVIDIA GeForce RTX 3090", accumulation=4)
+    assert speed == pytest.approx(65536 / seconds)
+    assert card_shares("RTX 3090")[1] == "assumed" and card_shares("H200")[1] == "measured"
+    assert 0.2 < speed * flops_per_token(config, 2048) / 71.2e12 < 0.6
+    assert tokens_per_second(config, 8, 2048, "RTX 3090 Laptop GPU") is None
+
+
+def test_scaling_fits_the_shares_to_its_rows(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", ["", *sys.path])  # whose first entry the benchmark replaces
+    spec = importlib.util.spec_from_file_location("scaling", PROJECT / "benchmarks" / "scaling.py")
+    scaling = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scaling)
+
+    # Another card than the one that the present shares are of: slower products, a longer pause.
+    real = replace(MEASURED_SHARES["H200"], products=0.6, head=0.6, layers=0.5, overhead=0.004)
+    rows = []
+    with monkeypatch.context() as patch:
+        patch.setitem(MEASURED_SHARES, "H200", real)
+        for name, (_, context) in scaling.ROWS.items():
+            batch, accumulation = 16384 // context, 4
+            config = scaling.build_config(name)
+            seconds = step_seconds(config, batch, context, "H200", accumulation)
+            rows.append({"row": name, "card": "NVIDIA H200", "context": context, "micro_batch": batch})
+            rows[-1] |= {"accumulation": accumulation, "seconds": seconds, "compiled": True}
+            parts = memory_parts(config, batch, context, compiled=True)
+            rows[-1]["gib"] = (parts["peak"] + 1000 * config.num_hidden_layers * batch * context) / 2**30
+    before = [step_seconds(scaling.build_config(r["row"]), r["micro_batch"], r["context"], "H200", 4) for r in rows]
+    assert max(abs(b / r["seconds"] - 1) for b, r in zip(before, rows, strict=True)) > 0.1
+    scaling.print_fit(rows)
+    out = capsys.readouterr().out
+    assert out.startswith('    "H200": Shares(products=0.')
+    deviations = [float(text) for text in re.findall(r"([+-][\d.]+)%", out)]
+    assert len(deviations) == 7 and max(map(abs, deviations)) < 3
+    for row, line in zip(rows, out.splitlines()[3:], strict=True):
+        found, kept = (int(text.replace(",", "")) for text in line.rsplit("  ", 1)[1].split(", "))
+        assert found - kept == pytest.approx(1000, abs=1), row["row"]
 
 
 def test_matmul_is_timed():

@@ -184,6 +184,39 @@ def test_what_differs_from_the_run_to_resume_is_spelled_out(place, monkeypatch, 
     assert curve("a", "learning_rate")[12] < 1e-3
 
 
+def test_documents_kept_apart_change_the_run_and_stay_so_when_it_resumes(place, monkeypatch, capsys):
+    run(monkeypatch, "--max_steps", 1, "--separate_documents")
+    assert "separate_documents has no effect" in capsys.readouterr().out
+    ids = np.fromfile("corpus.bin", dtype=np.uint16)
+    ids[::7] = 50256
+    ids.tofile("corpus.bin")
+    settings = ("--max_steps", 12, "--logging_steps", 1, "--save_steps", 4, "--eval_steps", 12)
+    run(monkeypatch, *settings, "--output_dir", "plain")
+    assert "kept apart" not in capsys.readouterr().out
+    run(monkeypatch, *settings, "--output_dir", "apart", "--separate_documents")
+    output = capsys.readouterr().out
+    assert ", documents kept apart\n" in output and "no effect" not in output
+    assert curve("apart")[1] != curve("plain")[1] and curve("apart", "tokens") == curve("plain", "tokens")
+    assert curve("apart", "eval_loss")[12] != curve("plain", "eval_loss")[12]
+
+    described = json.loads(Path("apart/run.json").read_text())
+    assert described["identity"]["separate_documents"] is True
+    checkpoints.write_run("apart", described | {"status": "stopped"})
+    checkpoints.shutil.rmtree("apart/checkpoint-12")
+    shortened = (*settings, "--output_dir", "apart", "--resume")
+    with pytest.raises(UserError, match="separate_documents was True and is now False"):
+        run(monkeypatch, *shortened)
+    before = weights("apart")
+    run(monkeypatch, *shortened, "--separate_documents")
+    assert all(torch.equal(value, before[name]) for name, value in weights("apart").items())
+
+    described = json.loads(Path("plain/run.json").read_text())
+    del described["identity"]["separate_documents"]  # as an earlier version wrote it
+    checkpoints.write_run("plain", described | {"status": "stopped"})
+    checkpoints.shutil.rmtree("plain/checkpoint-12")
+    run(monkeypatch, *settings, "--output_dir", "plain", "--resume")
+
+
 def test_two_processes_give_the_curve_of_one_with_twice_the_accumulation(place, monkeypatch):
     settings = ("--max_steps", 6, "--logging_steps", 1, "--eval_steps", 6, "--attention_dropout", "0.0")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]

@@ -258,6 +258,23 @@ def test_evaluate_equals_the_loss_of_the_model(tool, run_folder, text_file):
     assert 0 < result["bits per byte"] < 16 and 0 <= result["accuracy"] < 0.1
 
 
+def test_evaluate_keeps_documents_apart_as_the_run_did(tool, run_folder, tmp_path):
+    stories = tmp_path / "stories.txt"
+    stories.write_text("A fox met a hen.\n<|endoftext|>\n" * 100, encoding="utf-8")
+    arguments = ("--checkpoint", run_folder, "--data", stories)
+    code, out, err = tool("evaluate_text", *arguments, "--separate_documents")
+    assert code == 0 and "blocks, documents kept apart" in err
+    plain = tool("evaluate_text", *arguments)[1]
+    assert numbers(out)["loss"] != numbers(plain)["loss"]
+    assert plain == tool("evaluate_text", *arguments, "--no-separate_documents")[1]
+    run = checkpoints.read_run(run_folder)
+    checkpoints.write_run(run_folder, run | {"identity": run["identity"] | {"separate_documents": True}})
+    try:
+        assert tool("evaluate_text", *arguments)[1] == out
+    finally:
+        checkpoints.write_run(run_folder, run)
+
+
 def test_evaluate_all(tool, run_folder, text_file, tmp_path):
     arguments = ("--checkpoint", run_folder, "--data", text_file, "--all", "--max_blocks", 2, "--output", "all.png")
     code, out, _ = tool("evaluate_text", *arguments)
