@@ -13,7 +13,8 @@ from test_trainer import Rows, make_trainer
 from transformers import TrainerCallback
 
 import decoding_creature
-import losses_creature
+import kernels_creature
+import modeling_creature
 from creature.data import collate_blocks
 from creature.optimizer import MuonAdamW, parameter_groups
 from modeling_creature import MultiModalCreature
@@ -21,20 +22,62 @@ from modeling_creature import MultiModalCreature
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_the_kernel_gives_the_loss_and_its_gradient(dtype, tolerance):
+def error(found, expected):
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_odds_give_the_loss_and_its_gradient(fused, monkeypatch):
+    if not fused:  # as on GPUs that the fused product is not made for
+        monkeypatch.setattr(kernels_creature, "matmul_fits", lambda *args: False)
     torch.manual_seed(0)
-    logits = torch.randn(37, 50304, device="cuda", dtype=dtype) * 3
-    targets = torch.randint(0, 50304, (37,), device="cuda")
-    weights = torch.rand(37, device="cuda")
-    weights[5] = 0
-    exact = logits.double().requires_grad_()
-    expected = F.cross_entropy(exact, targets, reduction="none") * weights
+    x = torch.randn(300, 128, device="cuda").bfloat16()
+    weight = (torch.randn(50304, 128, device="cuda") * 0.2).bfloat16()
+    targets = torch.randint(0, 50304, (300,), device="cuda")
+    logits = (x.double() @ weight.double().t()).requires_grad_()
+    expected = F.cross_entropy(logits, targets, reduction="none")
     expected.sum().backward()
-    losses, gradient = losses_creature._cross_entropy_(logits.clone(), targets, weights)
-    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
-    assert (gradient.double() - exact.grad).norm() / exact.grad.norm() < tolerance
-    assert not gradient[5].any()
+    odds, sums = kernels_creature.softmax_odds(x, weight, targets)
+    # Without the fused product the logits have been rounded to bfloat16 before.
+    assert error(sums.log(), expected) < (1e-5 if fused else 3e-3)
+    assert error(odds.double() / sums.double()[:, None], logits.grad) < 1e-2
+    # A target a hundred nats behind: large, but finite, and still uphill.
+    odds, sums = kernels_creature.softmax_odds(x * 100, weight, targets)
+    assert odds.isfinite().all() and sums.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 300, 4096])
+def test_the_fused_mlp_is_the_plain_one(rows):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the fused product is made for Hopper")
+    torch.manual_seed(0)
+    shapes = ((rows, 128), (256, 128), (128, 256))
+    exact = [torch.randn(shape, device="cuda").mul(0.3).bfloat16().double().requires_grad_() for shape in shapes]
+    half = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    expected = F.relu(exact[0] @ exact[1].t()).square() @ exact[2].t()
+    found = kernels_creature.relu2_mlp(*half)
+    direction = torch.randn_like(found)
+    expected.backward(direction.double())
+    found.backward(direction)
+    assert error(found, expected) < 1e-2
+    assert all(error(tensor.grad, reference.grad) < 1e-2 for tensor, reference in zip(half, exact, strict=True))
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("apart", [False, True])
+def test_norm_and_rotation_in_one_pass_are_the_plain_ones(head_dim, apart):
+    torch.manual_seed(0)
+    x = torch.randn(3, 50, 4, head_dim, device="cuda").bfloat16()
+    angles = torch.randn(3 if apart else 1, 50, head_dim // 2, device="cuda")
+    exact, half = x.double().requires_grad_(), x.clone().requires_grad_()
+    cos, sin = angles.cos(), angles.sin()
+    normed = F.rms_norm(exact, (head_dim,), eps=1e-6).transpose(1, 2)
+    expected = modeling_creature.apply_rotary_pos_emb(normed, cos.double(), sin.double())
+    found = kernels_creature.rotary_norm(half, cos.bfloat16(), sin.bfloat16(), 1e-6).transpose(1, 2)
+    direction = torch.randn(3, 4, 50, head_dim, device="cuda").bfloat16()  # strides unlike those of the forward pass
+    expected.backward(direction.double())
+    found.backward(direction)
+    assert error(found, expected) < 1e-2 and error(half.grad, exact.grad) < 1e-2
 
 
 def test_compiled_training_keeps_the_causal_mask_a_flag_and_learns():
