@@ -185,8 +185,11 @@ if triton is not None:
 
 
 def matmul_fits(x: torch.Tensor, columns: int) -> bool:
-    """Whether the fused matrix product takes `x [..., K] @ [K, columns]`: on this device, all in steps of 16 bytes."""
-    if not kernels_available(x) or x.shape[-1] % 64 or columns % 8:
+    """
+    Whether the fused matrix product takes `x [..., K] @ [K, columns]`: on this device, all in steps of 16 bytes, and
+    with rows enough to fill its tiles, which the one row of a decoding step does not.
+    """
+    if not kernels_available(x) or x.shape[-1] % 64 or columns % 8 or x.numel() < x.shape[-1] * TILE[0]:
         return False
     return _multiprocessors(x.device.index) > 0
 
