@@ -152,15 +152,16 @@ class Decoder:
             tick = torch.compile(tick, fullgraph=True, dynamic=False)
         device = self.tokens.device
         with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):  # what compiles, picks kernels or allocates workspaces does so before the recording
+            warmup = torch.cuda.Stream()
+            warmup.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(warmup):
+                for _ in range(3):  # what compiles or picks kernels does so before the recording
                     self._pass(model, tick)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(warmup)
             graph = torch.cuda.CUDAGraph()
-            # Only this thread is recorded: a data loader may be pinning memory in another one.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            # On a stream of its own, so that workspaces of cuBLAS are the graph's and not shared with whoever may free
+            # them; of this thread alone, as a data loader may be pinning memory in another one.
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
                 self.logits = self._pass(model, tick)
         self.graph, self.compiled, self.fingerprint = graph, compiled, fingerprint(model)
         self.tick = tick  # the compiled kernels stay loaded as long as the graph that launches them

@@ -117,6 +117,10 @@ class CreatureGenerationMixin(GenerationMixin):
         back as its efference copy at the next tick. Side streams are drawn greedily, or, with `do_sample=True`, at the
         call's temperature.
 
+        Greedy search and sampling of the text alone run in a loop of their own (`decoding_creature.py`), on a GPU as a
+        graph whose first call of a batch size and length takes longer; `disable_compile=True` leaves out the compiling
+        of long texts, `cache_implementation="dynamic"` asks for the loop of transformers.
+
         Args:
             output_streams: out of "external_text", "audio", "animation".
 

@@ -140,6 +140,20 @@ def test_the_graph_gives_the_tokens_of_the_loop_of_transformers(speaker, setting
     assert len(expected[:, 9:].unique()) > 10
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_graph_of_a_creature_in_half_precision_says_the_likeliest(speaker, compiled):
+    """With the kernels of half precision in it; token by token, for rounding may turn a text that is as good."""
+    model, ids, _ = speaker
+    out = model.bfloat16().generate(ids, **LONG, do_sample=False, disable_compile=not compiled)
+    (decoder,) = decoding_creature._kept[model].values()
+    assert decoder.compiled == compiled
+    with torch.no_grad():
+        logits = model(out).logits[:, ids.shape[1] - 1 : -1].float()
+    chosen = logits.gather(2, out[:, ids.shape[1] :, None])[..., 0]
+    assert (logits.amax(dim=-1) - chosen).max() < 0.2 * logits.std()
+    assert len(out[:, ids.shape[1] :].unique()) > 10
+
+
 def test_the_graph_stops_at_the_end_of_text(speaker):
     model, ids, _ = speaker
     settings = {**LONG, "do_sample": False}
