@@ -41,6 +41,9 @@ def _multiprocessors(device: int) -> int:
 
 
 if triton is not None:
+    LOG2_E = tl.constexpr(1.4426950408889634)
+    # Odds are cut off at 2^100, or 69 nats: the sum of a large vocabulary of them still fits into float32.
+    HIGHEST_LOG2 = tl.constexpr(100.0)
 
     @triton.jit
     def _matmul_kernel(
@@ -86,9 +89,8 @@ if triton is not None:
 
             rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
             if EPILOGUE == "exp":
-                shift = tl.load(aux_ptr + rows, mask=rows < M, other=0.0)
-                # 115 / log2(e) = 80 nats: the exponential of more does not fit into float32.
-                result = tl.exp2(tl.minimum((product - shift[:, None]) * 1.4426950408889634, 115.0))
+                shift = tl.load(aux_ptr + rows, mask=rows < M, other=0.0) * LOG2_E
+                result = tl.exp2(tl.minimum(product * LOG2_E - shift[:, None], HIGHEST_LOG2))
                 result = tl.where(columns[None, :] < N, result, 0.0)
                 tl.store(sums_ptr + tile_n * M + rows, tl.sum(result, 1), mask=rows < M)
             elif EPILOGUE == "relu2":
@@ -114,12 +116,24 @@ if triton is not None:
         for first in range(0, columns, BLOCK):
             column = first + tl.arange(0, BLOCK)
             logits = tl.load(start + column, mask=column < columns, other=float("-inf")).to(tl.float32)
-            odds = tl.exp2(tl.minimum((logits - shift) * 1.4426950408889634, 115.0))
+            odds = tl.exp2(tl.minimum((logits - shift) * LOG2_E, HIGHEST_LOG2))
             total += odds
             tl.store(start + column, odds.to(logits_ptr.dtype.element_ty), mask=(column < columns) & (column != target))
         row_total = tl.sum(total, 0)
         tl.store(sums_ptr + row, row_total)
         tl.store(start + target, (1.0 - row_total).to(logits_ptr.dtype.element_ty))
+
+    @triton.jit
+    def _target_logits_kernel(x_ptr, weight_ptr, targets_ptr, out_ptr, K, BLOCK: tl.constexpr):
+        """One row a program: x [row] . weight [target of the row]."""
+        row = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets_ptr + row)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, K, BLOCK):
+            lane = first + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + row * K + lane, mask=lane < K, other=0.0).to(tl.float32)
+            total += x * tl.load(weight_ptr + target * K + lane, mask=lane < K, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row, tl.sum(total, 0))
 
     @triton.jit
     def _finish_odds_kernel(odds_ptr, parts_ptr, targets_ptr, sums_ptr, rows, columns, parts, ROWS: tl.constexpr):
@@ -224,14 +238,15 @@ def softmax_odds(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -
 
     x [M, K], weight [N, K] of one half-precision dtype, targets [M] int64 -> odds [M, N] in that dtype, where 1 minus
     the row's sum stands in the target's place, and the sums [M] float32. odds / sums is the gradient of the cross
-    entropy log(sums). An exponent is cut off at 80.
+    entropy log(sums). Odds are cut off at 2^100, so a loss never shows as more than about 80 nats.
     """
     sums = torch.empty(len(x), dtype=torch.float32, device=x.device)
     if not matmul_fits(x, len(weight)):
         odds = x @ weight.t()
         _odds_kernel[(len(x),)](odds, targets, sums, len(weight), BLOCK=4096, num_warps=8)
         return odds, sums
-    target_logits = (x.float() * weight[targets].float()).sum(dim=-1)
+    target_logits = torch.empty_like(sums)
+    _target_logits_kernel[(len(x),)](x, weight, targets, target_logits, x.shape[1], BLOCK=512, num_warps=1)
     parts = torch.empty((triton.cdiv(len(weight), TILE[1]), len(x)), dtype=torch.float32, device=x.device)
     odds = _matmul(x, weight.t(), target_logits, parts, "exp")
     _finish_odds_kernel[(triton.cdiv(len(x), FINISHED_ROWS),)](

@@ -79,34 +79,37 @@ def _muon_step(
     momentum: float,
     beta2: float,
 ) -> None:
-    """One Muon update of matrices of one shape, in place; none where `found_inf` is not 0."""
-    gradient = torch.stack(gradients).float()  # [N, rows, columns]
-    old = torch.stack(buffers)
+    """One Muon update of matrices of one shape or its transpose, in place; none where `found_inf` is not 0."""
+    tall = [param.shape[0] > param.shape[1] for param in params]
+    gradient = _stack(gradients, tall).float()  # [N, rows, columns], no more rows than columns
+    old = _stack(buffers, tall)
     new = old.lerp(gradient, 1 - momentum)
     update = orthogonalize(gradient.lerp(new, momentum)).float()  # Nesterov: look one step ahead
     # Neurons that move much get smaller steps, as in Adam; all together keep their length.
     length = update.norm(dim=(-2, -1), keepdim=True)
-    old_square = torch.stack(squares)
-    square = old_square.lerp(update.square().mean(dim=_within_neuron(update), keepdim=True), 1 - beta2)
+    old_square = torch.stack(squares)[:, None]
+    square = old_square.lerp(update.square().mean(dim=-2, keepdim=True), 1 - beta2)
     update = update * (square + 1e-10).rsqrt()
     update = update * (length / update.norm(dim=(-2, -1), keepdim=True))
     # A step of equal size for every output, whatever the shape (Jordan et al. 2024; Bernstein 2025).
-    update = update * (lr * max(1.0, update.shape[-2] / update.shape[-1]) ** 0.5)
+    longer = (update.shape[-1] / update.shape[-2]) ** 0.5
     bad = found_inf != 0
     kept = torch.where(bad, old, new)
-    kept_square = torch.where(bad, old_square, square)
-    shrink = torch.where(bad, 1.0, 1 - lr * weight_decay)
+    kept_square = torch.where(bad, old_square, square)[:, 0]
+    shrink = 1 - (lr * weight_decay) * ~bad
     update = torch.where(bad, 0.0, update)
     made = (kept.unbind(), kept_square.unbind(), update.unbind())
-    for param, buffer, average, keep, keep_square, step in zip(params, buffers, squares, *made, strict=True):
-        buffer.copy_(keep)
+    for param, buffer, average, turn, keep, keep_square, step in zip(
+        params, buffers, squares, tall, *made, strict=True
+    ):
         average.copy_(keep_square)
-        param.mul_(shrink).sub_(step.to(param.dtype))
+        buffer.copy_(keep.mT if turn else keep)
+        param.mul_(shrink).sub_((step.mT * (lr * longer) if turn else step * lr).to(param.dtype))
 
 
-def _within_neuron(matrix: torch.Tensor) -> int:
-    """The dimension that a neuron's weights lie along: its inputs, or its outputs where a matrix has more inputs."""
-    return -1 if matrix.shape[-2] >= matrix.shape[-1] else -2
+def _stack(matrices: list[torch.Tensor], tall: list[bool]) -> torch.Tensor:
+    """The matrices as a stack, the tall ones transposed: what follows is square in the number of rows."""
+    return torch.stack([matrix.mT if turn else matrix for matrix, turn in zip(matrices, tall, strict=True)])
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -168,13 +171,13 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _step_muon(self, group: dict, params: list[torch.Tensor]) -> None:
-        stacks: dict[torch.Size | torch.Tensor, list[torch.Tensor]] = {}
+        stacks: dict[tuple | torch.Tensor, list[torch.Tensor]] = {}
         for param in params:
             # On a CPU each matrix alone, which then stays in the cache with all that is made of it.
-            stacks.setdefault(param if param.device.type == "cpu" else param.shape, []).append(param)
+            stacks.setdefault(param if param.device.type == "cpu" else tuple(sorted(param.shape)), []).append(param)
             if not self.state[param]:
                 buffer = torch.zeros_like(param, dtype=torch.float32)
-                square = torch.zeros_like(buffer.mean(dim=_within_neuron(param), keepdim=True))
+                square = buffer.new_zeros(max(param.shape))  # a neuron is a row, or a column of a wide matrix
                 self.state[param].update(momentum_buffer=buffer, mean_square=square)
         # Tensors, so that a new learning rate does not mean a new compilation.
         lr = torch.as_tensor(group["lr"], dtype=torch.float32)
