@@ -31,8 +31,9 @@ ROWS = (
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="token stream or text (default: made-up stories)")
-    parser.add_argument("--micro_batch", type=int, default=32, help="blocks a step (default 32)")
+    parser.add_argument("--micro_batch", type=int, default=32, help="blocks a micro-batch (default 32)")
     parser.add_argument("--block_size", type=int, default=2048, help="tokens a block (default 2048)")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches a step (default 1)")
     parser.add_argument("--steps", type=int, default=40, help="timed steps (default 40)")
     parser.add_argument("--warmup", type=int, default=10, help="steps before them (default 10)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile (default: on a GPU)")
@@ -89,6 +90,7 @@ def measure(row: tuple, blocks, options: argparse.Namespace) -> str:
             output_dir=folder,
             max_steps=options.warmup + options.steps,
             per_device_train_batch_size=options.micro_batch,
+            gradient_accumulation_steps=options.accumulation,
             bf16=cuda,
             torch_compile=compiled,
             use_cpu=not cuda,
@@ -109,7 +111,7 @@ def measure(row: tuple, blocks, options: argparse.Namespace) -> str:
     ends = clock.ends[options.warmup - 1 :]
     step = statistics.median(after - before for before, after in zip(ends, ends[1:], strict=False))
     memory = f"{torch.cuda.max_memory_allocated() / 2**30:9.2f}" if cuda else "        -"
-    speed = options.micro_batch * options.block_size / step
+    speed = options.micro_batch * options.accumulation * options.block_size / step
     return f"{name:30}  {1000 * step:10.2f}  {speed:12,.0f}  {memory}"
 
 
@@ -126,12 +128,13 @@ def main() -> None:
         source = options.data
         if source is None:
             source = str(Path(folder, "stories.txt"))
-            needed = options.micro_batch * options.block_size * min(options.warmup + options.steps, 20)
+            needed = options.micro_batch * options.accumulation * options.block_size * min(options.warmup + options.steps, 20)
             write_story_corpus(source, max(needed, 4 * options.block_size), seed=0)
         blocks = load_splits(source, block_size=options.block_size, vocab_size=50304, cache_dir=folder).train
         compiles = torch.cuda.is_available() if options.compile is None else options.compile
         lines = [measure(row, blocks, options) for row in ROWS if compiles or not row[3]]
-    print(f"{options.micro_batch} x {options.block_size} tokens a step, 6 x 512, median of {options.steps} steps")
+    tokens = f"{options.accumulation} x {options.micro_batch} x {options.block_size} tokens a step"
+    print(f"{tokens}, 6 x 512, median of {options.steps} steps")
     print(f"{'':30}  {'ms a step':>10}  {'tokens/s':>12}  {'peak GiB':>9}")
     print("\n".join(lines))
 
