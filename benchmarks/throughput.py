@@ -128,7 +128,8 @@ def main() -> None:
         source = options.data
         if source is None:
             source = str(Path(folder, "stories.txt"))
-            needed = options.micro_batch * options.accumulation * options.block_size * min(options.warmup + options.steps, 20)
+            needed = options.accumulation * options.micro_batch * options.block_size
+            needed *= min(options.warmup + options.steps, 20)
             write_story_corpus(source, max(needed, 4 * options.block_size), seed=0)
         blocks = load_splits(source, block_size=options.block_size, vocab_size=50304, cache_dir=folder).train
         compiles = torch.cuda.is_available() if options.compile is None else options.compile
