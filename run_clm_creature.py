@@ -25,6 +25,7 @@ def main() -> int | None:
         return code
 
     # Heavy imports come after the settings are known to be right.
+    launch.keep_compiled_code()
     launch.say_waiting("loading torch and transformers")
     from creature import job, report
     from creature.machine import plan_run

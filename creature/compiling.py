@@ -1,34 +1,13 @@
-"""torch.compile as the job uses it: compiled code is kept for the next run, and a compiler that fails stops nothing."""
+"""torch.compile as the job uses it: a compiler that fails stops nothing, and no short batch is compiled by itself."""
 
-import contextlib
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._functorch import config as autograd_config
 
 from creature.errors import first_line, is_out_of_memory
-
-
-def keep_compiled_code() -> None:
-    """
-    Keep what torch.compile makes in the user's cache (~/.cache/torch/inductor), so that the next run starts faster.
-
-    torch's own choice is the folder for temporary files, which a reboot empties. TORCHINDUCTOR_CACHE_DIR, where it is
-    set, stays in force; Triton keeps its kernels below either. To be called before anything is compiled.
-    """
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        folder = Path(torch.hub.get_dir()).parent / "inductor"
-        with contextlib.suppress(OSError):  # a home that cannot be written to: the temporary folder, then
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    # Without it the loss, an autograd function of our own, would keep the whole model out of AOTAutograd's cache.
-    if hasattr(autograd_config, "autograd_cache_allow_custom_autograd_functions"):
-        autograd_config.autograd_cache_allow_custom_autograd_functions = True
 
 
 def or_eager(function: Callable, *args, undo: Callable[[], None] | None = None, **kwargs) -> Any:

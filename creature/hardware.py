@@ -124,7 +124,7 @@ def device_info(kind: str | None = None) -> Device:
         total = min(total, torch.mps.recommended_max_memory())
         free = min(free, max(total - torch.mps.driver_allocated_memory(), 0))
         return Device(kind, f"Apple {platform.processor() or 'GPU'}", total, free, cpu_cores(), True)
-    return Device(kind, cpu_name(), total, free, cpu_cores(), cpu_has_bf16())
+    return Device(kind, cpu_name(), total, free, cpu_cores(), _cpu_has_bf16())
 
 
 def cpu_cores() -> int:
@@ -163,7 +163,7 @@ def cpu_name() -> str:
     return line.group(1) if line else platform.processor() or platform.machine() or "CPU"
 
 
-def cpu_has_bf16() -> bool:
+def _cpu_has_bf16() -> bool:
     """Whether the CPU has bf16 matrix instructions (AVX512-BF16 or AMX); Linux tells, elsewhere the answer is no."""
     flags = set(_read_words("/proc/cpuinfo"))
     return bool(flags & {"avx512_bf16", "amx_bf16"})

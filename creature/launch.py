@@ -5,6 +5,7 @@
 a traceback of its own below the script's message; one more line says what it is.
 """
 
+import contextlib
 import os
 import shlex
 import signal
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import yaml
@@ -79,6 +81,24 @@ def say_waiting(what: str) -> None:
     """Say what comes next, on the main process and with the time since the launch, before what may take seconds."""
     if os.environ.get("RANK", "0") == "0":
         print(f"start {seconds_since_launch():6.1f} s  {what}", flush=True)
+
+
+def keep_compiled_code() -> None:
+    """
+    Keep what torch.compile makes in the user's cache (~/.cache/torch/inductor), so that the next run starts faster.
+
+    torch's own choice is the folder for temporary files, which a reboot empties. TORCHINDUCTOR_CACHE_DIR, where it is
+    set, stays in force; Triton keeps its kernels below either. To be called before torch is imported.
+    """
+    home = os.environ.get("TORCH_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch")
+    folder = Path(home).expanduser() / "inductor"
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        with contextlib.suppress(OSError):  # a home that cannot be written to: the temporary folder, then
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    # Without it the loss, an autograd function of our own, would keep the whole model out of AOTAutograd's cache.
+    os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 
 
 def own_command() -> str:

@@ -131,7 +131,7 @@ def _find_precision(training: dict, device: Device) -> tuple[str, str]:
 
 
 def _find_compiler(training: dict, device: Device, notes: list[str]) -> tuple[bool, str]:
-    from creature.compiling import keep_compiled_code, use_plain_loss
+    from creature.compiling import use_plain_loss
 
     asked = training.get("torch_compile")
     if asked is None and (training.get("torch_compile_backend") or training.get("torch_compile_mode")):
@@ -143,9 +143,7 @@ def _find_compiler(training: dict, device: Device, notes: list[str]) -> tuple[bo
         return False, "as asked for"
     if asked is None and device.kind != "cuda":
         return False, "off by default without a CUDA GPU"
-    if works:
-        keep_compiled_code()
-    else:
+    if not works:
         notes.append(f"torch.compile is off: {reason}")
         training.pop("torch_compile_backend", None)
         training.pop("torch_compile_mode", None)

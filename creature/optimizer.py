@@ -10,7 +10,6 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from creature.compiling import or_eager
-from creature.hardware import cpu_has_bf16
 
 # Newton-Schulz coefficients, one triple an iteration (Amsel et al. 2025, "The Polar Express"): together they carry the
 # singular values of a matrix of norm below 1 to 1 faster than one triple repeated, also in bfloat16.
@@ -23,19 +22,16 @@ _POLAR_EXPRESS = (
 )
 # Peak learning rates of AdamW at width 512, beside Muon and alone (docs/log.md).
 _RATE_BESIDE_MUON, _RATE_ALONE, _RATE_WIDTH = 8e-3, 2e-3, 512
-# What the iterations run in.
-_DTYPES = {"cuda": torch.bfloat16, "cpu": torch.bfloat16 if cpu_has_bf16() else torch.float32}
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """
     The nearest semi-orthogonal matrix of each of a stack, approximately: singular values land near 1.
 
-    matrices [N, rows, columns] -> the same shape, in `dtype` (default: bfloat16 on a GPU and on a CPU that multiplies
-    in it, float32 elsewhere).
+    matrices [N, rows, columns] -> the same shape, in `dtype` (default: bfloat16 on a GPU, float32 elsewhere).
     """
     if dtype is None:
-        dtype = _DTYPES.get(matrices.device.type, torch.float32)
+        dtype = torch.bfloat16 if matrices.is_cuda else torch.float32
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices  # the products below are square in the number of rows: take the smaller side
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)).to(dtype)

@@ -14,9 +14,10 @@ from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
 import losses_creature
-from creature import compiling, machine
-from creature.compiling import fill_rows, keep_compiled_code, or_eager
+from creature import machine
+from creature.compiling import fill_rows, or_eager
 from creature.hardware import Device
+from creature.launch import keep_compiled_code
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,6 @@ def fresh(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     yield
-    compiling.autograd_config.autograd_cache_allow_custom_autograd_functions = False
     torch.compiler.set_stance("default")
     torch._dynamo.reset()
 
@@ -163,6 +163,7 @@ def test_an_error_that_is_not_the_compilers_comes_through():
 
 
 def test_compiled_code_outlasts_a_reboot_unless_a_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
     keep_compiled_code()
