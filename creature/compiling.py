@@ -34,7 +34,7 @@ def or_eager(function: Callable, *args, undo: Callable[[], None] | None = None, 
 def _compile_no_more(reason: str) -> None:
     """Run everything uncompiled from here on, and say why in one line."""
     torch.compiler.set_stance("force_eager")
-    use_plain_loss()
+    use_plain_kernels()
     if os.environ.get("RANK", "0") == "0":
         print(
             f"torch.compile failed ({reason}): going on without it, slower; --torch_compile false leaves it out",
@@ -61,8 +61,8 @@ def fill_rows(inputs: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Ten
     return {name: F.pad(tensor, (0, 0, 0, missing), value=values[name]) for name, tensor in inputs.items()}
 
 
-def use_plain_loss() -> None:
-    """Leave the Triton kernel of the loss alone: it takes the same compiler, and plain torch does the same."""
-    import losses_creature
+def use_plain_kernels() -> None:
+    """Leave the model's Triton kernels alone: they take the same compiler, and plain torch does the same."""
+    import kernels_creature
 
-    losses_creature.triton = None
+    kernels_creature.triton = None

@@ -131,14 +131,14 @@ def _find_precision(training: dict, device: Device) -> tuple[str, str]:
 
 
 def _find_compiler(training: dict, device: Device, notes: list[str]) -> tuple[bool, str]:
-    from creature.compiling import use_plain_loss
+    from creature.compiling import use_plain_kernels
 
     asked = training.get("torch_compile")
     if asked is None and (training.get("torch_compile_backend") or training.get("torch_compile_mode")):
         asked = True
     works, reason = compiler_available(device)
     if not works and device.kind == "cuda":
-        use_plain_loss()
+        use_plain_kernels()
     if asked is False:
         return False, "as asked for"
     if asked is None and device.kind != "cuda":

@@ -76,8 +76,8 @@ def _muon_step(
     beta2: float,
 ) -> None:
     """One Muon update of matrices of one shape or its transpose, in place; none where `found_inf` is not 0."""
-    tall = [param.shape[0] > param.shape[1] for param in params]
-    gradient = _stack(gradients, tall).float()  # [N, rows, columns], no more rows than columns
+    tall = [param.shape[0] >= param.shape[1] for param in params]
+    gradient = _stack(gradients, tall).float()  # [N, rows, columns], no more rows than columns; a neuron is a column
     old = _stack(buffers, tall)
     new = old.lerp(gradient, 1 - momentum)
     update = orthogonalize(gradient.lerp(new, momentum)).float()  # Nesterov: look one step ahead

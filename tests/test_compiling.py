@@ -13,7 +13,7 @@ from test_trainer import TEXT_ONLY, Rows, assert_same, losses_of, make_trainer, 
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
-import losses_creature
+import kernels_creature
 from creature import machine
 from creature.compiling import fill_rows, or_eager
 from creature.hardware import Device
@@ -23,7 +23,7 @@ from creature.launch import keep_compiled_code
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Nothing compiled before and nothing kept; at the end, what a fallback switched off is on again."""
-    monkeypatch.setattr(losses_creature, "triton", losses_creature.triton)
+    monkeypatch.setattr(kernels_creature, "triton", kernels_creature.triton)
     for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):  # set by TrainingArguments
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -102,7 +102,7 @@ def test_a_compiler_that_fails_is_told_in_a_line_and_changes_nothing(tmp_path, m
     assert_same(weights_of(plain), weights_of(trainer))
     for key in ("loss", "loss_internal_text", "grad_norm", "eval_loss"):
         assert losses_of(plain, key) == losses_of(trainer, key), key
-    assert losses_creature.triton is None
+    assert kernels_creature.triton is None
 
 
 @pytest.mark.parametrize("when", ["backward", "optimizer"])
@@ -182,10 +182,10 @@ def test_compiled_code_outlasts_a_reboot_unless_a_folder_is_named(tmp_path, monk
 def test_a_gpu_without_triton_or_compiler_trains_without_both(monkeypatch):
     gpu = Device("cuda", "NVIDIA GeForce RTX 3090", 24 * 2**30, 23 * 2**30, 8, True, 1, (8, 6))
     monkeypatch.setattr("creature.hardware.triton_available", lambda: True)
-    monkeypatch.setattr(losses_creature, "triton", object())
+    monkeypatch.setattr(kernels_creature, "triton", object())
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
     notes = []
     works, reason = machine._find_compiler({}, gpu, notes)
     assert not works and "C compiler" in reason and notes == [f"torch.compile is off: {reason}"]
-    assert losses_creature.triton is None
+    assert kernels_creature.triton is None
