@@ -11,17 +11,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers import CompileConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-# Calls that ask for at least so many new tokens have the step compiled, which takes a while once per shape.
-COMPILE_FROM = 128
 # The end of all rows is looked for once in so many tokens, for every look makes a GPU wait for the host.
 CHECK_EVERY = {"cpu": 1, "cuda": 16, "mps": 16}
 # Graphs stay with their model for the next call: the latest ones, with so many bytes of keys and values together.
 KEPT_GRAPHS, KEPT_BYTES = 8, 2**31
 SHORTEST = 256  # slots of the smallest graph; the others are powers of two
+# The step is recorded here, so the modes of torch that record graphs themselves are taken without theirs.
+MODES = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
 
 # What the loop below passes on or replaces; any other argument of `forward` belongs to the loop of transformers.
 KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
@@ -100,7 +101,7 @@ class Decoder:
     def __init__(self, prefilled: Cache, length: int, tick=bare_tick):
         first = prefilled.layers[0].keys
         self.tick = tick
-        self.graph, self.fingerprint, self.compiled = None, None, False
+        self.graph, self.fingerprint, self.key = None, None, None
         with torch.inference_mode(False):  # inference tensors could not be written outside of inference mode
             self.cache = DecodingCache(prefilled, length)
             self.tokens = torch.zeros(first.shape[0], 1, dtype=torch.long, device=first.device)
@@ -143,13 +144,9 @@ class Decoder:
         self.position_ids += 1
         return logits
 
-    def capture(self, model: nn.Module, compiled: bool) -> "Decoder":
-        """Record the pass as a CUDA graph, of compiled kernels or of PyTorch's own."""
-        tick = self.tick
-        if compiled:
-            # A code object of its own: torch counts compilations by code object, and gives up after a few.
-            tick = types.FunctionType(tick.__code__.replace(), globals(), tick.__name__)
-            tick = torch.compile(tick, fullgraph=True, dynamic=False)
+    def capture(self, model: nn.Module, settings: dict | None = None) -> "Decoder":
+        """Record the pass as a CUDA graph: of the model's own kernels, or compiled with `compile_settings`."""
+        tick = self.tick if settings is None else compile_tick(self.tick, settings)
         device = self.tokens.device
         with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
             warmup = torch.cuda.Stream()
@@ -163,9 +160,20 @@ class Decoder:
             # them; of this thread alone, as a data loader may be pinning memory in another one.
             with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
                 self.logits = self._pass(model, tick)
-        self.graph, self.compiled, self.fingerprint = graph, compiled, fingerprint(model)
+        self.graph, self.fingerprint = graph, fingerprint(model)
         self.tick = tick  # the compiled kernels stay loaded as long as the graph that launches them
         return self
+
+
+def compile_settings(config: CompileConfig) -> dict:
+    """What `torch.compile` is given for a caller's `compile_config`: a graph has one shape, and is recorded here."""
+    return config.to_dict() | {"dynamic": False, "mode": MODES.get(config.mode, config.mode)}
+
+
+def compile_tick(tick, settings: dict):
+    """`bare_tick` or `full_tick`, compiled at its first call."""
+    # A code object of its own: torch counts compilations by code object, and gives up after a few.
+    return torch.compile(types.FunctionType(tick.__code__.replace(), globals(), tick.__name__), **settings)
 
 
 def is_plain(model, stopping_criteria, generation_config, synced_gpus: bool, inputs: dict) -> bool:
@@ -234,13 +242,14 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
             if ends is not None and (length - prompt) % check_every == 0 and finished.all():
                 break
             if decoder is None:
-                decoder = _decoder(model, outputs.past_key_values, longest - length, generation_config, streamer)
+                decoder = _decoder(model, outputs.past_key_values, longest - length, generation_config)
                 decoder.load(outputs.past_key_values, inputs.get("attention_mask"), inputs.get("position_ids"))
                 del outputs, logits
             logits = decoder(model, tokens)
     finally:
         if decoder is not None and decoder.graph is not None:
-            _keep(model, decoder)
+            with _lock:  # for the next call of its shape, as the one used last
+                _kept.setdefault(model, {})[decoder.key] = decoder
     if streamer is not None:
         streamer.end()
     if ends is not None and check_every > 1:
@@ -250,7 +259,7 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
     return sequences[:, :length].contiguous()
 
 
-def _decoder(model, prefilled: Cache, passes: int, generation_config, streamer) -> Decoder:
+def _decoder(model, prefilled: Cache, passes: int, generation_config) -> Decoder:
     """A decoder for the passes to come: a kept graph of this shape, a new one, or none where graphs cannot be had."""
     ticks = int(prefilled.get_seq_length()) + passes
     slots = max(SHORTEST, 1 << (ticks - 1).bit_length())
@@ -258,45 +267,39 @@ def _decoder(model, prefilled: Cache, passes: int, generation_config, streamer) 
     needed = slots * sum(layer.keys[:, :, 0].nbytes + layer.values[:, :, 0].nbytes for layer in prefilled.layers)
     bare = is_bare(model)
     # A batch that needs more keeps the device busy without a graph, too.
-    if not (bare and needed <= KEPT_BYTES and is_recordable(model)):
+    recordable = bare and needed <= KEPT_BYTES and is_recordable(model)
+    settings = None
+    if generation_config.compile_config is not None and not generation_config.disable_compile:
+        if recordable and can_compile(model):
+            settings = compile_settings(generation_config.compile_config)
+        else:
+            warnings.warn("`compile_config` is left aside: no compiled CUDA graph can be had here.", stacklevel=2)
+    if not recordable:
         return Decoder(prefilled, ticks, bare_tick if bare else full_tick)
-    # Whoever listens to a streamer is not to wait for a compiler.
-    compiled = (
-        passes >= COMPILE_FROM and streamer is None and not generation_config.disable_compile and can_compile(model)
-    )
-    key = _key(model, len(first), slots, first.dtype)
+    key = (len(first), slots, first.dtype, model.config._attn_implementation, repr(settings))
     with _lock:
         graphs = _kept.setdefault(model, {})
         decoder = graphs.pop(key, None)  # out of reach while it is in use: a second thread makes its own
-        if decoder is not None and decoder.fingerprint == fingerprint(model) and decoder.compiled >= compiled:
+        if decoder is not None and decoder.fingerprint == fingerprint(model):
             return decoder
         decoder = None  # its memory first
         while graphs and (len(graphs) >= KEPT_GRAPHS or needed + sum(g.bytes for g in graphs.values()) > KEPT_BYTES):
             del graphs[next(iter(graphs))]
-    if compiled:
+    if settings is not None:
         try:
-            return Decoder(prefilled, slots).capture(model, compiled=True)
+            decoder = Decoder(prefilled, slots).capture(model, settings)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             warnings.warn(
-                f"Generation goes on with a step that is not compiled, as compiling it failed "
-                f"({next(iter(str(error).splitlines()), type(error).__name__)}). `disable_compile=True` does without.",
+                f"Generation goes on with a step that is not compiled, as compiling it for `compile_config` failed "
+                f"({next(iter(str(error).splitlines()), type(error).__name__)}).",
                 stacklevel=2,
             )
-    decoder = Decoder(prefilled, slots).capture(model, compiled=False)
-    decoder.compiled = compiled  # as far as it goes: nobody is to wait for a second attempt
+    if decoder is None:
+        decoder = Decoder(prefilled, slots).capture(model)
+    decoder.key = key  # that of what was asked for: nobody is to wait for a second attempt
     return decoder
-
-
-def _keep(model, decoder: Decoder) -> None:
-    """Put a graph back for the next call of its shape, as the one used last."""
-    with _lock:
-        _kept.setdefault(model, {})[_key(model, *decoder.mask.shape[::3], decoder.mask.dtype)] = decoder
-
-
-def _key(model, rows: int, slots: int, dtype: torch.dtype) -> tuple:
-    return rows, slots, dtype, model.config._attn_implementation
 
 
 def fingerprint(model: nn.Module) -> tuple:

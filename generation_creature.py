@@ -118,8 +118,9 @@ class CreatureGenerationMixin(GenerationMixin):
         call's temperature.
 
         Greedy search and sampling of the text alone run in a loop of their own (`decoding_creature.py`), on a GPU as a
-        graph whose first call of a batch size and length takes longer; `disable_compile=True` leaves out the compiling
-        of long texts, `cache_implementation="dynamic"` asks for the loop of transformers.
+        CUDA graph, recorded at the first call of a batch size and length. `compile_config=CompileConfig()` has what the
+        graph holds compiled: faster, after a first call many times as long. Its `dynamic` is without effect, and its
+        modes record no graphs of their own. `cache_implementation="dynamic"` asks for the loop of transformers.
 
         Args:
             output_streams: out of "external_text", "audio", "animation".

@@ -1,4 +1,4 @@
-"""Speed of `model.generate`: the creature with default arguments beside the loop of transformers and GPT-2.
+"""Speed of `model.generate`: the creature by default and compiled, beside the loop of transformers and GPT-2.
 
 examples:
   python benchmarks/generation.py                                          # a GPU: batches of 1, 8 and 64, bfloat16
@@ -6,8 +6,9 @@ examples:
   python benchmarks/generation.py --device cpu --batch 1 --threads 1 --pairs 5
 
 All models are fresh, of one shape (6 layers x 512, 8 heads, 50304 columns), and their texts have no end, so that every
-row makes as many tokens. The first call, which may compile, is timed alone; the speed is the median of the runs after
-it, everything in `generate` included. --pairs times creature and GPT-2 in turns and gives the median of the ratios.
+row makes as many tokens. The first call, which records or compiles, is timed alone; the speed is the median of the runs
+after it, everything in `generate` included. What is compiled runs at the smallest and the largest batch alone, and slow
+figures get fewer runs. --pairs times creature and GPT-2 in turns and gives the median of the ratios.
 """
 
 import argparse
@@ -19,10 +20,13 @@ from pathlib import Path
 # In place of this folder, whose tokenize.py would hide the standard library's module of that name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# Name, model, what `generate` is given, whether only a GPU runs it. "dynamic" asks for the loop of transformers.
+ENOUGH = 2.0  # s of timed calls, after which a figure gets no further one
+
+# Name, model, what `generate` is given, whether it is compiled, on a GPU alone. "dynamic" asks for the loop of
+# transformers; the dict of `compile_config` becomes a CompileConfig.
 ROWS = (
     ("creature", "creature", {}, False),
-    ("creature, not compiled", "creature", {"disable_compile": True}, True),
+    ("creature, compiled", "creature", {"compile_config": {}}, True),
     ("creature, sampled, top_k 50", "creature", {"do_sample": True, "top_k": 50, "temperature": 0.8}, False),
     ("creature, loop of transformers", "creature", {"cache_implementation": "dynamic"}, False),
     ("GPT-2", "gpt2", {}, False),
@@ -36,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="rows at once (default 1 8 64)")
     parser.add_argument("--prompt_tokens", type=int, default=16, help="length of the prompt (default 16)")
     parser.add_argument("--new_tokens", type=int, default=256, help="length of the continuation (default 256)")
-    parser.add_argument("--runs", type=int, default=5, help="timed calls a figure (default 5)")
+    parser.add_argument("--runs", type=int, default=5, help="timed calls a figure, at most (default 5)")
     parser.add_argument("--threads", type=int, help="threads of the CPU (default: as torch has them)")
     parser.add_argument("--pairs", type=int, help="creature and GPT-2 in turns, so many times, in place of the table")
     return parser.parse_args()
@@ -83,19 +87,24 @@ def seconds(model, prompt, options: argparse.Namespace, **settings) -> float:
 def measure(row: tuple, options: argparse.Namespace) -> list[str]:
     """One row of the table at every batch size."""
     import torch
+    from transformers import CompileConfig
 
-    name, kind, settings, _ = row
+    name, kind, settings, compiled = row
+    if "compile_config" in settings:
+        settings = {"compile_config": CompileConfig(**settings["compile_config"])}
     torch._dynamo.reset()
     model = build(kind, options.device)
     lines = []
-    for rows in options.batch:
+    for rows in sorted({min(options.batch), max(options.batch)}) if compiled else options.batch:
         prompt = prompt_of(rows, options)
         first = seconds(model, prompt, options, **settings)
-        times = [seconds(model, prompt, options, **settings) for _ in range(options.runs)]
+        times = [seconds(model, prompt, options, **settings)]
+        while len(times) < options.runs and sum(times) < ENOUGH:
+            times.append(seconds(model, prompt, options, **settings))
         median = statistics.median(times)
         per_token = 1000 * median / options.new_tokens
         speed = rows * options.new_tokens / median
-        lines.append(f"{name:32}  {rows:5}  {speed:10,.0f}  {per_token:10.3f}  {first:12.2f}")
+        lines.append(f"{name:32}  {rows:5}  {speed:10,.0f}  {per_token:10.3f}  {len(times):4}  {first:12.2f}")
     return lines
 
 
@@ -150,7 +159,7 @@ def main() -> None:
     if options.pairs:
         print(compare(options))
         return
-    print(f"{'':32}  {'batch':>5}  {'tokens/s':>10}  {'ms a token':>10}  {'first call s':>12}")
+    print(f"{'':32}  {'batch':>5}  {'tokens/s':>10}  {'ms a token':>10}  {'runs':>4}  {'first call s':>12}")
     for row in ROWS:
         if options.device == "cuda" or not row[3]:
             print("\n".join(measure(row, options)), flush=True)

@@ -7,13 +7,14 @@ calls are then those of a GPU.
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 
 import pytest
 import torch
 from creatures import micro_model, random_batch
 from torch import nn
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 import decoding_creature
@@ -50,7 +51,7 @@ def decoded(monkeypatch):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Graphs on the CPU, and a GPU's rare look for the end; a list that grows by one with every recording."""
+    """Graphs on the CPU, and a GPU's rare look for the end; a list of how each recording was to be compiled."""
     recordings = []
 
     class Graph:
@@ -62,18 +63,16 @@ def recorded(monkeypatch):
             with torch.no_grad():
                 decoder.logits.copy_(decoder._pass(self.model(), decoder.tick))
 
-    def capture(self, model, compiled):
+    def capture(self, model, settings=None):
         with torch.inference_mode(False), torch.no_grad():
             self.logits = self._pass(model, self.tick).clone()
-        self.graph, self.compiled = Graph(self, model), compiled
-        self.fingerprint = decoding_creature.fingerprint(model)
-        recordings.append(compiled)
+        self.graph, self.fingerprint = Graph(self, model), decoding_creature.fingerprint(model)
+        recordings.append(settings)
         return self
 
     monkeypatch.setattr(decoding_creature.Decoder, "capture", capture)
     monkeypatch.setattr(decoding_creature, "is_recordable", lambda model: True)
     monkeypatch.setattr(decoding_creature, "can_compile", lambda model: True)
-    monkeypatch.setattr(decoding_creature, "COMPILE_FROM", NEW + 4)
     monkeypatch.setitem(decoding_creature.CHECK_EVERY, "cpu", 4)
     return recordings
 
@@ -289,38 +288,62 @@ def test_replaced_parts_are_respected(model, prompt, how):
 def test_a_graph_serves_the_next_calls_of_its_shape(model, prompt, recorded):
     for settings in (GREEDY, SAMPLED, {**GREEDY, "max_new_tokens": 7}):
         model.generate(prompt, **settings)
-    assert recorded == [False]
+    assert recorded == [None]
     model.generate(prompt[:2], **GREEDY)
     model.generate(prompt, **GREEDY)
-    assert recorded == [False, False]
+    assert recorded == [None, None]
 
 
-def test_long_texts_are_compiled_once(model, prompt, recorded):
-    long = {**GREEDY, "max_new_tokens": decoding_creature.COMPILE_FROM + 1}
-    model.generate(prompt, **long, disable_compile=True)
-    model.generate(prompt[:1], **long, streamer=Listener())
-    assert recorded == [False, False]
-    model.generate(prompt, **long)
-    model.generate(prompt, **long)
-    model.generate(prompt, **GREEDY)
-    assert recorded == [False, False, True]
+def test_only_who_asks_waits_for_the_compiler_and_once(model, prompt, recorded):
+    asked = {**GREEDY, "compile_config": CompileConfig()}
+    model.generate(prompt, **{**GREEDY, "max_new_tokens": 200})
+    model.generate(prompt, **asked, disable_compile=True)
+    assert recorded == [None]
+    for settings in (asked, asked, GREEDY):
+        model.generate(prompt, **settings)
+    assert recorded == [None, decoding_creature.compile_settings(CompileConfig())]
+    model.generate(prompt, **GREEDY, compile_config=CompileConfig(fullgraph=True))
+    assert len(recorded) == 3 and recorded[2]["fullgraph"]
+    model.generation_config.compile_config = CompileConfig()
+    model.generate(prompt[:1], **GREEDY, streamer=Listener())
+    assert recorded[3:] == recorded[1:2]
+
+
+def test_what_a_compile_config_gives_to_the_compiler():
+    """Its own choices, but for graphs: torch.compile would refuse options beside a mode, and the step is recorded."""
+    settings = decoding_creature.compile_settings
+    assert settings(CompileConfig(dynamic=True)) == {
+        "fullgraph": False, "dynamic": False, "backend": "inductor", "mode": None, "options": None
+    }  # fmt: skip
+    assert settings(CompileConfig(mode="max-autotune"))["mode"] == "max-autotune-no-cudagraphs"
+    other = settings(CompileConfig(mode="default", backend="eager"))
+    assert (other["mode"], other["backend"]) == ("default", "eager")
+    torch.compile(lambda x: x, **settings(CompileConfig(options={"max_autotune": True})))
+
+
+def test_who_asks_in_vain_is_told(model, prompt):
+    with pytest.warns(UserWarning, match="`compile_config` is left aside"):
+        out = model.generate(prompt, **GREEDY, compile_config=CompileConfig())
+    assert torch.equal(out, stock(model, prompt, **GREEDY))
 
 
 def test_a_failing_compiler_is_told_of_once(model, prompt, recorded, monkeypatch):
     capture = decoding_creature.Decoder.capture
 
-    def broken(self, model, compiled):
-        if compiled:
+    def broken(self, model, settings=None):
+        if settings is not None:
             raise RuntimeError("no C compiler")
-        return capture(self, model, compiled)
+        return capture(self, model, settings)
 
     monkeypatch.setattr(decoding_creature.Decoder, "capture", broken)
-    long = {**GREEDY, "max_new_tokens": decoding_creature.COMPILE_FROM + 1}
+    asked = {**GREEDY, "compile_config": CompileConfig()}
     with pytest.warns(UserWarning, match="no C compiler"):
-        out = model.generate(prompt, **long)
-    assert torch.equal(out, stock(model, prompt, **long))
-    model.generate(prompt, **long)
-    assert recorded == [False]
+        out = model.generate(prompt, **asked)
+    assert torch.equal(out, stock(model, prompt, **GREEDY))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(prompt, **asked)
+    assert recorded == [None]
 
 
 def test_weights_may_change_and_move(model, prompt, recorded):
@@ -328,14 +351,14 @@ def test_weights_may_change_and_move(model, prompt, recorded):
     with torch.no_grad():
         model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
     after = model.generate(prompt, **GREEDY)
-    assert recorded == [False]  # written in place, they are read where they always were
+    assert recorded == [None]  # written in place, they are read where they always were
     assert torch.equal(after, stock(model, prompt, **GREEDY)) and not torch.equal(after, before)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().roll(1, 0))
     assert torch.equal(model.generate(prompt, **GREEDY), stock(model, prompt, **GREEDY))
-    assert recorded == [False, False]
+    assert recorded == [None, None]
     model.to(torch.float64)
     assert torch.equal(model.generate(prompt, **GREEDY), stock(model, prompt, **GREEDY))
-    assert recorded == [False, False, False]
+    assert recorded == [None, None, None]
 
 
 def test_what_an_earlier_text_left_in_the_buffers_is_not_seen(model, prompt, recorded):
@@ -345,7 +368,7 @@ def test_what_an_earlier_text_left_in_the_buffers_is_not_seen(model, prompt, rec
         model.model.embed_tokens.weight[3] = float("nan")
         model.generate(torch.full((3, 60), 3), **GREEDY)
         model.model.embed_tokens.weight[3] = weight
-    assert torch.equal(model.generate(prompt, **GREEDY), expected) and recorded == [False]
+    assert torch.equal(model.generate(prompt, **GREEDY), expected) and recorded == [None]
 
 
 def test_few_graphs_are_kept(model, prompt, recorded, monkeypatch):
@@ -404,12 +427,11 @@ def test_a_tick_is_one_graph_for_the_compiler(model, prompt):
     with torch.no_grad():
         prefilled = model(prompt, use_cache=True)
         logits = []
-        for tick in (
-            decoding_creature.bare_tick,
-            torch.compile(decoding_creature.bare_tick, fullgraph=True, dynamic=False, backend="eager"),
-        ):
+        settings = decoding_creature.compile_settings(CompileConfig(fullgraph=True, backend="eager"))
+        bare = decoding_creature.bare_tick
+        for tick in (bare, decoding_creature.compile_tick(bare, settings)):
             decoder = decoding_creature.Decoder(prefilled.past_key_values, 16, tick)
             decoder.load(prefilled.past_key_values, None, None)
             decoder.cache.visible = 15
-            logits.append([decoder(model, prompt[:, 0]).clone() for _ in range(1)])
+            logits.append(decoder(model, prompt[:, 0]).clone())
     torch.testing.assert_close(logits[0], logits[1])
