@@ -6,8 +6,6 @@ work where the numbers already are: in the registers of the matrix product that 
 equivalent beside its caller, which runs where there is no Triton.
 """
 
-import functools
-
 import torch
 
 try:
@@ -27,7 +25,6 @@ def kernels_available(*tensors: torch.Tensor) -> bool:
     return triton is not None and all(x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) for x in tensors)
 
 
-@functools.lru_cache
 def _multiprocessors(device: int) -> int:
     """
     The multiprocessors of a device that `_matmul_kernel` is made for, else 0.

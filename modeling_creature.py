@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -27,7 +27,6 @@ try:
     from .generation_creature import CreatureGenerationMixin
     from .kernels_creature import kernels_available, matmul_fits, relu2_mlp, rotary_norm
     from .losses_creature import IGNORE_INDEX, linear_token_losses
-    from .masks_creature import attention_mask_for
     from .senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
     from .streams_creature import CreatureStreams, count_targets, text_loss, text_target_weights
 except ImportError:
@@ -35,7 +34,6 @@ except ImportError:
     from generation_creature import CreatureGenerationMixin
     from kernels_creature import kernels_available, matmul_fits, relu2_mlp, rotary_norm
     from losses_creature import IGNORE_INDEX, linear_token_losses
-    from masks_creature import attention_mask_for
     from senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
     from streams_creature import CreatureStreams, count_targets, text_loss, text_target_weights
 
@@ -197,9 +195,9 @@ class CreatureAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        # Compiled on a GPU, packed documents come with a mask that is FlexAttention's (masks_creature.py).
-        kind = "flex_attention" if isinstance(attention_mask, BlockMask) else self.config._attn_implementation
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
         output, weights = attention_interface(
             self,
             query,
@@ -390,14 +388,20 @@ class CreatureModel(CreaturePreTrainedModel):
         # The norm brings the sum to one scale, however many senses it is made of.
         hidden_states = first_states = self.embed_norm(hidden_states)
 
-        causal_mask = attention_mask_for(
-            self.config,
-            hidden_states,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            dropout=self.training and self.config.attention_dropout > 0,
-        )
+        causal_mask = None
+        plain = attention_mask is None and position_ids is None and past_key_values is None
+        if not (plain and self.config._attn_implementation == "sdpa"):
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                # Only positions that the caller chose can mean packed documents.
+                position_ids=position_ids,
+            )
+        # Otherwise sdpa's own causal flag does it. transformers would say so too, except in compiled graphs before
+        # torch 2.14: there it writes out the mask, and training is a quarter slower (docs/log.md).
+
         # After the mask: beside a cache, be it empty, transformers does not look for packed documents.
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)

@@ -19,7 +19,6 @@ setup(
         "decoding_creature",
         "kernels_creature",
         "losses_creature",
-        "masks_creature",
         "senses_creature",
         "streams_creature",
         "run_clm_creature",

@@ -221,20 +221,13 @@ def choose_precision(device: Device) -> tuple[str, str]:
 
 
 def attention_kernel(
-    device: Device, precision: str, implementation: str = "sdpa", *, masked: bool = False, flex: bool = False
+    device: Device, precision: str, implementation: str = "sdpa", *, masked: bool = False
 ) -> tuple[str, str]:
-    """
-    (the kernel that causal attention runs with, the reason).
-
-    masked: whether documents are kept apart. flex: whether FlexAttention could do that, which is compiled and knows no
-    dropout.
-    """
+    """(the kernel that causal attention runs with, the reason); masked: whether documents are kept apart."""
     if implementation != "sdpa":
         return implementation, "as configured"
-    if masked and flex and device.kind == "cuda":
-        return "FlexAttention", "skips what lies in another document"
     if masked:
-        return "with a mask", "scaled_dot_product_attention; FlexAttention needs a GPU, torch.compile and no dropout"
+        return "with a mask", "documents are kept apart, and the kernels that know only the causal order cannot do that"
     if device.kind == "cuda" and precision != "fp32":
         if device.capability is None or device.capability >= (8, 0):
             return "flash", "scaled_dot_product_attention in half precision on this GPU"

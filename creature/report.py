@@ -71,7 +71,6 @@ def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, s
         plan.precision,
         config._attn_implementation or "sdpa",
         masked=own["separate_documents"],
-        flex=plan.compiled and not config.attention_dropout,
     )
     return {
         "kind": "dry_run" if settings.dry_run else "run",
