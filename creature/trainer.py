@@ -129,6 +129,12 @@ class CreatureTrainer(Trainer):
                 logs["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.args.device)
         super().log(logs, start_time)
 
+    def floating_point_ops(self, inputs: dict) -> int:
+        """FLOPs of a micro-batch as the run counts them; the Trainer would look through all parameters each time."""
+        if self.throughput.flops_per_token is None or "input_ids" not in inputs:
+            return super().floating_point_ops(inputs)
+        return int(self.throughput.flops_per_token * inputs["input_ids"].numel())
+
     def get_train_dataloader(self):
         return _shield_workers(super().get_train_dataloader())
 
