@@ -88,7 +88,7 @@ def main() -> None:
     options = {"optimizer": arguments.optimizer, "activation_checkpointing": arguments.activation_checkpointing}
     print_memory(config, block, rows[0], arguments.micro_batch, options, step_tokens)
     print_cards(config, block, rows, arguments.micro_batch, options, tokens, step_tokens)
-    print("\nassumed: not measured on this card, which is taken to give what its chip gives elsewhere, or three quarters.")
+    print("\nassumed: not measured on this card; it is taken to give what its chip gives elsewhere, or three quarters.")
     print("Speeds are of compiled training, and contain the optimizer.")
     print("Memory is what the framework allocates; a batch fits when it leaves a tenth of the device's memory free.")
     if arguments.activation_checkpointing:
