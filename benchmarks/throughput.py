@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 # In place of this folder, whose tokenize.py would hide the standard library's module of that name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -22,8 +23,10 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 # Name, model, columns of the vocabulary, compiled, documents of a block kept apart.
 ROWS = (
     ("creature", "creature", 50304, True, False),
+    ("creature, backbone alone", "backbone", 50304, True, False),
     ("creature, documents apart", "creature", 50304, True, True),
     ("creature, eager", "creature", 50304, False, False),
+    ("creature, backbone alone, eager", "backbone", 50304, False, False),
     ("GPT-2, 50304 columns", "gpt2", 50304, True, False),
     ("GPT-2, 50304 columns, eager", "gpt2", 50304, False, False),
     ("GPT-2, 50257 columns, eager", "gpt2", 50257, False, False),
@@ -50,14 +53,30 @@ def build(kind: str, columns: int):
     from configuration_creature import CreatureConfig
     from modeling_creature import MultiModalCreature
 
-    if kind == "creature":
+    if kind in ("creature", "backbone"):
         model = MultiModalCreature(CreatureConfig(vocab_size=columns))
         model.train_only()
+        if kind == "backbone":  # the senses and streams that round one leaves silent are not even there
+            del model.streams
+            model.model.senses = _no_senses()
         return model
     config = GPT2Config(n_embd=512, n_layer=6, n_head=8, n_positions=2048, vocab_size=columns)
     config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.0  # the creature has no dropout either
     config.use_cache = False
     return GPT2LMHeadModel(config)
+
+
+def _no_senses():
+    """What stands for the senses of a creature that has none."""
+    from torch import nn
+
+    class NoSenses(nn.Module):
+        own_voice = SimpleNamespace(code_table=None)
+
+        def forward(self, senses, table) -> list:
+            return []
+
+    return NoSenses()
 
 
 def clear_device() -> None:
@@ -161,9 +180,9 @@ def measure(row: tuple, blocks, options: argparse.Namespace) -> str:
             separate_documents=apart,
         )
     except torch.OutOfMemoryError:
-        return f"{name:30}  out of memory"
+        return f"{name:32}  out of memory"
     speed = options.micro_batch * options.accumulation * options.block_size / seconds
-    return f"{name:30}  {1000 * seconds:10.2f}  {speed:12,.0f}  {memory:9.2f}"
+    return f"{name:32}  {1000 * seconds:10.2f}  {speed:12,.0f}  {memory:9.2f}"
 
 
 def main() -> None:
@@ -191,7 +210,7 @@ def main() -> None:
         lines = [measure(row, blocks, options) for row in chosen]
     tokens = f"{options.accumulation} x {options.micro_batch} x {options.block_size} tokens a step"
     print(f"{tokens}, 6 x 512, median of {options.steps} steps")
-    print(f"{'':30}  {'ms a step':>10}  {'tokens/s':>12}  {'peak GiB':>9}")
+    print(f"{'':32}  {'ms a step':>10}  {'tokens/s':>12}  {'peak GiB':>9}")
     print("\n".join(lines))
 
 
