@@ -1,0 +1,380 @@
+"""Torture: one training run, disturbed again and again at random moments, must end as if nothing had happened.
+
+examples:
+  python benchmarks/torture.py                                     # 210 faults over 420 steps
+  python benchmarks/torture.py --faults 14 --steps 40 --seed 3     # a short one
+  python benchmarks/torture.py --processes 2 --faults 70
+
+A micro creature trains on the CPU, with dropout, accumulation and evaluation, and saves every few steps. Each attempt is
+disturbed once: killed, asked to stop, left with a full disk, or killed and its newest checkpoint truncated, bit-flipped
+or deleted. Then it is started again with --resume, until all faults are spent; the last attempt is left alone. At the
+end weights and losses must be those of a run that nobody disturbed, bit for bit; the exit code is 1 where they are not,
+where a run could not go on, hung, or showed a traceback.
+
+A moment is a random number of lines of the run's output and a few random milliseconds after them. torch is imported
+once, and every attempt is a fork of that process. Linux only; the full disk is a tmpfs in a mount namespace of our own,
+which not every system permits: that fault then happens zero times.
+"""
+
+import argparse
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+# In place of this folder, whose tokenize.py would hide the standard library's module of that name.
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(PROJECT)
+
+KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "disk full", "truncated file", "flipped bit", "newest deleted")
+DAMAGES = KINDS[4:]
+PHASES = ("starting", "training", "saving", "finishing")
+DISK_BYTES = 48 << 20  # room for some dozen checkpoints
+PATIENCE = 120  # seconds without an end after a fault, after which an attempt counts as hung
+IN_NAMESPACE = "TORTURE_MOUNTS"  # set in the process that may mount
+
+SETTINGS = {
+    "model": dict(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32, attention_dropout=0.1, sense_hidden_size=8, vision_image_size=8,
+        vision_patch_size=4, vision_hidden_size=8, vision_num_layers=1, vision_num_heads=2, num_touch_points=8,
+        touch_embedding_size=4, num_audio_codebooks=2, audio_codebook_size=16, audio_code_size=8,
+        depth_hidden_size=8, depth_num_layers=1, depth_num_heads=2, num_joints=3, num_blend_shapes=4,
+    ),
+    "data": dict(data="corpus.bin", tokenizer_name="tokenizer", max_eval_blocks=2),
+    "training": dict(
+        tokens_per_step=256, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1, save_steps=4,
+        eval_steps=7, warmup_steps=2, cpu_threads=1, use_cpu=True,
+    ),
+}  # fmt: skip
+
+
+class Attempt:
+    """One start of the run, disturbed or not, and what became of it."""
+
+    def __init__(self, kind: str | None):
+        self.kind = kind
+        self.phase = self.text = ""
+        self.codes: list[int] = []
+        self.hung = False
+        self.reached = 0  # the last step that was done
+        self.lost = 0  # steps from there back to the checkpoint to go on from
+
+    @property
+    def stepped(self) -> bool:
+        return bool(re.search(r"^step +\d", self.text, re.M))
+
+    @property
+    def problem(self) -> str | None:
+        """What an attempt may never do, whatever happens to it."""
+        if self.hung:
+            return f"did not end within {PATIENCE} s"
+        return "ended with a traceback" if "Traceback" in self.text else None
+
+
+class Run:
+    """The run under torture: its folder and its processes."""
+
+    def __init__(self, place: Path, disk: Path, options: argparse.Namespace, moments: random.Random):
+        self.place, self.disk, self.folder = place, disk, disk / "run"
+        self.options, self.moments = options, moments
+
+    def attempt(self, kind: str | None, lines: int, *flags: str) -> Attempt:
+        """Start the run, disturb it after so many lines of its output, and wait for its end."""
+        attempt, reader, pids = Attempt(kind), *self._start(*flags)
+        output = self._read(reader, lines if kind else None, PATIENCE * 5)
+        if kind:
+            time.sleep(self.moments.random() * self.options.delay / 1000)
+            self._disturb(kind, pids)
+        rest = self._read(reader, None, PATIENCE)
+        attempt.hung = rest is None
+        attempt.text = (output or "") + (rest or "")
+        for pid in pids:
+            if attempt.hung:
+                os.kill(pid, signal.SIGKILL)
+            attempt.codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        os.close(reader)
+        (self.disk / "filler").unlink(missing_ok=True)
+        steps = [int(step) for step in re.findall(r"^step +(\d+)/", attempt.text, re.M)]
+        attempt.reached = max(steps, default=0)
+        attempt.phase = "starting" if not steps else "training"
+        if attempt.reached >= self.options.steps:
+            attempt.phase = "finishing"
+        elif (self.folder / ".writing").exists():
+            attempt.phase = "saving"
+        return attempt
+
+    def _start(self, *flags: str) -> tuple[int, list[int]]:
+        """(what reads the output of all its processes, their ids)."""
+        count = self.options.processes
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        reader, writer = os.pipe()
+        pids = []
+        for rank in range(count):
+            pid = os.fork()
+            if pid:
+                pids.append(pid)
+                continue
+            world = {"WORLD_SIZE": count, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
+            world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            _become_run(writer, self.place, self.folder, self.options.steps, flags, world if count > 1 else {})
+        os.close(writer)
+        return reader, pids
+
+    def _read(self, reader: int, lines: int | None, seconds: float) -> str | None:
+        """The output up to so many lines or to its end; None where neither comes in time."""
+        text, end = "", time.monotonic() + seconds
+        while lines is None or text.count("\n") < lines:
+            ready, _, _ = select.select([reader], [], [], max(0.0, end - time.monotonic()))
+            if not ready:
+                return None
+            data = os.read(reader, 1 if lines is not None else 1 << 16)  # not beyond the line to wait for
+            if not data:
+                break
+            text += data.decode("utf-8", errors="replace")
+        return text
+
+    def _disturb(self, kind: str, pids: list[int]) -> None:
+        if kind == "disk full":
+            left = self.moments.randrange(600_000)  # of about 400,000 bytes that a checkpoint takes
+            with open(self.disk / "filler", "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(self.disk).free - left))
+            return
+        number = getattr(signal, kind, signal.SIGKILL)
+        if number == signal.SIGKILL:
+            self.moments.shuffle(pids)
+        for pid in pids:
+            os.kill(pid, number)
+
+    def damage(self, kind: str) -> None:
+        """Spoil the newest checkpoint."""
+        from creature.checkpoints import list_checkpoints
+
+        newest = list_checkpoints(self.folder)[-1]
+        if kind == "newest deleted":
+            shutil.rmtree(newest)
+            return
+        path = self.moments.choice(sorted(path for path in newest.rglob("*") if path.stat().st_size))
+        data = bytearray(path.read_bytes())
+        if kind == "truncated file":
+            data = data[: self.moments.randrange(len(data))]
+        else:
+            data[self.moments.randrange(len(data))] ^= 1 << self.moments.randrange(8)
+        path.write_bytes(data)
+
+    def newest(self) -> int:
+        """The step to go on from; 0 where there is no whole checkpoint."""
+        from creature.checkpoints import newest_complete, step_of
+
+        found, _ = newest_complete(self.folder)
+        return step_of(found) if found else 0
+
+
+def _become_run(writer: int, place: Path, folder: Path, steps: int, flags: tuple[str, ...], world: dict) -> None:
+    """In a forked child: be `python run_clm_creature.py ...` with all output in the pipe; never returns."""
+    code = 70
+    try:
+        os.setsid()
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        os.chdir(place)
+        os.environ.update({name: str(value) for name, value in world.items()})
+        sys.argv = ["run_clm_creature.py", "--config", "micro.yaml", "--max_steps", str(steps)]
+        sys.argv += ["--output_dir", str(folder), *flags]
+        import run_clm_creature
+        from creature import launch
+
+        launch.run(run_clm_creature.main)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def prepare(place: Path) -> None:
+    """The micro configuration, tokens that can be learned, and a tokenizer of 64 words."""
+    import numpy as np
+    import yaml
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    (place / "micro.yaml").write_text(yaml.safe_dump(SETTINGS), encoding="utf-8")
+    ids = np.random.default_rng(0).integers(0, 5, 6000).cumsum() % 60
+    ids.astype(np.uint16).tofile(place / "corpus.bin")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(62)} | {"<unk>": 62, "<end>": 63}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>", pad_token="<end>")
+    tokenizer.save_pretrained(place / "tokenizer")
+
+
+def torture(run: Run, kinds: list[str]) -> tuple[list[Attempt], str | None]:
+    """Every fault once, then the rest of the run in peace: (the disturbed attempts, what went wrong or None)."""
+    done, steps, waiting, startup = [], run.options.steps, list(kinds), 12
+    while True:
+        spare, enough = len(waiting), run.newest()
+        kind = waiting.pop(0) if waiting else None
+        if kind in DAMAGES and enough <= 4 and any(other not in DAMAGES for other in waiting):
+            waiting.append(kind)  # later, when there is another checkpoint to go back to
+            continue
+        # The faults are spread over the run; the last few find it finishing.
+        goal = max(2, steps * (len(done) + 1) / (len(kinds) - 3 if len(kinds) > 20 else len(kinds)) - enough)
+        lines = run.moments.randrange(startup + 2 * round(goal * (1 + 1 / 7)))
+        before = enough
+        attempt = run.attempt(kind, lines, *(["--resume"] if (run.folder / "run.json").exists() and before else []))
+        if attempt.stepped and "resuming from" not in attempt.text and before:
+            return done, "a resumed run began at the start"
+        if attempt.problem:
+            return [*done, attempt], f"a run {attempt.problem}: {attempt.text[-3000:]}"
+        startup = max(startup, attempt.text[: attempt.text.find("\nstep ")].count("\n")) if attempt.stepped else startup
+        finished = run.folder.exists() and _status(run.folder) == "finished"
+        if kind is None:
+            return done, None if finished and not any(attempt.codes) else f"the end failed: {attempt.text[-3000:]}"
+        if kind in DAMAGES and not finished:
+            if not run.newest():
+                waiting.append(kind)  # there is nothing to damage yet
+                continue
+            run.damage(kind)
+        attempt.lost = max(0, (attempt.reached or before) - run.newest())
+        done.append(attempt)
+        if run.options.verbose:
+            print(
+                f"{len(done):4} {kind:15} {attempt.phase:10} step {attempt.reached:4} lost {attempt.lost:3} "
+                f"codes {attempt.codes} {_last_line(attempt.text)}",
+                flush=True,
+            )
+        if finished:
+            return done, f"the run finished with {spare - 1} faults to come: give more --steps" if waiting else None
+
+
+def _status(folder: Path) -> str | None:
+    from creature.checkpoints import read_run
+
+    return (read_run(folder) or {}).get("status")
+
+
+def _last_line(text: str) -> str:
+    return ([""] + text.strip().splitlines())[-1][:120]
+
+
+def compare(whole: Path, tortured: Path) -> list[str]:
+    """What differs between the two runs: weights, losses."""
+    import torch
+    from safetensors.torch import load_file
+
+    from creature.checkpoints import read_metrics
+
+    found = []
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, tortured))
+    if first.keys() != second.keys():
+        found.append("the names of the weights")
+    different = [name for name in first.keys() & second.keys() if not torch.equal(first[name], second[name])]
+    if different:
+        found.append(f"{len(different)} of {len(first)} weights")
+    for key in ("loss", "grad_norm", "learning_rate", "tokens", "eval_loss"):
+        curves = [{e["step"]: e[key] for e in read_metrics(folder) if key in e} for folder in (whole, tortured)]
+        if curves[0] != curves[1]:
+            found.append(f"the logged {key}")
+    return found
+
+
+def table(attempts: list[Attempt], recovered: int) -> str:
+    """A line for each fault: how often, from how many the run went on, what that cost; then where they struck."""
+    lines = [f"{'fault':15}  {'times':>5}  {'recovered':>9}  {'steps lost: mean':>16}  {'max':>4}  {'ended with 0':>12}"]
+    for kind in (*KINDS, "all"):
+        some = [(i, a) for i, a in enumerate(attempts) if kind in (a.kind, "all")]
+        lost = [a.lost for _, a in some]
+        mean = f"{sum(lost) / len(lost):16.2f}" if lost else f"{'-':>16}"
+        went_on = sum(i < recovered for i, _ in some)
+        clean = sum(not any(a.codes) for _, a in some)
+        lines.append(f"{kind:15}  {len(some):5}  {went_on:9}  {mean}  {max(lost, default=0):4}  {clean:12}")
+    phases = Counter(a.phase for a in attempts)
+    lines.append("the run was " + ", ".join(f"{phase} {phases[phase]} times" for phase in PHASES))
+    return "\n".join(lines)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=210, help="how many, of all kinds in turn (default 210)")
+    parser.add_argument("--steps", type=int, default=420, help="steps of the run (default 420)")
+    parser.add_argument("--processes", type=int, default=1, help="processes of the run (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults and their moments (default 0)")
+    parser.add_argument("--delay", type=float, default=60, help="milliseconds of a moment after its line (default 60)")
+    parser.add_argument("--verbose", action="store_true", help="print a line for each fault")
+    return parser.parse_args()
+
+
+def enter_namespace() -> None:
+    """Start again where a tmpfs may be mounted and vanishes with this process; go on without where that is refused."""
+    if IN_NAMESPACE in os.environ or not shutil.which("unshare"):
+        return
+    words = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
+    if subprocess.run([*words, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0:
+        os.execvpe(words[0], [*words, sys.executable, *sys.argv], os.environ | {IN_NAMESPACE: "1"})
+
+
+def main() -> int:
+    options = parse_arguments()
+    enter_namespace()
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    import torch
+
+    import run_clm_creature  # noqa: F401
+    from creature import job, report  # noqa: F401  what every attempt would import
+
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    moments = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as place:
+        place, disk = Path(place), Path(place, "disk")
+        disk.mkdir()
+        kinds = list(KINDS)
+        if IN_NAMESPACE in os.environ:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", str(disk)], check=True)
+        else:
+            print("no tmpfs may be mounted here, so the disk is never full")
+            kinds.remove("disk full")
+        prepare(place)
+        run = Run(place, disk, options, moments)
+        faults = [kinds[i % len(kinds)] for i in range(options.faults)]
+        moments.shuffle(faults)
+        try:
+            run.folder = place / "whole"
+            whole = run.attempt(None, 0)
+            if any(whole.codes):
+                print(whole.text[-3000:])
+                return 1
+            run.folder = disk / "run"
+            attempts, problem = torture(run, faults)
+            print(table(attempts, len(attempts) - bool(problem)))
+            differences = [] if problem else compare(place / "whole", run.folder)
+        finally:
+            if IN_NAMESPACE in os.environ:
+                subprocess.run(["umount", str(disk)])
+    seconds = time.perf_counter() - began
+    print(f"{len(attempts)} faults over {options.steps} steps in {options.processes} process(es), {seconds:.0f} s")
+    if problem:
+        print(problem)
+    elif differences:
+        print(f"differs from the undisturbed run: {', '.join(differences)}")
+    else:
+        print("weights and logs are those of the undisturbed run, bit for bit")
+    return int(bool(problem or differences))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
