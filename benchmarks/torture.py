@@ -5,11 +5,11 @@ examples:
   python benchmarks/torture.py --faults 14 --steps 40 --seed 3     # a short one
   python benchmarks/torture.py --processes 2 --faults 70
 
-A micro creature trains on the CPU, with dropout, accumulation and evaluation, and saves every few steps. Each attempt is
-disturbed once: killed, asked to stop, left with a full disk, or killed and its newest checkpoint truncated, bit-flipped
-or deleted. Then it is started again with --resume, until all faults are spent; the last attempt is left alone. At the
-end weights and losses must be those of a run that nobody disturbed, bit for bit; the exit code is 1 where they are not,
-where a run could not go on, hung, or showed a traceback.
+A micro creature trains on the CPU, with dropout, accumulation and evaluation, and saves every few steps. Each attempt
+is disturbed once: killed, asked to stop, left with a full disk, or killed and its newest checkpoint truncated,
+bit-flipped or deleted. Then it is started again with --resume, until all faults are spent; the last attempt is left
+alone. At the end weights and losses must be those of a run that nobody disturbed, bit for bit; the exit code is 1
+where they are not, where a run could not go on, hung, or showed a traceback.
 
 A moment is a random number of lines of the run's output and a few random milliseconds after them. torch is imported
 once, and every attempt is a fork of that process. Linux only; the full disk is a tmpfs in a mount namespace of our own,
@@ -66,19 +66,9 @@ class Attempt:
         self.phase = self.text = ""
         self.codes: list[int] = []
         self.hung = False
+        self.steps: list[int] = []  # that it did
         self.reached = 0  # the last step that was done
         self.lost = 0  # steps from there back to the checkpoint to go on from
-
-    @property
-    def stepped(self) -> bool:
-        return bool(re.search(r"^step +\d", self.text, re.M))
-
-    @property
-    def problem(self) -> str | None:
-        """What an attempt may never do, whatever happens to it."""
-        if self.hung:
-            return f"did not end within {PATIENCE} s"
-        return "ended with a traceback" if "Traceback" in self.text else None
 
 
 class Run:
@@ -104,9 +94,9 @@ class Run:
             attempt.codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         os.close(reader)
         (self.disk / "filler").unlink(missing_ok=True)
-        steps = [int(step) for step in re.findall(r"^step +(\d+)/", attempt.text, re.M)]
-        attempt.reached = max(steps, default=0)
-        attempt.phase = "starting" if not steps else "training"
+        attempt.steps = [int(step) for step in re.findall(r"^step +(\d+)/", attempt.text, re.M)]
+        attempt.reached = max(attempt.steps, default=0)
+        attempt.phase = "training" if attempt.steps else "starting"
         if attempt.reached >= self.options.steps:
             attempt.phase = "finishing"
         elif (self.folder / ".writing").exists():
@@ -147,7 +137,7 @@ class Run:
 
     def _disturb(self, kind: str, pids: list[int]) -> None:
         if kind == "disk full":
-            left = self.moments.randrange(600_000)  # of about 400,000 bytes that a checkpoint takes
+            left = self.moments.randrange(self._checkpoint_bytes())
             with open(self.disk / "filler", "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(self.disk).free - left))
             return
@@ -173,12 +163,15 @@ class Run:
             data[self.moments.randrange(len(data))] ^= 1 << self.moments.randrange(8)
         path.write_bytes(data)
 
-    def newest(self) -> int:
-        """The step to go on from; 0 where there is no whole checkpoint."""
-        from creature.checkpoints import newest_complete, step_of
+    def whole_steps(self) -> list[int]:
+        """The steps of the whole checkpoints, in order."""
+        from creature.checkpoints import list_checkpoints, problem_with, step_of
 
-        found, _ = newest_complete(self.folder)
-        return step_of(found) if found else 0
+        return [step_of(path) for path in list_checkpoints(self.folder) if problem_with(path) is None]
+
+    def _checkpoint_bytes(self) -> int:
+        newest = next((self.place / "whole").glob("checkpoint-*"))
+        return sum(path.stat().st_size for path in newest.rglob("*"))
 
 
 def _become_run(writer: int, place: Path, folder: Path, steps: int, flags: tuple[str, ...], world: dict) -> None:
@@ -224,51 +217,72 @@ def prepare(place: Path) -> None:
 
 def torture(run: Run, kinds: list[str]) -> tuple[list[Attempt], str | None]:
     """Every fault once, then the rest of the run in peace: (the disturbed attempts, what went wrong or None)."""
-    done, steps, waiting, startup = [], run.options.steps, list(kinds), 12
+    done: list[Attempt] = []
+    waiting, startup = list(kinds), 12
     while True:
-        spare, enough = len(waiting), run.newest()
-        kind = waiting.pop(0) if waiting else None
-        if kind in DAMAGES and enough <= 4 and any(other not in DAMAGES for other in waiting):
-            waiting.append(kind)  # later, when there is another checkpoint to go back to
-            continue
-        # The faults are spread over the run; the last few find it finishing.
-        goal = max(2, steps * (len(done) + 1) / (len(kinds) - 3 if len(kinds) > 20 else len(kinds)) - enough)
-        lines = run.moments.randrange(startup + 2 * round(goal * (1 + 1 / 7)))
-        before = enough
-        attempt = run.attempt(kind, lines, *(["--resume"] if (run.folder / "run.json").exists() and before else []))
-        if attempt.stepped and "resuming from" not in attempt.text and before:
-            return done, "a resumed run began at the start"
-        if attempt.problem:
-            return [*done, attempt], f"a run {attempt.problem}: {attempt.text[-3000:]}"
-        startup = max(startup, attempt.text[: attempt.text.find("\nstep ")].count("\n")) if attempt.stepped else startup
-        finished = run.folder.exists() and _status(run.folder) == "finished"
-        if kind is None:
-            return done, None if finished and not any(attempt.codes) else f"the end failed: {attempt.text[-3000:]}"
+        whole = run.whole_steps()
+        before = whole[-1] if whole else 0
+        kind = _next_fault(waiting, len(whole))
+        # The faults are spread over the run, a quarter over what comes before its first step; the last find it ending.
+        goal = run.options.steps * (len(done) + 1) / max(1, len(kinds) - len(kinds) // 20) - before
+        lines = run.moments.randrange(startup)
+        if run.moments.random() < 0.75:
+            lines = startup + run.moments.randrange(1 + 2 * max(1, round(goal)))
+        attempt = run.attempt(kind, lines, *(["--resume"] if whole else []))
+        if attempt.steps:
+            startup = max(startup, attempt.text[: attempt.text.index("\nstep ")].count("\n"))
+        finished = _status(run.folder) == "finished"
         if kind in DAMAGES and not finished:
-            if not run.newest():
-                waiting.append(kind)  # there is nothing to damage yet
-                continue
-            run.damage(kind)
-        attempt.lost = max(0, (attempt.reached or before) - run.newest())
+            if len(run.whole_steps()) > 1:
+                run.damage(kind)
+            else:  # there would be nothing to go back to: it was a plain kill
+                waiting.append(kind)
+                attempt.kind = "SIGKILL"
+        whole = run.whole_steps()
+        attempt.reached = attempt.reached or before
+        attempt.lost = max(0, attempt.reached - (whole[-1] if whole else 0))
+        if problem := _problem(attempt, before, finished):
+            return done, f"{kind or 'the undisturbed end'}: {problem}\n{attempt.text[-3000:]}"
+        if kind is None:
+            return done, None
         done.append(attempt)
         if run.options.verbose:
-            print(
-                f"{len(done):4} {kind:15} {attempt.phase:10} step {attempt.reached:4} lost {attempt.lost:3} "
-                f"codes {attempt.codes} {_last_line(attempt.text)}",
-                flush=True,
-            )
+            last = ([""] + attempt.text.strip().splitlines())[-1][:100]
+            facts = f"{kind:15} {attempt.phase:9} step {attempt.reached:4} lost {attempt.lost:3} {attempt.codes}"
+            print(f"{len(done):4} {facts} {last}", flush=True)
         if finished:
-            return done, f"the run finished with {spare - 1} faults to come: give more --steps" if waiting else None
+            return done, f"it finished with {len(waiting)} faults to come: give more --steps" if waiting else None
+
+
+def _next_fault(waiting: list[str], whole: int) -> str | None:
+    """The next to come, damages only where two more checkpoints are whole; None when all are spent."""
+    ready = (i for i, kind in enumerate(waiting) if whole > 2 or kind not in DAMAGES)
+    return waiting.pop(next(ready, 0)) if waiting else None
+
+
+def _problem(attempt: Attempt, before: int, finished: bool) -> str | None:
+    """What may not happen to a run, whatever is done to it."""
+    if attempt.hung:
+        return f"did not end within {PATIENCE} s"
+    if "Traceback" in attempt.text:
+        return "ended with a traceback"
+    if before and attempt.steps and f"resuming from checkpoint-{before}\n" not in attempt.text:
+        return f"did not go on from checkpoint-{before}"
+    asked = attempt.kind in ("SIGTERM", "SIGINT")
+    allowed = {"disk full": {0, 1}, None: {0}}.get(attempt.kind, {0, -signal.SIGKILL})
+    if asked:  # before the first step, there is nothing to save
+        allowed = {0} if attempt.steps else {0, -signal.SIGTERM, 130}
+    if not set(attempt.codes) <= allowed:
+        return f"ended with {attempt.codes}"
+    if attempt.kind is None and not finished or asked and attempt.lost:
+        return "did not save what it had done"
+    return None
 
 
 def _status(folder: Path) -> str | None:
     from creature.checkpoints import read_run
 
     return (read_run(folder) or {}).get("status")
-
-
-def _last_line(text: str) -> str:
-    return ([""] + text.strip().splitlines())[-1][:120]
 
 
 def compare(whole: Path, tortured: Path) -> list[str]:
@@ -294,11 +308,11 @@ def compare(whole: Path, tortured: Path) -> list[str]:
 
 def table(attempts: list[Attempt], recovered: int) -> str:
     """A line for each fault: how often, from how many the run went on, what that cost; then where they struck."""
-    lines = [f"{'fault':15}  {'times':>5}  {'recovered':>9}  {'steps lost: mean':>16}  {'max':>4}  {'ended with 0':>12}"]
+    lines = [f"{'fault':15}  {'times':>5}  {'recovered':>9}  {'mean steps lost':>15}  {'max':>4}  {'ended with 0':>12}"]
     for kind in (*KINDS, "all"):
         some = [(i, a) for i, a in enumerate(attempts) if kind in (a.kind, "all")]
         lost = [a.lost for _, a in some]
-        mean = f"{sum(lost) / len(lost):16.2f}" if lost else f"{'-':>16}"
+        mean = f"{sum(lost) / len(lost):15.2f}" if lost else f"{'-':>15}"
         went_on = sum(i < recovered for i, _ in some)
         clean = sum(not any(a.codes) for _, a in some)
         lines.append(f"{kind:15}  {len(some):5}  {went_on:9}  {mean}  {max(lost, default=0):4}  {clean:12}")

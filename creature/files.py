@@ -7,9 +7,11 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from safetensors import SafetensorError
 
 from creature.errors import UserError
 
@@ -38,6 +40,42 @@ def replace_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         if isinstance(error, OSError) and is_disk_full(error):
             raise UserError(f"the disk is full while writing {path}: free some space, or use another disk") from error
         raise
+
+
+@contextmanager
+def telling_of_failed_writes(path: str | os.PathLike, remedy: str) -> Iterator[None]:
+    """Turn what torch, safetensors and the system raise where `path` cannot be written into a UserError in words."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        by_torch = "inline_container" in reason  # its writer, which knows no reasons
+        if isinstance(error, OSError):
+            full = is_disk_full(error)
+        else:
+            full = "No space left" in reason or "quota" in reason or (by_torch and free_bytes(path) < 1 << 20)
+        if full:
+            raise UserError(f"the disk is full while writing {path}: free some space, then {remedy}") from error
+        if by_torch or "(os error " in reason or (isinstance(error, OSError) and error.errno):
+            raise UserError(f"cannot write {path} ({reason}): make that possible, then {remedy}") from error
+        raise
+
+
+@contextmanager
+def one_at_a_time(folder: str | os.PathLike) -> Iterator[None]:
+    """Wait until no other process is in here for this folder. POSIX only; a file system without locks has none."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def is_disk_full(error: OSError) -> bool:

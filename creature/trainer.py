@@ -18,7 +18,7 @@ from creature import checkpoints
 from creature.callbacks import FiniteGuard, StopEvaluation, StopSignals, Throughput
 from creature.compiling import fill_rows, or_eager
 from creature.errors import UserError
-from creature.files import free_bytes, is_disk_full
+from creature.files import telling_of_failed_writes
 from creature.metrics import text_metrics
 from creature.optimizer import MuonAdamW, parameter_groups
 from streams_creature import STREAMS, count_targets
@@ -285,28 +285,27 @@ class CreatureTrainer(Trainer):
         self._aside = folder / checkpoints.WRITING_FOLDER
         with self.throughput.paused():
             try:
+                with telling_of_failed_writes(folder / name, way_on(folder)):
+                    self._write_checkpoint(model, trial, folder, name, limit)
+            except Exception:
                 if args.should_save:
-                    shutil.rmtree(self._aside, ignore_errors=True)
-                self.accelerator.wait_for_everyone()
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if args.should_save:
-                    self._keep_best(folder, name)
-                    checkpoints.seal_checkpoint(self._aside / name)
-                    _put_in_place(self._aside / name, folder / name)
-                    checkpoints.rotate(folder, limit, self.protected_steps | {self.state.best_global_step or -1})
-                self.accelerator.wait_for_everyone()
-            except Exception as error:
-                full = _is_disk_full(error, folder)
-                if args.should_save:
-                    shutil.rmtree(self._aside, ignore_errors=True)
-                if full:
-                    raise UserError(
-                        f"the disk is full while writing {folder / name}: free some space, then {_way_on(folder)}"
-                    ) from error
+                    shutil.rmtree(self._aside, ignore_errors=True)  # it would keep the disk full
                 raise
             finally:
                 args.save_total_limit, self._aside = limit, None
+
+    def _write_checkpoint(self, model, trial, folder: Path, name: str, limit: int | None) -> None:
+        if self.args.should_save:
+            shutil.rmtree(self._aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._keep_best(folder, name)
+            checkpoints.seal_checkpoint(self._aside / name)
+            _put_in_place(self._aside / name, folder / name)
+            checkpoints.rotate(folder, limit, self.protected_steps | {self.state.best_global_step or -1})
+        self.accelerator.wait_for_everyone()
 
     def _keep_best(self, folder: Path, name: str) -> None:
         """Correct the path of the best checkpoint, which the Trainer thinks is the folder aside."""
@@ -325,6 +324,7 @@ def _shield_workers(loader):
 
 
 def _start_worker(init, worker_id: int) -> None:
+    checkpoints.unlock_inherited()
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     if init is not None:
@@ -373,13 +373,7 @@ def _put_in_place(written: Path, final: Path) -> None:
     shutil.rmtree(written.parent, ignore_errors=True)
 
 
-def _is_disk_full(error: Exception, folder: Path) -> bool:
-    if isinstance(error, OSError):
-        return is_disk_full(error)
-    # torch and safetensors report a failed write as errors of their own
-    return "No space left" in str(error) or ("writ" in str(error) and free_bytes(folder) < 1 << 20)
-
-
-def _way_on(folder: Path) -> str:
-    kept = checkpoints.list_checkpoints(folder)
-    return f"--resume from {kept[-1].name}, which is intact" if kept else "start again: no checkpoint was complete yet"
+def way_on(folder: Path) -> str:
+    """What to do after a failed save: resume from the newest whole checkpoint, where there is one."""
+    kept, _ = checkpoints.newest_complete(folder)
+    return f"--resume from {kept.name}, which is intact" if kept else "start again: no checkpoint was complete yet"
