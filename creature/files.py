@@ -6,12 +6,10 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
-
-from safetensors import SafetensorError
 
 from creature.errors import UserError
 
@@ -43,11 +41,11 @@ def replace_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
 
 
 @contextmanager
-def telling_of_failed_writes(path: str | os.PathLike, remedy: str) -> Iterator[None]:
-    """Turn what torch, safetensors and the system raise where `path` cannot be written into a UserError in words."""
+def telling_of_failed_writes(path: str | os.PathLike, remedy: Callable[[], str]) -> Iterator[None]:
+    """Turn whatever libraries and the system raise where `path` cannot be written into a UserError with a remedy."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # safetensors has a type of its own, tokenizers raises Exception itself
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         by_torch = "inline_container" in reason  # its writer, which knows no reasons
         if isinstance(error, OSError):
@@ -55,9 +53,9 @@ def telling_of_failed_writes(path: str | os.PathLike, remedy: str) -> Iterator[N
         else:
             full = "No space left" in reason or "quota" in reason or (by_torch and free_bytes(path) < 1 << 20)
         if full:
-            raise UserError(f"the disk is full while writing {path}: free some space, then {remedy}") from error
+            raise UserError(f"the disk is full while writing {path}: free some space, then {remedy()}") from error
         if by_torch or "(os error " in reason or (isinstance(error, OSError) and error.errno):
-            raise UserError(f"cannot write {path} ({reason}): make that possible, then {remedy}") from error
+            raise UserError(f"cannot write {path} ({reason}): make that possible, then {remedy()}") from error
         raise
 
 

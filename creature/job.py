@@ -297,7 +297,7 @@ def finish(trainer: CreatureTrainer, settings: Settings, data: DataArguments, ru
 def _publish(trainer: CreatureTrainer, folder: Path) -> None:
     """Put the final model and its tokenizer into the folder of the run, file by file, each whole."""
     aside = folder / checkpoints.WRITING_FOLDER
-    with telling_of_failed_writes(folder, way_on(folder)):
+    with telling_of_failed_writes(folder, lambda: way_on(folder)):
         trainer.save_model(str(aside))
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:

@@ -285,7 +285,7 @@ class CreatureTrainer(Trainer):
         self._aside = folder / checkpoints.WRITING_FOLDER
         with self.throughput.paused():
             try:
-                with telling_of_failed_writes(folder / name, way_on(folder)):
+                with telling_of_failed_writes(folder / name, lambda: way_on(folder)):
                     self._write_checkpoint(model, trial, folder, name, limit)
             except Exception:
                 if args.should_save:
