@@ -17,6 +17,7 @@ which not every system permits: that fault then happens zero times.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -139,8 +140,10 @@ class Run:
         if kind == "disk full":
             left = self.moments.randrange(self._checkpoint_bytes())
             with open(self.disk / "filler", "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(self.disk).free - left))
-            return
+                for _ in range(100):  # the run may take what was free a moment ago
+                    with contextlib.suppress(OSError):
+                        os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(self.disk).free - left))
+                        return
         number = getattr(signal, kind, signal.SIGKILL)
         if number == signal.SIGKILL:
             self.moments.shuffle(pids)
