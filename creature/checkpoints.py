@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from creature.errors import UserError
-from creature.files import free_bytes, replace_file, require_writable, sha256_file
+from creature.files import flush_folder, free_bytes, replace_file, require_writable, sha256_file
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -58,6 +58,8 @@ def seal_checkpoint(folder: str | os.PathLike) -> None:
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     with replace_file(folder / COMPLETE_FILE, "w") as file:
         json.dump({"step": step_of(folder), "files": files}, file, indent=1)
+    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        flush_folder(path)
 
 
 def share_with_others(folder: str | os.PathLike) -> None:

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
 import unicodedata
@@ -487,8 +488,8 @@ def _write_bin(output: Path, tokens: Iterator[_Tokens], manifest: Callable, chec
 def _write_folder(
     output: Path, tokens: Iterator[_Tokens], manifest: Callable, dtype: np.dtype, check: Callable
 ) -> dict:
-    aside = output.with_name(f".{output.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
+    mark = secrets.token_hex(4)  # two machines may share the disk, and a process id
+    aside, old = (output.with_name(f".{output.name}.{mark}.{ending}") for ending in ("part", "old"))
     files: list[_ArrowFile] = []
 
     def open_split(split: int) -> Callable[[np.ndarray], None]:
@@ -504,7 +505,6 @@ def _write_folder(
         (aside / "dataset_dict.json").write_text(json.dumps(splits), encoding="utf-8")
         text = json.dumps(result, indent=2, ensure_ascii=False)
         (aside / "manifest.json").write_text(text, encoding="utf-8")
-        old = output.with_name(f".{output.name}.{os.getpid()}.old")
         with one_at_a_time(output.parent):
             check()
             if output.is_dir():

@@ -81,6 +81,16 @@ def is_disk_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", -1)) or getattr(error, "winerror", None) == 112
 
 
+def flush_folder(folder: str | os.PathLike) -> None:
+    """Make the names in a folder survive a power cut, where the system can do so."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def sha256_file(path: str | os.PathLike) -> str:
     """The sha256 of a file's bytes as 64 hex digits, read in pieces of 1 MiB."""
     digest = hashlib.sha256()

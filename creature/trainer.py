@@ -1,6 +1,5 @@
 """CreatureTrainer: the Hugging Face Trainer with per-stream losses, true numbers and whole checkpoints."""
 
-import contextlib
 import copy
 import functools
 import json
@@ -18,7 +17,7 @@ from creature import checkpoints
 from creature.callbacks import FiniteGuard, StopEvaluation, StopSignals, Throughput
 from creature.compiling import fill_rows, or_eager
 from creature.errors import UserError
-from creature.files import telling_of_failed_writes
+from creature.files import flush_folder, telling_of_failed_writes
 from creature.metrics import text_metrics
 from creature.optimizer import MuonAdamW, parameter_groups
 from streams_creature import STREAMS, count_targets
@@ -364,12 +363,7 @@ def _put_in_place(written: Path, final: Path) -> None:
     if final.exists():  # of a timeline that a resume left, or broken
         final.rename(written.with_name("replaced"))
     os.replace(written, final)
-    with contextlib.suppress(OSError):  # the rename itself must survive a power cut; not every system can say so
-        descriptor = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    flush_folder(final.parent)
     shutil.rmtree(written.parent, ignore_errors=True)
 
 

@@ -232,6 +232,25 @@ def test_two_processes_give_the_curve_of_one_with_twice_the_accumulation(place, 
         assert curve("one", key) == pytest.approx(curve("two", key), rel=1e-4), key
 
 
+def test_a_final_model_that_cannot_be_written_is_told_and_written_by_the_next_resume(place, monkeypatch):
+    from creature.trainer import CreatureTrainer
+
+    real = CreatureTrainer.save_model
+
+    def full(self, folder, _internal_call=False):
+        if not _internal_call:  # by whom checkpoints are saved
+            raise Exception("No space left on device (os error 28)")
+        real(self, folder, _internal_call)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CreatureTrainer, "save_model", full)
+        with pytest.raises(UserError, match="the disk is full.*--resume from checkpoint-12, which is intact"):
+            run(patch, "--max_steps", 12, "--output_dir", "out")
+    assert not Path("out/model.safetensors").exists()
+    run(monkeypatch, "--max_steps", 12, "--output_dir", "out", "--resume")
+    assert_same_weights("out", "out/checkpoint-12")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send SIGTERM to be caught")
 def test_sigterm_saves_and_leaves_with_0_and_the_way_to_go_on(place):
     process = start("--max_steps", 5000, "--output_dir", "run", "--logging_steps", 1)
