@@ -79,13 +79,20 @@ class Run:
         self.place, self.disk, self.folder = place, disk, disk / "run"
         self.options, self.moments = options, moments
 
-    def attempt(self, kind: str | None, lines: int, *flags: str) -> Attempt:
-        """Start the run, disturb it after so many lines of its output, and wait for its end."""
+    def attempt(self, kind: str | None, lines: int, seconds: float, *flags: str) -> Attempt:
+        """Start the run, disturb it so long after so many lines of its output, and wait for its end."""
         attempt, reader, pids = Attempt(kind), *self._start(*flags)
         output = self._read(reader, lines if kind else None, PATIENCE * 5)
-        if kind:
-            time.sleep(self.moments.random() * self.options.delay / 1000)
-            self._disturb(kind, pids)
+        if kind == "disk full":
+            time.sleep(seconds)
+            self._fill_disk(self.moments.randrange(self._checkpoint_bytes()))
+            output += self._read(reader, 8, PATIENCE) or ""
+            self._fill_disk(0)  # for what it has deleted meanwhile
+        elif kind:
+            time.sleep(seconds)
+            self.moments.shuffle(pids)
+            for pid in pids:
+                os.kill(pid, getattr(signal, kind, signal.SIGKILL))
         rest = self._read(reader, None, PATIENCE)
         attempt.hung = rest is None
         attempt.text = (output or "") + (rest or "")
@@ -124,9 +131,10 @@ class Run:
         return reader, pids
 
     def _read(self, reader: int, lines: int | None, seconds: float) -> str | None:
-        """The output up to so many lines or to its end; None where neither comes in time."""
+        """The output up to so many lines, to the last step's or to its end; None where none of them comes in time."""
         text, end = "", time.monotonic() + seconds
-        while lines is None or text.count("\n") < lines:
+        last = f"step {self.options.steps:>6,}/"
+        while lines is None or text.count("\n") < lines and last not in text:
             ready, _, _ = select.select([reader], [], [], max(0.0, end - time.monotonic()))
             if not ready:
                 return None
@@ -136,19 +144,15 @@ class Run:
             text += data.decode("utf-8", errors="replace")
         return text
 
-    def _disturb(self, kind: str, pids: list[int]) -> None:
-        if kind == "disk full":
-            left = self.moments.randrange(self._checkpoint_bytes())
-            with open(self.disk / "filler", "wb") as file:
-                for _ in range(100):  # the run may take what was free a moment ago
-                    with contextlib.suppress(OSError):
-                        os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(self.disk).free - left))
-                        return
-        number = getattr(signal, kind, signal.SIGKILL)
-        if number == signal.SIGKILL:
-            self.moments.shuffle(pids)
-        for pid in pids:
-            os.kill(pid, number)
+    def _fill_disk(self, left: int) -> None:
+        """Leave so many bytes, about."""
+        with open(self.disk / "filler", "ab") as file:
+            for _ in range(100):  # the run may take what was free a moment ago
+                with contextlib.suppress(OSError):
+                    more = shutil.disk_usage(self.disk).free - left
+                    if more > 0:
+                        os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, more)
+                    return
 
     def damage(self, kind: str) -> None:
         """Spoil the newest checkpoint."""
@@ -221,17 +225,24 @@ def prepare(place: Path) -> None:
 def torture(run: Run, kinds: list[str]) -> tuple[list[Attempt], str | None]:
     """Every fault once, then the rest of the run in peace: (the disturbed attempts, what went wrong or None)."""
     done: list[Attempt] = []
-    waiting, startup = list(kinds), 12
+    steps, waiting, startup = run.options.steps, list(kinds), 12
+    ending = max(1, len(kinds) // 20)
     while True:
         whole = run.whole_steps()
         before = whole[-1] if whole else 0
         kind = _next_fault(waiting, len(whole))
-        # The faults are spread over the run, a quarter over what comes before its first step; the last find it ending.
-        goal = run.options.steps * (len(done) + 1) / max(1, len(kinds) - len(kinds) // 20) - before
-        lines = run.moments.randrange(startup)
-        if run.moments.random() < 0.75:
-            lines = startup + run.moments.randrange(1 + 2 * max(1, round(goal)))
-        attempt = run.attempt(kind, lines, *(["--resume"] if whole else []))
+        # The faults are spread over the run, a quarter over what comes before its first step. The last ones are kills
+        # and find it ending; any other would let it end.
+        last = len(done) >= len(kinds) - ending
+        goal, room = steps * (len(done) + 1) / len(kinds) - before, steps - before - 16
+        if last:
+            lines = steps * 10
+        elif room < 1 or run.moments.random() < 0.25:
+            lines = run.moments.randrange(run.moments.choice((4, startup)))
+        else:
+            lines = startup + run.moments.randrange(min(room, 1 + 2 * max(1, round(goal))))
+        seconds = run.moments.random() * run.options.delay / 1000 * (5 if last else 1)
+        attempt = run.attempt(kind, lines, seconds, *(["--resume"] if whole else []))
         if attempt.steps:
             startup = max(startup, attempt.text[: attempt.text.index("\nstep ")].count("\n"))
         finished = _status(run.folder) == "finished"
@@ -254,7 +265,7 @@ def torture(run: Run, kinds: list[str]) -> tuple[list[Attempt], str | None]:
             facts = f"{kind:15} {attempt.phase:9} step {attempt.reached:4} lost {attempt.lost:3} {attempt.codes}"
             print(f"{len(done):4} {facts} {last}", flush=True)
         if finished:
-            return done, f"it finished with {len(waiting)} faults to come: give more --steps" if waiting else None
+            return done, None
 
 
 def _next_fault(waiting: list[str], whole: int) -> str | None:
@@ -369,9 +380,11 @@ def main() -> int:
         run = Run(place, disk, options, moments)
         faults = [kinds[i % len(kinds)] for i in range(options.faults)]
         moments.shuffle(faults)
+        for _ in range(max(1, len(faults) // 20)):  # those that find the run ending, see `torture`
+            faults.append(faults.pop(faults.index("SIGKILL")))
         try:
             run.folder = place / "whole"
-            whole = run.attempt(None, 0)
+            whole = run.attempt(None, 0, 0)
             if any(whole.codes):
                 print(whole.text[-3000:])
                 return 1
