@@ -162,7 +162,9 @@ class Run:
         if kind == "newest deleted":
             shutil.rmtree(newest)
             return
-        path = self.moments.choice(sorted(path for path in newest.rglob("*") if path.stat().st_size))
+        files = sorted(path for path in newest.iterdir() if path.stat().st_size)
+        tensors = [path for path in files if path.suffix in (".safetensors", ".pt", ".pth")]
+        path = self.moments.choice(self.moments.choice((files, tensors)))
         data = bytearray(path.read_bytes())
         if kind == "truncated file":
             data = data[: self.moments.randrange(len(data))]
