@@ -318,7 +318,8 @@ def compare(whole: Path, tortured: Path) -> list[str]:
     for key in ("loss", "grad_norm", "learning_rate", "tokens", "eval_loss"):
         curves = [{e["step"]: e[key] for e in read_metrics(folder) if key in e} for folder in (whole, tortured)]
         if curves[0] != curves[1]:
-            found.append(f"the logged {key}")
+            steps = [step for step in curves[0] | curves[1] if curves[0].get(step) != curves[1].get(step)]
+            found.append(f"the logged {key} from step {min(steps)}")
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from creature import checkpoints
 from creature.callbacks import FiniteGuard, StopEvaluation, StopSignals, Throughput
@@ -53,7 +53,7 @@ class CreatureTrainer(Trainer):
         self.throughput = throughput or Throughput()
         self.signals = signals or StopSignals()
         self.finite_guard = FiniteGuard()
-        for callback in (self.throughput, self.signals, _TrainBegin(self._restore_window)):
+        for callback in (self.throughput, self.signals, _TrainBegin(self._restore_window, self._make_up_evaluation)):
             self.add_callback(callback)
         self.compute_metrics = self.compute_metrics or self._text_metrics
         self._byte_lengths = np.ones(model.config.vocab_size, np.int64) if byte_lengths is None else byte_lengths
@@ -201,7 +201,10 @@ class CreatureTrainer(Trainer):
     # ---- Evaluation ----
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        with self.throughput.paused():
+        """The Trainer's, but the training draws the same random numbers whether it takes place or not."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        # A DataLoader draws a seed for its workers, also where it has none.
+        with self.throughput.paused(), torch.random.fork_rng(devices):
             try:
                 return super().evaluate(*args, **kwargs)
             except StopEvaluation:
@@ -262,6 +265,14 @@ class CreatureTrainer(Trainer):
             self._tr_loss.fill_(window["loss"])
             self._stream_losses.copy_(torch.tensor(window["stream_losses"]))
             self._stream_steps.copy_(torch.tensor(window["stream_steps"]))
+
+    def _make_up_evaluation(self) -> None:
+        """Evaluate where the run was stopped at a step at which it would have evaluated, had there been time."""
+        args, step = self.args, self.state.global_step
+        if not self._resumed_from or args.eval_strategy != IntervalStrategy.STEPS or step % self.state.eval_steps:
+            return
+        if not any("eval_loss" in entry and entry["step"] == step for entry in self.state.log_history):
+            self.evaluate()
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         self._resumed_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
@@ -331,13 +342,14 @@ def _start_worker(init, worker_id: int) -> None:
 
 
 class _TrainBegin(TrainerCallback):
-    """Calls a function when training begins, after the Trainer has reset its counters."""
+    """Calls functions when training begins, after the Trainer has reset its counters."""
 
-    def __init__(self, function):
-        self.function = function
+    def __init__(self, *functions):
+        self.functions = functions
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.function()
+        for function in self.functions:
+            function()
 
 
 def _random_states(device: torch.device) -> list[torch.Tensor]:

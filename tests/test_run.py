@@ -232,6 +232,17 @@ def test_two_processes_give_the_curve_of_one_with_twice_the_accumulation(place, 
         assert curve("one", key) == pytest.approx(curve("two", key), rel=1e-4), key
 
 
+@pytest.mark.skipif(os.name == "nt", reason="folders are locked on POSIX only")
+def test_of_two_runs_started_into_one_folder_one_is_refused(place):
+    runs = [start("--max_steps", 12, "--output_dir", "out") for _ in range(2)]
+    outputs = [process.communicate(timeout=200) for process in runs]
+    assert sorted(process.returncode for process in runs) == [0, 1], outputs
+    refused = next(errors for process, (_, errors) in zip(runs, outputs, strict=True) if process.returncode)
+    lines = [line for line in refused.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and ("another run" in lines[0] or "holds a" in lines[0]) and "Traceback" not in refused
+    assert checkpoints.read_run("out")["status"] == "finished" and sorted(curve("out")) == [1, 3, 6, 9, 12]
+
+
 def test_a_final_model_that_cannot_be_written_is_told_and_written_by_the_next_resume(place, monkeypatch):
     from creature.trainer import CreatureTrainer
 
