@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,7 +62,11 @@ def telling_of_failed_writes(path: str | os.PathLike, remedy: Callable[[], str])
 
 @contextmanager
 def one_at_a_time(folder: str | os.PathLike) -> Iterator[None]:
-    """Wait until no other process is in here for this folder. POSIX only; a file system without locks has none."""
+    """Wait until no other process is in here for this folder; for what takes milliseconds.
+
+    POSIX only; a file system without locks has none. After ten seconds it goes on: then it is a run that holds the
+    folder, not another one in here.
+    """
     try:
         import fcntl
     except ImportError:
@@ -69,8 +74,14 @@ def one_at_a_time(folder: str | os.PathLike) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        for _ in range(100):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError:
+                break
         yield
     finally:
         os.close(descriptor)

@@ -293,6 +293,19 @@ def test_a_failing_rank_ends_all_of_them(place):
     assert "error: " in errors and "nowhere.bin" in errors
 
 
+def test_a_process_whose_partner_has_ended_says_that_alone(monkeypatch, capsys):
+    def main():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:33413.")
+
+    with pytest.raises(RuntimeError):
+        run_clm_creature.launch.run(main)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as caught:
+        run_clm_creature.launch.run(main)
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith("error: another process of this run has ended")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
