@@ -237,14 +237,16 @@ def torture(run: Run, kinds: list[str]) -> tuple[list[Attempt], str | None]:
         # and find it ending; any other would let it end.
         last = len(done) >= len(kinds) - ending
         goal, room = steps * (len(done) + 1) / len(kinds) - before, steps - before - 16
-        if last:
-            lines = steps * 10
+        if last and before < steps:
+            lines = steps * 10  # which are cut off at the last step
         elif room < 1 or run.moments.random() < 0.25:
             lines = run.moments.randrange(run.moments.choice((4, startup)))
         else:
             lines = startup + run.moments.randrange(min(room, 1 + 2 * max(1, round(goal))))
         seconds = run.moments.random() * run.options.delay / 1000 * (5 if last else 1)
         attempt = run.attempt(kind, lines, seconds, *(["--resume"] if whole else []))
+        if before >= steps:
+            attempt.phase = "finishing"
         if attempt.steps:
             startup = max(startup, attempt.text[: attempt.text.index("\nstep ")].count("\n"))
         finished = _status(run.folder) == "finished"
