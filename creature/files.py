@@ -48,7 +48,7 @@ def telling_of_failed_writes(path: str | os.PathLike, remedy: Callable[[], str])
         yield
     except Exception as error:  # safetensors has a type of its own, tokenizers raises Exception itself
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        by_torch = "inline_container" in reason  # its writer, which knows no reasons
+        by_torch = "inline_container" in reason or "iostream error" in reason  # its writer, which knows no reasons
         if isinstance(error, OSError):
             full = is_disk_full(error)
         else:
