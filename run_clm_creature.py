@@ -17,6 +17,7 @@ def main() -> int | None:
     """Parse, check, data, model, Trainer, report."""
     settings = parse_settings()
     folder = settings.training.get("output_dir", "checkpoints/text_only")
+    mark = checkpoints.read_mark(folder)
     checkpoints.check_output(
         folder, dry_run=settings.dry_run, resume=bool(settings.resume), overwrite=settings.overwrite_output_dir
     )
@@ -50,7 +51,7 @@ def main() -> int | None:
     run = report.describe_run(settings, plan, args, model, splits.info, steps)
     if old:
         job.check_identity(old, run, settings.accept_changes)
-    seconds_before = job.open_folder(folder, args, run, checkpoint, keep=bool(settings.resume))
+    seconds_before = job.open_folder(folder, args, run, checkpoint, keep=bool(settings.resume), mark=mark)
     if args.process_index == 0:
         print(report.run_table(run), flush=True)
 

@@ -4,6 +4,7 @@ A checkpoint is written aside and renamed when it is whole; `complete.json`, its
 its size and sha256. `run.json` describes the run; a resumed run must agree with it.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from creature.errors import UserError
-from creature.files import free_bytes, replace_file, require_writable, sha256_file
+from creature.files import flush_folder, free_bytes, replace_file, require_writable, sha256_file
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 COMPLETE_FILE = "complete.json"
 WRITING_FOLDER = ".writing"
+REPLACED = "replaced"  # what a checkpoint-N is called that a resumed run went back behind
 # What a resumed run cannot do without, beside the weights, whose file depends on the wrapping (DDP, FSDP).
 NEEDED_FILES = ("trainer_state.json", "scheduler.pt")
 # Entries of a saved configuration that say nothing about the model.
@@ -36,9 +38,13 @@ def step_of(checkpoint: str | os.PathLike) -> int:
 
 def list_checkpoints(run_folder: str | os.PathLike) -> list[Path]:
     """Every checkpoint-N folder of a run, oldest step first, whole or not."""
+    return _list_folders(run_folder, "checkpoint")
+
+
+def _list_folders(run_folder: str | os.PathLike, name: str) -> list[Path]:
     folder = Path(run_folder)
     found = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    return sorted((path for path in found if re.fullmatch(r"checkpoint-\d{1,12}", path.name)), key=step_of)
+    return sorted((path for path in found if re.fullmatch(rf"{name}-\d{{1,12}}", path.name)), key=step_of)
 
 
 def seal_checkpoint(folder: str | os.PathLike) -> None:
@@ -52,6 +58,8 @@ def seal_checkpoint(folder: str | os.PathLike) -> None:
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     with replace_file(folder / COMPLETE_FILE, "w") as file:
         json.dump({"step": step_of(folder), "files": files}, file, indent=1)
+    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        flush_folder(path)
 
 
 def share_with_others(folder: str | os.PathLike) -> None:
@@ -80,8 +88,11 @@ def problem_with(checkpoint: str | os.PathLike) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != entry.get("bytes"):
             return f"{name} has {path.stat().st_size:,} bytes instead of {entry.get('bytes')}"
-        if sha256_file(path) != entry.get("sha256"):
-            return f"{name} has changed since it was written"
+        try:
+            if sha256_file(path) != entry.get("sha256"):
+                return f"{name} has changed since it was written"
+        except OSError as error:  # a bad sector, say
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 
@@ -111,14 +122,22 @@ def newest_complete(
 def rotate(run_folder: str | os.PathLike, keep: int | None, protected: set[int]) -> None:
     """Delete all but the newest `keep` checkpoints and those of the `protected` steps (None or 0: delete nothing).
 
-    Only sealed ones count as kept, so that broken folders never push out the last good one.
+    Only sealed ones count as kept, so that broken folders never push out the last good one. What a kill left half
+    deleted, and what a resume set aside, goes once the run has passed its step.
     """
     if not keep or keep < 0:
         return
-    sealed = [path for path in list_checkpoints(run_folder) if (path / COMPLETE_FILE).is_file()]
-    for folder in sealed[: -max(keep, 1)]:
-        if step_of(folder) not in protected:
+    found = list_checkpoints(run_folder)
+    sealed = [path for path in found if (path / COMPLETE_FILE).is_file()]
+    if not sealed:
+        return
+    newest = step_of(sealed[-1])
+    for folder in [path for path in found if step_of(path) < newest and path not in sealed[-max(keep, 1) :]]:
+        if step_of(folder) not in protected or folder not in sealed:
             (folder / COMPLETE_FILE).unlink(missing_ok=True)  # first, so that half a deletion is no checkpoint
+            shutil.rmtree(folder, ignore_errors=True)
+    for folder in _list_folders(run_folder, REPLACED):
+        if step_of(folder) <= newest:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -206,6 +225,14 @@ def rewind_metrics(folder: str | os.PathLike, step: int) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def read_mark(folder: str | os.PathLike) -> bytes | None:
+    """What tells whether another run has been in the folder since: run.json as it is, None where there is none."""
+    try:
+        return Path(folder, RUN_FILE).read_bytes()
+    except OSError:
+        return None
+
+
 def check_output(folder: str | os.PathLike, *, dry_run: bool, resume: bool, overwrite: bool) -> None:
     """
     Whether a run may have this folder; changes nothing. UserError says what is there and what to do.
@@ -274,6 +301,22 @@ def lock_output(folder: str | os.PathLike) -> None:
     os.close(descriptor)
 
 
+def unlock_inherited() -> None:
+    """In a forked process: let go of the folders, which would stay held until it ends, even if the run is dead."""
+    for descriptor in _locks.values():
+        with contextlib.suppress(OSError):
+            os.close(descriptor)  # the run's own descriptor still holds the lock
+    _locks.clear()
+
+
+def hold_output(folder: str | os.PathLike, mark: bytes | None) -> None:
+    """Lock the folder; UserError where another run has been there since `mark` was read and the folder was checked."""
+    require_writable(folder)
+    lock_output(folder)
+    if read_mark(folder) != mark:
+        raise UserError(f"another run has been in {folder} since this one was started: look at it, then start again")
+
+
 def claim_output(folder: str | os.PathLike, *, keep: bool) -> None:
     """Make the folder ready for writing: what an earlier run left is deleted unless `keep` (a resumed run)."""
     folder = Path(folder)
@@ -285,6 +328,8 @@ def claim_output(folder: str | os.PathLike, *, keep: bool) -> None:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         (folder / RUN_FILE).unlink()  # last: a folder without it would not be ours to delete
     shutil.rmtree(folder / WRITING_FOLDER, ignore_errors=True)  # what a killed writer left
+    for path in folder.glob(".*.part"):
+        path.unlink(missing_ok=True)
 
 
 def require_space(folder: str | os.PathLike, checkpoint_bytes: int) -> None:

@@ -13,9 +13,11 @@ platform); the main thread writes in order. The result does not depend on the nu
   everything is in the training stream, and training holds out the end of it instead.
 """
 
+import functools
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
 import unicodedata
@@ -29,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from creature.errors import UserError
-from creature.files import is_disk_full, replace_file, require_writable
+from creature.files import is_disk_full, one_at_a_time, replace_file, require_writable
 from creature.hardware import cpu_cores
 from creature.readers import read_documents
 from creature.sources import Source, find_sources
@@ -369,7 +371,8 @@ def tokenize_corpus(
         raise UserError(f"--workers {workers} is less than 1: leave it out to use all cores")
     sources, left_out = find_sources(inputs)
     output_path = Path(output).expanduser()
-    _check_output(output_path, sources, overwrite)
+    check = functools.partial(_check_output, output_path, sources, overwrite)
+    check()
     coder = _make_coder(tokenizer_name)
     cutter = _Cutter(validation_fraction, seed, PIECE if coder.threads else LONGEST_RUN)
     workers = workers or cpu_cores()
@@ -416,9 +419,9 @@ def tokenize_corpus(
 
     try:
         if output_path.suffix == ".bin":
-            result = _write_bin(output_path, tokens(), manifest)
+            result = _write_bin(output_path, tokens(), manifest, check)
         else:
-            result = _write_folder(output_path, tokens(), manifest, coder.dtype)
+            result = _write_folder(output_path, tokens(), manifest, coder.dtype, check)
     except _NothingToTrainOn:
         # Happens to a corpus of one or two documents; it is worth the second reading.
         return tokenize_corpus(
@@ -466,22 +469,27 @@ def _distribute(tokens: Iterator[_Tokens], open_split: Callable[[int], Callable]
     return streams
 
 
-def _write_bin(output: Path, tokens: Iterator[_Tokens], manifest: Callable) -> dict:
+def _write_bin(output: Path, tokens: Iterator[_Tokens], manifest: Callable, check: Callable) -> dict:
     paths = (output, _validation_path(output))
-    with ExitStack() as stack:
+    with ExitStack() as alone, ExitStack() as stack:
         # Left in the reverse order: the manifest, written last, is in place before the streams it speaks of.
         streams = _distribute(tokens, lambda split: stack.enter_context(replace_file(paths[split])).write)
         result = manifest(streams, [path.name for path in paths])
         file = stack.enter_context(replace_file(manifest_path(output), "w"))
         json.dump(result, file, indent=2, ensure_ascii=False)
+        # Of two that write the same corpus, one puts its files in place, all of them, and then the other looks again.
+        alone.enter_context(one_at_a_time(output.parent))
+        check()
         if streams[1] is None:
             paths[1].unlink(missing_ok=True)  # of an earlier corpus that this one replaces
     return result
 
 
-def _write_folder(output: Path, tokens: Iterator[_Tokens], manifest: Callable, dtype: np.dtype) -> dict:
-    aside = output.with_name(f".{output.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
+def _write_folder(
+    output: Path, tokens: Iterator[_Tokens], manifest: Callable, dtype: np.dtype, check: Callable
+) -> dict:
+    mark = secrets.token_hex(4)  # two machines may share the disk, and a process id
+    aside, old = (output.with_name(f".{output.name}.{mark}.{ending}") for ending in ("part", "old"))
     files: list[_ArrowFile] = []
 
     def open_split(split: int) -> Callable[[np.ndarray], None]:
@@ -497,13 +505,12 @@ def _write_folder(output: Path, tokens: Iterator[_Tokens], manifest: Callable, d
         (aside / "dataset_dict.json").write_text(json.dumps(splits), encoding="utf-8")
         text = json.dumps(result, indent=2, ensure_ascii=False)
         (aside / "manifest.json").write_text(text, encoding="utf-8")
-        if output.is_dir():
-            old = output.with_name(f".{output.name}.{os.getpid()}.old")
-            os.replace(output, old)
+        with one_at_a_time(output.parent):
+            check()
+            if output.is_dir():
+                os.replace(output, old)
             os.replace(aside, output)
-            shutil.rmtree(old)
-        else:
-            os.replace(aside, output)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         for file in files:
             file.writer.close()

@@ -6,8 +6,9 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -40,9 +41,65 @@ def replace_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         raise
 
 
+@contextmanager
+def telling_of_failed_writes(path: str | os.PathLike, remedy: Callable[[], str]) -> Iterator[None]:
+    """Turn whatever libraries and the system raise where `path` cannot be written into a UserError with a remedy."""
+    try:
+        yield
+    except Exception as error:  # safetensors has a type of its own, tokenizers raises Exception itself
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        by_torch = "inline_container" in reason or "iostream error" in reason  # its writer, which knows no reasons
+        if isinstance(error, OSError):
+            full = is_disk_full(error)
+        else:
+            full = "No space left" in reason or "quota" in reason or (by_torch and free_bytes(path) < 1 << 20)
+        if full:
+            raise UserError(f"the disk is full while writing {path}: free some space, then {remedy()}") from error
+        if by_torch or "(os error " in reason or (isinstance(error, OSError) and error.errno):
+            raise UserError(f"cannot write {path} ({reason}): make that possible, then {remedy()}") from error
+        raise
+
+
+@contextmanager
+def one_at_a_time(folder: str | os.PathLike) -> Iterator[None]:
+    """Wait until no other process is in here for this folder; for what takes milliseconds.
+
+    POSIX only; a file system without locks has none. After ten seconds it goes on: then it is a run that holds the
+    folder, not another one in here.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        for _ in range(100):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def is_disk_full(error: OSError) -> bool:
     """Whether an OSError says "no space left" or "quota exceeded", on POSIX (ENOSPC, EDQUOT) or Windows (112)."""
     return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", -1)) or getattr(error, "winerror", None) == 112
+
+
+def flush_folder(folder: str | os.PathLike) -> None:
+    """Make the names in a folder survive a power cut, where the system can do so."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sha256_file(path: str | os.PathLike) -> str:

@@ -28,10 +28,11 @@ from creature.card import write_card
 from creature.data import Splits, block_collator, collate_blocks, load_splits
 from creature.errors import UserError, is_out_of_memory
 from creature.estimate import fit_micro_batch
+from creature.files import telling_of_failed_writes
 from creature.launch import parent_to_watch
 from creature.machine import Plan, training_values
 from creature.tokenizer import token_byte_lengths, tokenizer_hash
-from creature.trainer import CreatureTrainer, schedule_steps
+from creature.trainer import CreatureTrainer, schedule_steps, way_on
 from creature.training_arguments import CreatureTrainingArguments
 from modeling_creature import MultiModalCreature
 
@@ -176,7 +177,7 @@ def set_aside_later(folder: str, checkpoint: Path) -> None:
     """Rename what is newer than the checkpoint we go on from, so that no later --resume takes it for this run's."""
     for path in checkpoints.list_checkpoints(folder):
         if checkpoints.step_of(path) > checkpoints.step_of(checkpoint):
-            target = path.with_name(path.name.replace("checkpoint", "replaced"))
+            target = path.with_name(path.name.replace("checkpoint", checkpoints.REPLACED))
             shutil.rmtree(target, ignore_errors=True)
             path.rename(target)
 
@@ -296,14 +297,15 @@ def finish(trainer: CreatureTrainer, settings: Settings, data: DataArguments, ru
 def _publish(trainer: CreatureTrainer, folder: Path) -> None:
     """Put the final model and its tokenizer into the folder of the run, file by file, each whole."""
     aside = folder / checkpoints.WRITING_FOLDER
-    trainer.save_model(str(aside))
-    trainer.accelerator.wait_for_everyone()
-    if trainer.args.should_save:
-        (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
-        checkpoints.share_with_others(aside)
-        for path in sorted(aside.iterdir()):
-            os.replace(path, folder / path.name)
-        aside.rmdir()
+    with telling_of_failed_writes(folder, lambda: way_on(folder)):
+        trainer.save_model(str(aside))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
+            checkpoints.share_with_others(aside)
+            for path in sorted(aside.iterdir()):
+                os.replace(path, folder / path.name)
+            aside.rmdir()
     trainer.accelerator.wait_for_everyone()
 
 
@@ -365,10 +367,11 @@ def check_documents(tokenizer, data: DataArguments, splits: Splits, notes: list[
         notes.append("separate_documents has no effect: nothing in the data ends with the tokenizer's end-of-text")
 
 
-def open_folder(folder: str, args, run: dict, checkpoint: Path | None, *, keep: bool) -> float:
+def open_folder(folder: str, args, run: dict, checkpoint: Path | None, *, keep: bool, mark: bytes | None) -> float:
     """
     Take the output folder for this run and write run.json; the main process does, the others wait.
 
+    `mark` is what `checkpoints.read_mark` gave before the folder was looked at: nobody may have been there since.
     Returns the seconds that the run has trained before, 0.0 for a new one.
     """
     seconds = 0.0
@@ -376,6 +379,7 @@ def open_folder(folder: str, args, run: dict, checkpoint: Path | None, *, keep: 
         if args.process_index == 0:
             weights = 4 * run["parameters"]["total"]
             checkpoints.require_space(folder, weights + 8 * run["parameters"]["trainable"])
+            checkpoints.hold_output(folder, mark)
             checkpoints.claim_output(folder, keep=keep)
             if checkpoint is not None:
                 set_aside_later(folder, checkpoint)

@@ -190,7 +190,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     if launcher is not None:
         take_terminal(launcher.pid)
     try:
-        run_main(main)
+        run_main(lambda: _alone(main))
     except SystemExit as end:
         launcher = find_launcher() if end.code else None
         if launcher is not None and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -204,3 +204,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         raise
     finally:
         give_terminal_back()
+
+
+def _alone(main: Callable[[], int | None]) -> int | None:
+    """`main`; where it fails because another process of the run has ended, that is all it says."""
+    try:
+        return main()
+    except RuntimeError as error:  # gloo, NCCL and torch's store, in their words
+        words = ("by peer", "Broken pipe", "remote process exited", "remote server shutdown")
+        if "WORLD_SIZE" in os.environ and any(word in str(error) for word in words):
+            raise UserError("another process of this run has ended: see what it says, then --resume") from error
+        raise

@@ -1,6 +1,5 @@
 """CreatureTrainer: the Hugging Face Trainer with per-stream losses, true numbers and whole checkpoints."""
 
-import contextlib
 import copy
 import functools
 import json
@@ -12,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from creature import checkpoints
 from creature.callbacks import FiniteGuard, StopEvaluation, StopSignals, Throughput
 from creature.compiling import fill_rows, or_eager
 from creature.errors import UserError
-from creature.files import free_bytes, is_disk_full
+from creature.files import flush_folder, telling_of_failed_writes
 from creature.metrics import text_metrics
 from creature.optimizer import MuonAdamW, parameter_groups
 from streams_creature import STREAMS, count_targets
@@ -54,7 +53,7 @@ class CreatureTrainer(Trainer):
         self.throughput = throughput or Throughput()
         self.signals = signals or StopSignals()
         self.finite_guard = FiniteGuard()
-        for callback in (self.throughput, self.signals, _TrainBegin(self._restore_window)):
+        for callback in (self.throughput, self.signals, _TrainBegin(self._restore_window, self._make_up_evaluation)):
             self.add_callback(callback)
         self.compute_metrics = self.compute_metrics or self._text_metrics
         self._byte_lengths = np.ones(model.config.vocab_size, np.int64) if byte_lengths is None else byte_lengths
@@ -208,7 +207,10 @@ class CreatureTrainer(Trainer):
     # ---- Evaluation ----
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        with self.throughput.paused():
+        """The Trainer's, but the training draws the same random numbers whether it takes place or not."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        # A DataLoader draws a seed for its workers, also where it has none.
+        with self.throughput.paused(), torch.random.fork_rng(devices):
             try:
                 return super().evaluate(*args, **kwargs)
             except StopEvaluation:
@@ -270,6 +272,14 @@ class CreatureTrainer(Trainer):
             self._stream_losses.copy_(torch.tensor(window["stream_losses"]))
             self._stream_steps.copy_(torch.tensor(window["stream_steps"]))
 
+    def _make_up_evaluation(self) -> None:
+        """Evaluate where the run was stopped at a step at which it would have evaluated, had there been time."""
+        args, step = self.args, self.state.global_step
+        if not self._resumed_from or args.eval_strategy != IntervalStrategy.STEPS or step % self.state.eval_steps:
+            return
+        if not any("eval_loss" in entry and entry["step"] == step for entry in self.state.log_history):
+            self.evaluate()
+
     def train(self, resume_from_checkpoint=None, **kwargs):
         self._resumed_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -291,28 +301,27 @@ class CreatureTrainer(Trainer):
         self._aside = folder / checkpoints.WRITING_FOLDER
         with self.throughput.paused():
             try:
+                with telling_of_failed_writes(folder / name, lambda: way_on(folder)):
+                    self._write_checkpoint(model, trial, folder, name, limit)
+            except Exception:
                 if args.should_save:
-                    shutil.rmtree(self._aside, ignore_errors=True)
-                self.accelerator.wait_for_everyone()
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if args.should_save:
-                    self._keep_best(folder, name)
-                    checkpoints.seal_checkpoint(self._aside / name)
-                    _put_in_place(self._aside / name, folder / name)
-                    checkpoints.rotate(folder, limit, self.protected_steps | {self.state.best_global_step or -1})
-                self.accelerator.wait_for_everyone()
-            except Exception as error:
-                full = _is_disk_full(error, folder)
-                if args.should_save:
-                    shutil.rmtree(self._aside, ignore_errors=True)
-                if full:
-                    raise UserError(
-                        f"the disk is full while writing {folder / name}: free some space, then {_way_on(folder)}"
-                    ) from error
+                    shutil.rmtree(self._aside, ignore_errors=True)  # it would keep the disk full
                 raise
             finally:
                 args.save_total_limit, self._aside = limit, None
+
+    def _write_checkpoint(self, model, trial, folder: Path, name: str, limit: int | None) -> None:
+        if self.args.should_save:
+            shutil.rmtree(self._aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._keep_best(folder, name)
+            checkpoints.seal_checkpoint(self._aside / name)
+            _put_in_place(self._aside / name, folder / name)
+            checkpoints.rotate(folder, limit, self.protected_steps | {self.state.best_global_step or -1})
+        self.accelerator.wait_for_everyone()
 
     def _keep_best(self, folder: Path, name: str) -> None:
         """Correct the path of the best checkpoint, which the Trainer thinks is the folder aside."""
@@ -331,6 +340,7 @@ def _shield_workers(loader):
 
 
 def _start_worker(init, worker_id: int) -> None:
+    checkpoints.unlock_inherited()
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     if init is not None:
@@ -338,13 +348,14 @@ def _start_worker(init, worker_id: int) -> None:
 
 
 class _TrainBegin(TrainerCallback):
-    """Calls a function when training begins, after the Trainer has reset its counters."""
+    """Calls functions when training begins, after the Trainer has reset its counters."""
 
-    def __init__(self, function):
-        self.function = function
+    def __init__(self, *functions):
+        self.functions = functions
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.function()
+        for function in self.functions:
+            function()
 
 
 def _random_states(device: torch.device) -> list[torch.Tensor]:
@@ -370,22 +381,11 @@ def _put_in_place(written: Path, final: Path) -> None:
     if final.exists():  # of a timeline that a resume left, or broken
         final.rename(written.with_name("replaced"))
     os.replace(written, final)
-    with contextlib.suppress(OSError):  # the rename itself must survive a power cut; not every system can say so
-        descriptor = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    flush_folder(final.parent)
     shutil.rmtree(written.parent, ignore_errors=True)
 
 
-def _is_disk_full(error: Exception, folder: Path) -> bool:
-    if isinstance(error, OSError):
-        return is_disk_full(error)
-    # torch and safetensors report a failed write as errors of their own
-    return "No space left" in str(error) or ("writ" in str(error) and free_bytes(folder) < 1 << 20)
-
-
-def _way_on(folder: Path) -> str:
-    kept = checkpoints.list_checkpoints(folder)
-    return f"--resume from {kept[-1].name}, which is intact" if kept else "start again: no checkpoint was complete yet"
+def way_on(folder: Path) -> str:
+    """What to do after a failed save: resume from the newest whole checkpoint, where there is one."""
+    kept, _ = checkpoints.newest_complete(folder)
+    return f"--resume from {kept.name}, which is intact" if kept else "start again: no checkpoint was complete yet"

@@ -88,6 +88,32 @@ def test_rotation_keeps_the_newest_and_the_protected_and_never_counts_broken_one
     assert len(checkpoints.list_checkpoints(tmp_path)) == 3
 
 
+def test_rotation_clears_what_kills_left_half_deleted_and_what_a_resume_set_aside(tmp_path):
+    for step in (10, 20, 30):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-10" / checkpoints.COMPLETE_FILE).unlink()
+    for step in (25, 30, 40):
+        (tmp_path / f"replaced-{step}").mkdir()
+    checkpoints.rotate(tmp_path, None, set())
+    assert len(list(tmp_path.iterdir())) == 6  # whoever keeps all keeps these too
+    checkpoints.rotate(tmp_path, 3, {10})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-20", "checkpoint-30", "replaced-40"]
+
+
+def test_a_file_that_cannot_be_read_is_a_reason_to_skip(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
+    real = checkpoints.sha256_file
+
+    def bad_sector(path):
+        if path.parent.name == "checkpoint-2":
+            raise OSError(5, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(checkpoints, "sha256_file", bad_sector)
+    found, skipped = checkpoints.newest_complete(tmp_path)
+    assert found.name == "checkpoint-1" and "cannot be read (Input/output error)" in skipped[0][1]
+
+
 def test_differences_are_spelled_out_and_noise_is_not():
     old = {"world_size": 1, "model": {"hidden_size": 32, "transformers_version": "5.17"}, "seed": 1}
     new = {"world_size": 2, "model": {"hidden_size": 64, "transformers_version": "5.23"}, "seed": 1}
@@ -149,8 +175,9 @@ def test_claiming_clears_an_old_run_and_keeps_a_resumed_one(tmp_path):
     make_run(tmp_path)
     make_checkpoint(tmp_path, 3)
     (tmp_path / checkpoints.WRITING_FOLDER).mkdir()
+    (tmp_path / ".run.json.0a1b.part").touch()
     checkpoints.claim_output(tmp_path, keep=True)
-    assert (tmp_path / "checkpoint-3").is_dir() and not (tmp_path / checkpoints.WRITING_FOLDER).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "run.json"]
     checkpoints.claim_output(tmp_path, keep=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -174,6 +201,40 @@ def test_a_folder_that_another_process_writes_to_is_left_alone(tmp_path):
         holder.communicate()
     checkpoints.claim_output(tmp_path, keep=True)
     checkpoints.claim_output(tmp_path, keep=False)  # a process never locks itself out
+
+
+def test_a_run_that_came_and_went_after_the_folder_was_checked_is_noticed(tmp_path):
+    for before in (False, True):
+        if before:
+            make_run(tmp_path)
+        mark = checkpoints.read_mark(tmp_path)
+        make_run(tmp_path, status="finished" if before else "started")
+        with pytest.raises(UserError, match="another run has been in"):
+            checkpoints.hold_output(tmp_path, mark)
+    checkpoints.hold_output(tmp_path, checkpoints.read_mark(tmp_path))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="locks are inherited by fork only")
+def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
+    """A data loader's worker is a fork; the run is killed, the worker not yet."""
+    code = (
+        "import os, sys, time, creature.checkpoints as c\nc.lock_output(sys.argv[1])\n"
+        "if os.fork() == 0:\n    c.unlock_inherited()\n    print('free', flush=True)\n    time.sleep(600)\n"
+        "time.sleep(600)\n"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(Path(checkpoints.__file__).parent.parent)},
+    )  # fmt: skip
+    try:
+        assert run.stdout.readline() == "free\n"
+        with pytest.raises(UserError, match="another run is writing"):
+            checkpoints.lock_output(tmp_path)
+        run.kill()
+        run.wait()
+        checkpoints.lock_output(tmp_path)
+    finally:
+        os.killpg(run.pid, 9)
 
 
 def test_a_disk_too_small_and_a_folder_that_cannot_be_written_are_refused_early(tmp_path, monkeypatch):

@@ -348,6 +348,32 @@ def test_a_failure_leaves_nothing_behind_and_the_old_output_in_place(output, tmp
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == files
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("output", ["out.bin", "folder"])
+def test_of_two_that_write_one_corpus_one_wins_whole(output, overwrite, tmp_path, monkeypatch):
+    """The second begins after the first has looked, and is done before the first puts its files in place."""
+    first, second = write(tmp_path / "a.txt", "first " * 50), write(tmp_path / "b.txt", "second and longer " * 70)
+    real = corpus.one_at_a_time
+
+    def late(folder):
+        monkeypatch.setattr(corpus, "one_at_a_time", real)
+        tokenize([second], tmp_path / output, validation_fraction=0.5, seed=3)
+        return real(folder)
+
+    monkeypatch.setattr(corpus, "one_at_a_time", late)
+    if overwrite:
+        tokenize([first], tmp_path / output, overwrite=True)
+    else:
+        with pytest.raises(UserError, match="exists already"):
+            tokenize([first], tmp_path / output)
+    manifest = json.loads(corpus.manifest_path(tmp_path / output).read_text())
+    assert [Path(entry["name"]).name for entry in manifest["inputs"]] == ["a.txt" if overwrite else "b.txt"]
+    if output == "out.bin":
+        assert (tmp_path / output).stat().st_size == 2 * manifest["splits"]["train"]["tokens"]
+        assert (tmp_path / "out.valid.bin").exists() == ("validation" in manifest["splits"])
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 # Bad input
 
 

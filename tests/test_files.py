@@ -3,11 +3,21 @@
 import errno
 import hashlib
 import os
+import threading
 
 import pytest
 
+from creature import files
 from creature.errors import UserError
-from creature.files import free_bytes, is_disk_full, replace_file, require_writable, sha256_file
+from creature.files import (
+    free_bytes,
+    is_disk_full,
+    one_at_a_time,
+    replace_file,
+    require_writable,
+    sha256_file,
+    telling_of_failed_writes,
+)
 
 
 def names(folder):
@@ -56,3 +66,65 @@ def test_hash_and_free_space(tmp_path):
     path.write_bytes(bytes(range(256)) * 8192)  # 2 MiB: more than is read at a time
     assert sha256_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
     assert free_bytes(tmp_path / "not" / "there" / "yet") > 0
+
+
+def test_a_reader_during_a_write_sees_the_old_or_the_new_file(tmp_path):
+    path, seen, stop = tmp_path / "state.json", set(), threading.Event()
+    path.write_text("a" * 100_000)
+
+    def read():
+        while not stop.is_set():
+            seen.add(path.read_text())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for i in range(60):
+        with replace_file(path, "w") as file:
+            for _ in range(10):
+                file.write("ab"[i % 2] * 10_000)
+                file.flush()
+    stop.set()
+    reader.join()
+    assert seen <= {"a" * 100_000, "b" * 100_000} and names(tmp_path) == ["state.json"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders are locked on POSIX only")
+def test_one_at_a_time(tmp_path):
+    inside = threading.Event()
+
+    def enter():
+        with one_at_a_time(tmp_path):
+            inside.set()
+
+    other = threading.Thread(target=enter)
+    with one_at_a_time(tmp_path):
+        other.start()
+        assert not inside.wait(0.2)
+    other.join()
+    assert inside.is_set()
+
+
+@pytest.mark.parametrize(
+    ("error", "free", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 10**9, "the disk is full while writing .*a: free some"),
+        (Exception("No space left on device (os error 28)"), 10**9, "the disk is full"),  # tokenizers
+        (Exception("Disk quota exceeded (os error 122)"), 10**9, "the disk is full"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), 0, "the disk is full"),
+        (RuntimeError("basic_ios::clear: iostream error"), 0, "the disk is full"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"), 10**9, "cannot write .*enforce"),
+        (Exception("I/O error: Read-only file system (os error 30)"), 10**9, "cannot write .*Read-only.*then go on"),
+        (OSError(errno.EACCES, "Permission denied"), 10**9, "cannot write .*Permission denied"),
+    ],
+)
+def test_a_failed_write_of_any_library_is_told_with_the_way_on(tmp_path, monkeypatch, error, free, words):
+    monkeypatch.setattr(files, "free_bytes", lambda path: free)
+    with pytest.raises(UserError, match=words), telling_of_failed_writes(tmp_path / "a", lambda: "go on"):
+        raise error
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), RuntimeError("shapes differ"), UserError("said already")])
+def test_what_is_no_failed_write_stays_what_it_is(tmp_path, error):
+    with pytest.raises(type(error)) as caught, telling_of_failed_writes(tmp_path, lambda: "go on"):
+        raise error
+    assert caught.value is error

@@ -232,6 +232,36 @@ def test_two_processes_give_the_curve_of_one_with_twice_the_accumulation(place, 
         assert curve("one", key) == pytest.approx(curve("two", key), rel=1e-4), key
 
 
+@pytest.mark.skipif(os.name == "nt", reason="folders are locked on POSIX only")
+def test_of_two_runs_started_into_one_folder_one_is_refused(place):
+    runs = [start("--max_steps", 12, "--output_dir", "out") for _ in range(2)]
+    outputs = [process.communicate(timeout=200) for process in runs]
+    assert sorted(process.returncode for process in runs) == [0, 1], outputs
+    refused = next(errors for process, (_, errors) in zip(runs, outputs, strict=True) if process.returncode)
+    lines = [line for line in refused.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and ("another run" in lines[0] or "holds a" in lines[0]) and "Traceback" not in refused
+    assert checkpoints.read_run("out")["status"] == "finished" and sorted(curve("out")) == [1, 3, 6, 9, 12]
+
+
+def test_a_final_model_that_cannot_be_written_is_told_and_written_by_the_next_resume(place, monkeypatch):
+    from creature.trainer import CreatureTrainer
+
+    real = CreatureTrainer.save_model
+
+    def full(self, folder, _internal_call=False):
+        if not _internal_call:  # by whom checkpoints are saved
+            raise Exception("No space left on device (os error 28)")
+        real(self, folder, _internal_call)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CreatureTrainer, "save_model", full)
+        with pytest.raises(UserError, match="the disk is full.*--resume from checkpoint-12, which is intact"):
+            run(patch, "--max_steps", 12, "--output_dir", "out")
+    assert not Path("out/model.safetensors").exists()
+    run(monkeypatch, "--max_steps", 12, "--output_dir", "out", "--resume")
+    assert_same_weights("out", "out/checkpoint-12")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send SIGTERM to be caught")
 def test_sigterm_saves_and_leaves_with_0_and_the_way_to_go_on(place):
     process = start("--max_steps", 5000, "--output_dir", "run", "--logging_steps", 1)
@@ -261,6 +291,19 @@ def test_a_failing_rank_ends_all_of_them(place):
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 1 and "Traceback" not in errors
     assert "error: " in errors and "nowhere.bin" in errors
+
+
+def test_a_process_whose_partner_has_ended_says_that_alone(monkeypatch, capsys):
+    def main():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:33413.")
+
+    with pytest.raises(RuntimeError):
+        run_clm_creature.launch.run(main)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as caught:
+        run_clm_creature.launch.run(main)
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith("error: another process of this run has ended")
 
 
 @pytest.mark.parametrize(

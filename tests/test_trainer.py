@@ -185,6 +185,32 @@ def test_a_resumed_run_is_bit_equal_to_an_unbroken_one(tmp_path, stop):
         assert losses_of(unbroken, key) == losses_of(resumed, key), key
 
 
+class StopInstead(StopAt):
+    """Stops and saves at a step, as a signal does: without the evaluation that is due."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        control.should_evaluate &= state.global_step != self.step
+
+
+def test_an_evaluation_that_a_stop_left_out_changes_nothing_and_is_made_up(tmp_path):
+    def config():
+        return micro_config(loss_weights=dict(TEXT_ONLY), attention_dropout=0.2)
+
+    settings = dict(eval_rows=Rows(5, seed=1), eval_strategy="steps", eval_steps=2)
+    unbroken = make_trainer(tmp_path / "a", config=config(), **settings)
+    unbroken.train()
+    make_trainer(tmp_path / "b", config=config(), callbacks=[StopInstead(4)], **settings).train()
+    resumed = make_trainer(tmp_path / "b", config=config(), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-4"))
+    assert_same(weights_of(unbroken), weights_of(resumed))
+    for key in ("loss", "eval_loss"):
+        assert losses_of(unbroken, key) == losses_of(resumed, key) and losses_of(resumed, key), key
+    quiet = make_trainer(tmp_path / "c", config=config())
+    quiet.train()
+    assert_same(weights_of(unbroken), weights_of(quiet))
+
+
 def test_settings_of_the_optimizer_come_from_the_run_and_not_from_the_checkpoint(tmp_path):
     first = make_trainer(tmp_path, callbacks=[StopAt(3)])
     first.train()
