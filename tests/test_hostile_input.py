@@ -1,0 +1,390 @@
+"""Hostile and broken input: one sentence, no hang, no hoard of memory, and nothing in a file is ever executed.
+
+Good files are damaged at random, always in the same way (`derandomize`). What opens them may succeed, where the damage
+does no harm, or say what is wrong in one short sentence; anything else is a bug.
+"""
+
+import copy
+import functools
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from creature import checkpoints
+from creature.args import parse_settings
+from creature.corpus import tokenize_corpus
+from creature.data import load_splits
+from creature.errors import UserError, run_main
+
+TOKENS = np.random.default_rng(0).integers(0, 50257, 400).astype("<u2")
+
+
+def examples(count: int):
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    return settings(max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=checks)
+
+
+@contextmanager
+def no_hang(seconds: int = 60):
+    """Turn a hang into a failure. Nothing here takes a second; the limit is for a machine that is very busy."""
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def late(*_):
+        raise AssertionError(f"still at it after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def answer(function, *arguments, **options) -> str | None:
+    """What is said against the input, None where it is taken; fails for anything but one short sentence."""
+    with no_hang():
+        try:
+            function(*arguments, **options)
+        except UserError as error:
+            assert len(str(error)) > 10
+            return str(error)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def damaged(draw, data: bytes, most: int = 4):
+    """`data` cut off, with bytes changed, left out, put in or repeated; near the beginning above all, where headers are."""
+    data = bytearray(data)
+    for _ in range(draw(st.integers(1, most))):
+        where = draw(st.integers(0, min(len(data), 600)) | st.integers(0, len(data)))
+        kind = draw(st.sampled_from(["cut", "change", "change", "change", "drop", "insert", "repeat"]))
+        if kind == "cut":
+            del data[where:]
+        elif kind == "change" and where < len(data):
+            data[where] = draw(st.sampled_from([0, 1, 0x7F, 0x80, 0xFF]) | st.integers(0, 255))
+        elif kind == "drop":
+            del data[where : where + draw(st.integers(1, 40))]
+        elif kind == "insert":
+            data[where:where] = draw(st.binary(min_size=1, max_size=12))
+        elif kind == "repeat":
+            data[where:where] = data[where : where + draw(st.integers(1, 60))]
+    return bytes(data)
+
+
+DEEP = functools.reduce(lambda inner, _: [inner], range(500), [])
+VALUES = st.sampled_from(
+    [None, True, False, 0, -1, 3, 2**31, -(2**63), 10**30, 10**400, 0.5, 1e308, math.nan, math.inf, "", "0", "gpt2"]
+    + ["uint16", "object", "u2,(u2", "../../outside", "/etc/passwd", "a\0b", "\x1b[2Jx", "\ud800", "long " * 2000]
+    + [[], {}, [[]], {"a": 1}, [1, "x"], DEEP]
+)
+
+
+@st.composite
+def changed(draw, document, most: int = 3):
+    """A JSON document with values replaced, left out, renamed or added, at any depth."""
+    document = copy.deepcopy(document)
+    for _ in range(draw(st.integers(1, most))):
+        places = list(_places(document)) if isinstance(document, dict | list) else []
+        if not places or draw(st.integers(0, 19)) == 0:
+            return draw(VALUES)
+        inside, key = draw(st.sampled_from(places))
+        kind = draw(st.sampled_from(["replace", "replace", "replace", "drop", "rename", "add"]))
+        if kind == "replace":
+            inside[key] = draw(VALUES)
+        elif kind == "drop":
+            del inside[key]
+        elif isinstance(inside, dict):
+            inside[draw(st.sampled_from(["", "x", "step", "../x", "a\0", "\x1b[31m"]))] = (
+                inside.pop(key) if kind == "rename" else draw(VALUES)
+            )
+    return document
+
+
+def _places(document):
+    items = list(document.items() if isinstance(document, dict) else enumerate(document))
+    for key, value in items:
+        yield document, key
+        if isinstance(value, dict | list) and value is not DEEP:
+            yield from _places(value)
+
+
+def dumped(document) -> str:
+    return json.dumps(document, ensure_ascii=True)
+
+
+BROKEN_JSON = ["", "{", "[" * 200_000, '{"a":' * 200_000, '"\\ud800"', "nul", "1" * 5000, "\ufeff{}", "[1,]", "{}{}"]
+
+
+class Trap:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_tokens(path, **options):
+    """Open, and read every row: a file that is taken has to be readable to the end."""
+    options = {"block_size": 64, "vocab_size": 50304, "progress": False, "cache_dir": str(path.parent / "cache"), **options}
+    splits = load_splits(str(path), **options)
+    for rows in (splits.train, splits.validation):
+        if rows is not None:
+            ids = np.asarray(rows["input_ids"][:])
+            assert ids.shape[1] == 64 and 0 <= ids.min() and ids.max() < 50304
+
+
+@functools.cache
+def token_file(kind: str) -> bytes:
+    import io
+
+    sink = io.BytesIO()
+    if kind == "npy":
+        np.save(sink, TOKENS)
+    elif kind == "pt":
+        torch.save(torch.from_numpy(TOKENS.astype(np.int32)), sink)
+    elif kind == "old.pt":
+        torch.save(torch.from_numpy(TOKENS.astype(np.int32)), sink, _use_new_zipfile_serialization=False)
+    else:
+        sink.write(TOKENS.tobytes())
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["bin", "npy", "pt", "old.pt"])
+def test_a_damaged_token_file_is_taken_or_told(kind, tmp_path):
+    @examples(100)
+    @given(damaged(token_file(kind)))
+    def check(data):
+        path = tmp_path / f"tokens.{kind}"
+        path.write_bytes(data)
+        answer(open_tokens, path)
+
+    check()
+
+
+def test_a_tensor_that_is_larger_in_memory_than_on_disk_is_refused(tmp_path):
+    torch.save(torch.zeros(1, dtype=torch.int32).expand(1 << 34), tmp_path / "expanded.pt")
+    torch.save(torch.zeros(1 << 10, dtype=torch.int32)[::2], tmp_path / "strided.pt")
+    torch.save(torch.sparse_coo_tensor([[0]], [1], (1 << 34,)), tmp_path / "sparse.pt")
+    torch.save(torch.zeros(1 << 34, dtype=torch.int32, device="meta"), tmp_path / "meta.pt")
+    for path in sorted(tmp_path.glob("*.pt")):
+        assert "torch.save" in answer(open_tokens, path), path.name
+
+
+MANIFEST = {
+    "dtype": "uint16",
+    "tokenizer": "gpt2",
+    "tokenizer_hash": "",
+    "splits": {"train": {"file": "a.bin", "tokens": len(TOKENS), "largest_id": 50256}, "validation": {"file": "a.valid.bin", "tokens": 9, "largest_id": 7}},
+}
+
+
+def test_a_damaged_manifest_is_taken_or_told(tmp_path):
+    TOKENS.tofile(tmp_path / "a.bin")
+    from creature.tokenizer import gpt2_hash
+
+    manifest = MANIFEST | {"tokenizer_hash": gpt2_hash()}
+
+    @examples(150)
+    @given(changed(manifest).map(dumped) | st.sampled_from(BROKEN_JSON) | damaged(dumped(manifest).encode()))
+    @example(dumped(manifest))
+    def check(text):
+        (tmp_path / "a.manifest.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        answer(open_tokens, tmp_path / "a.bin")
+
+    check()
+
+
+def test_a_damaged_arrow_folder_is_taken_or_told(tmp_path):
+    good = tmp_path / "good"
+    datasets.Dataset.from_dict({"input_ids": [[1, 2, 3, 4] * 16] * 20}).save_to_disk(good)
+    contents = {path.name: path.read_bytes() for path in good.iterdir()}
+    arrow = next(name for name in contents if name.endswith(".arrow"))
+    jsons = {name: json.loads(data) for name, data in contents.items() if name.endswith(".json")}
+    damage = st.sampled_from(sorted(jsons)).flatmap(
+        lambda name: st.tuples(st.just(name), changed(jsons[name]).map(lambda d: dumped(d).encode()))
+    ) | st.tuples(st.just(arrow), damaged(contents[arrow]))  # fmt: skip
+
+    @examples(150)
+    @given(damage)
+    def check(damage):
+        folder = tmp_path / "bad"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for name, data in (contents | dict([damage])).items():
+            (folder / name).write_bytes(data)
+        answer(open_tokens, folder)
+
+    check()
+
+
+# Text
+
+
+GOOD_TEXT = {
+    "a.txt": "some words\n<|endoftext|>\nand more äöü 漢字\n".encode(),
+    "a.jsonl": b'{"text": "some words", "id": 1}\n{"text": "more"}\n',
+    "a.json": b'[{"text": "some words", "more": [1, {"x": "]"}]}, {"text": "more"}]',
+    "a.csv": b'id,text\n1,"some, words"\n2,more\n',
+}
+
+
+@pytest.mark.parametrize("name", GOOD_TEXT)
+def test_damaged_text_is_taken_or_told(name, tmp_path):
+    deep = [b"[" * 100_000, b'{"text":' * 100_000, b'{"text": ' + b"1" * 5000 + b"}", b'{"' + b"x" * 99_999 + b'": 1}']
+
+    @examples(60)
+    @given(damaged(GOOD_TEXT[name]) | st.binary(max_size=200) | st.sampled_from(deep))
+    def check(data):
+        path = tmp_path / name
+        path.write_bytes(data)
+        answer(tokenize_corpus, [str(path)], str(tmp_path / "out.bin"), progress=False, workers=1, overwrite=True)
+
+    check()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# YAML and the command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{c}: &{c} [{', '.join(['*' + p] * 10)}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)
+)
+YAMLS = [
+    "model: !!python/object/apply:os.system ['touch trapped']\n",
+    "model: !!python/name:os.system\n",
+    "model:\n  ? !!set {a}\n  : 1\n",
+    "model: {hidden_size: !!int ''}\n",
+    "model: {hidden_size: !!float ''}\n",
+    "model: {hidden_size: !!bool perhaps}\n",
+    "model: {hidden_size: !!timestamp soon}\n",
+    "model: {hidden_size: 2001-99-99}\n",
+    "model: &m\n  loss_weights: *m\n",
+    "training: {save_steps: .nan, logging_steps: .inf, eval_steps: -.inf}\n",
+    "data: {data: \"a\\0b\", cache_dir: \"\\0\"}\n",
+    f"model: {{hidden_size: -0x{'f' * 6000}}}\n",
+    f"training: {{tokens_per_step: -0x{'f' * 6000}}}\n",
+    "model: " + "[" * 20_000,
+    "{" * 20_000,
+    "model: {" + ", ".join(f"field_{i}: {i}" for i in range(3_000)) + "}\n",
+    LAUGHS + "model: {loss_weights: {internal_text: *i}}\n",
+    "%YAML 9.9\n---\nmodel: {}\n--- \ntraining: {}\n",
+    "!!omap [model: {hidden_size: 3}]\n",
+    "\u2028model: {hidden_size: 64}\n",
+]
+
+
+def settle(argv) -> None:
+    """What happens to settings before torch is needed; then what the model's own checks say."""
+    from creature.job import build_config
+
+    build_config(parse_settings(argv))
+
+
+def test_a_damaged_yaml_file_is_taken_or_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = Path(__file__).parent.parent / "configs" / "small_config.yaml"
+    good = "".join(line for line in good.read_text().splitlines(True) if not line.startswith("#"))
+    import yaml
+
+    document = yaml.safe_load(good)
+
+    @examples(150)
+    @given(
+        changed(document).map(lambda d: dumped(d).encode())
+        | damaged(good.encode())
+        | st.sampled_from(YAMLS).map(str.encode)
+    )
+    def check(data):
+        (tmp_path / "c.yaml").write_bytes(data)
+        answer(settle, ["--config", str(tmp_path / "c.yaml")])
+
+    check()
+    for text in YAMLS:
+        (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+        answer(settle, ["--config", str(tmp_path / "c.yaml")])
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+
+
+FLAGS = ["--config", "--data", "--resume", "--dry_run", "--max_steps", "--hidden_size", "--learning-rate", "--tf32"]
+FLAGS += ["--loss_weights", "--report_to", "--no_tf32", "--eval_steps", "--output_dir", "--lr_scheduler_kwargs", "--x=1"]
+FLAGS += ["--block_size", "--validation_fraction", "--save_steps", "--", "-", "-h3", "--optim", "--rope_parameters"]
+WORDS = ["", " ", "3", "-1", "0", "1e999", "nan", "-inf", "0x10", "1_0,0", "true", "none", "~nobody/x", "../..", "{a: !!int ''}"]
+WORDS += ["{", "[" * 5000, "{a: &a [*a]}", "!!python/name:os.system", "9" * 5000, "x" * 5000, "\udcff", "\x1b[2J", "%s%n", "@f"]
+WORDS += ["{internal_text: -0x" + "f" * 6000 + "}", "{? !!set {a} : 1}", "[!!timestamp x]", "{internal_text: .nan}"]
+
+
+@examples(250)
+@given(st.lists(st.sampled_from(FLAGS) | st.sampled_from(WORDS) | st.text(max_size=8), max_size=6))
+def test_any_command_line_is_taken_or_told(argv):
+    told = []
+    with pytest.MonkeyPatch.context() as patch, no_hang():
+        patch.setattr(sys, "stderr", type("Sink", (), {"write": told.append, "flush": lambda self: None})())
+        patch.setattr(sys, "stdout", type("Sink", (), {"write": lambda *_: None, "flush": lambda self: None})())
+        with pytest.raises(SystemExit) as end:
+            run_main(lambda: settle(argv))
+    text = "".join(told)
+    assert end.value.code in (0, 1, 2)
+    if end.value.code == 1:
+        assert text.startswith("error: ") and text.count("\n") == 1 and text[:-1].isprintable() and len(text) < 5000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+LINE = {"step": 3, "tokens": 192, "time": 1.5, "loss": 3.2, "loss_internal_text": 3.2, "loss_audio": 2.0, "mfu": 0.3}
+LINE |= {"tokens_per_second": 100.5, "peak_memory_bytes": 10**9, "eval_loss": 3.0}
+
+
+def read_all_metrics(folder) -> None:
+    from creature.plots import plot_run, plot_throughput
+
+    checkpoints.rewind_metrics(folder, 100)
+    for x in ("step", "time"):
+        plot_run([folder], folder / "loss.svg", x)
+    plot_throughput([folder], folder / "throughput.svg", "tokens")
+
+
+def test_damaged_metrics_are_left_out_or_told(tmp_path):
+    lines = [LINE | {"step": step, "time": step * 1.5, "tokens": 64 * step} for step in (1, 2, 3, 4)]
+
+    @examples(40)
+    @given(
+        changed(lines).map(lambda d: "\n".join(map(dumped, d if isinstance(d, list) else [d])).encode())
+        | damaged("\n".join(map(dumped, lines)).encode())
+        | st.sampled_from(BROKEN_JSON).map(lambda text: (dumped(LINE) + "\n" + text).encode())
+    )
+    @pytest.mark.filterwarnings("ignore:.*left out")
+    def check(data):
+        (tmp_path / "metrics.jsonl").write_bytes(data)
+        answer(read_all_metrics, tmp_path)
+
+    check()
