@@ -23,8 +23,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from creature import checkpoints
-from creature.args import parse_settings
+from creature import args, checkpoints
 from creature.corpus import tokenize_corpus
 from creature.data import load_splits
 from creature.errors import UserError, run_main
@@ -301,14 +300,20 @@ YAMLS = [
 ]
 
 
+@pytest.fixture
+def fields_once(monkeypatch):
+    """Read the table of fields once, not for every example."""
+    monkeypatch.setattr(args, "known_fields", functools.cache(args.known_fields))
+
+
 def settle(argv) -> None:
     """What happens to settings before torch is needed; then what the model's own checks say."""
     from creature.job import build_config
 
-    build_config(parse_settings(argv))
+    build_config(args.parse_settings(argv))
 
 
-def test_a_damaged_yaml_file_is_taken_or_told(tmp_path, monkeypatch):
+def test_a_damaged_yaml_file_is_taken_or_told(tmp_path, monkeypatch, fields_once):
     monkeypatch.chdir(tmp_path)
     good = Path(__file__).parent.parent / "configs" / "small_config.yaml"
     good = "".join(line for line in good.read_text().splitlines(True) if not line.startswith("#"))
@@ -316,7 +321,7 @@ def test_a_damaged_yaml_file_is_taken_or_told(tmp_path, monkeypatch):
 
     document = yaml.safe_load(good)
 
-    @examples(150)
+    @examples(100)
     @given(
         changed(document).map(lambda d: dumped(d).encode())
         | damaged(good.encode())
@@ -341,9 +346,9 @@ WORDS += ["{", "[" * 5000, "{a: &a [*a]}", "!!python/name:os.system", "9" * 5000
 WORDS += ["{internal_text: -0x" + "f" * 6000 + "}", "{? !!set {a} : 1}", "[!!timestamp x]", "{internal_text: .nan}"]
 
 
-@examples(250)
-@given(st.lists(st.sampled_from(FLAGS) | st.sampled_from(WORDS) | st.text(max_size=8), max_size=6))
-def test_any_command_line_is_taken_or_told(argv):
+@examples(150)
+@given(argv=st.lists(st.sampled_from(FLAGS) | st.sampled_from(WORDS) | st.text(max_size=8), max_size=6))
+def test_any_command_line_is_taken_or_told(fields_once, argv):
     told = []
     with pytest.MonkeyPatch.context() as patch, no_hang():
         patch.setattr(sys, "stderr", type("Sink", (), {"write": told.append, "flush": lambda self: None})())
