@@ -24,6 +24,7 @@ DRY_RUN_FOLDER = "checkpoints/dry_run"
 DRY_RUN_STEPS = 10
 SECTIONS = ("model", "data", "training")
 LARGEST_CONFIG = 1 << 20  # bytes
+LARGEST_BATCH = 1 << 40  # tokens a step
 MOST_PROBLEMS = 20  # told at once; a file with more is no configuration
 
 # What people write who come from other libraries, and what it is called here.
@@ -466,6 +467,8 @@ def _check_values(values: dict[str, Any], problems: list[str]) -> None:
         value = values.get(name)
         if value is not None and not isinstance(value, str) and not 0 < value < float("inf"):
             problems.append(f"{name} must be greater than 0, not {value}")
+    if values.get("tokens_per_step", 0) > LARGEST_BATCH:
+        problems.append(f"tokens_per_step must be at most {LARGEST_BATCH:,}, not {values['tokens_per_step']}")
     for name in ("learning_rate", "warmup_steps", "decay_steps", "weight_decay", "max_grad_norm", "sample_steps"):
         value = values.get(name)
         if value is not None and not isinstance(value, str) and not 0 <= value < float("inf"):

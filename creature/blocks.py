@@ -68,10 +68,11 @@ class TokenStream:
         try:
             array = np.load(self.name, mmap_mode="r", allow_pickle=False)
         except Exception as error:  # of many types, a SyntaxError among them: the header is Python text
-            reason = first_line(error)
-            raise UserError(f"{self.name} is not a plain .npy array ({reason}): save it anew with numpy.save") from error
+            raise UserError(
+                f"{self.name} is not a plain .npy array ({first_line(error)}): save it anew with numpy.save"
+            ) from error
         if not isinstance(array, np.ndarray):
-            raise UserError(f"{self.name} is an archive of arrays (.npz), not a .npy array: save the one with numpy.save")
+            raise UserError(f"{self.name} is an archive of arrays (.npz), not a .npy: save the one with numpy.save")
         if not array.dtype.isnative or not array.flags.c_contiguous:
             raise UserError(f"{self.name} is stored in a foreign order: save numpy.ascontiguousarray of it as uint16")
         return array
@@ -99,7 +100,7 @@ class TokenStream:
             raise UserError(f"{self.name} holds {tensor.dtype} values, not token ids: store integers (uint16)")
         # Made contiguous, a view of few numbers could fill any memory.
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            raise UserError(f"{self.name} holds a tensor without its numbers in order: torch.save(tensor.clone()) instead")
+            raise UserError(f"{self.name} is no plain tensor with its numbers in order: torch.save(tensor.clone())")
         return tensor.detach().numpy()
 
     def check(self, vocab_size: int, manifest: dict | None) -> int:

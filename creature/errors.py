@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-
 LONGEST_MESSAGE = 4000  # characters
 
 

@@ -17,8 +17,9 @@ from transformers.trainer_utils import SchedulerType
 from creature import checkpoints
 from creature.callbacks import FiniteGuard, StopEvaluation, StopSignals, Throughput
 from creature.compiling import fill_rows, or_eager
-from creature.errors import UserError
+from creature.errors import UserError, first_line, is_out_of_memory
 from creature.files import free_bytes, is_disk_full
+from creature.loading import check_weights
 from creature.metrics import text_metrics
 from creature.optimizer import MuonAdamW, parameter_groups
 from streams_creature import STREAMS, count_targets
@@ -180,7 +181,8 @@ class CreatureTrainer(Trainer):
         """Load the states, but keep the settings of this run: a checkpoint's would override them in silence."""
         settings = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups]
         rates = list(getattr(self.lr_scheduler, "base_lrs", []))
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not hasattr(self.lr_scheduler, "lr_lambdas"):
             return
         self.lr_scheduler.base_lrs = rates
@@ -229,12 +231,15 @@ class CreatureTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         target = self.model if model is None else model
-        loaded, info = type(target).from_pretrained(
-            resume_from_checkpoint,
-            config=copy.deepcopy(target.config),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with _reading(resume_from_checkpoint):
+            check_weights(resume_from_checkpoint)
+            loaded, info = type(target).from_pretrained(
+                resume_from_checkpoint,
+                config=copy.deepcopy(target.config),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+            )
         if names := sorted(str(name) for kind in info.values() for name in kind):
             raise UserError(
                 f"{resume_from_checkpoint} is of another configuration ({names[0]} and {len(names) - 1} more differ): "
@@ -253,25 +258,32 @@ class CreatureTrainer(Trainer):
         }
         Path(output_dir, f"log_window_{self.args.process_index}.json").write_text(json.dumps(window), encoding="utf-8")
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _restore_window(self) -> None:
         path = Path(self._resumed_from or "", f"log_window_{self.args.process_index}.json")
         self._stream_losses.zero_()
         self._stream_steps.zero_()
         if self._resumed_from and path.is_file():
-            window = json.loads(path.read_text(encoding="utf-8"))
-            self._globalstep_last_logged = window["since"]
-            self._tr_loss.fill_(window["loss"])
-            self._stream_losses.copy_(torch.tensor(window["stream_losses"]))
-            self._stream_steps.copy_(torch.tensor(window["stream_steps"]))
+            with _reading(self._resumed_from):
+                window = json.loads(path.read_text(encoding="utf-8"))
+                self._globalstep_last_logged = int(window["since"])
+                self._tr_loss.fill_(window["loss"])
+                self._stream_losses.copy_(torch.tensor(window["stream_losses"]))
+                self._stream_steps.copy_(torch.tensor(window["stream_steps"]))
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         self._resumed_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        if self._resumed_from:
+            _read_state(self._resumed_from)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def load_finished(self, checkpoint: Path) -> None:
         """Take weights and state from the checkpoint of the last step, where nothing is left to train."""
         self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.state = _read_state(str(checkpoint))
 
     def _get_output_dir(self, trial) -> str:
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
@@ -315,6 +327,32 @@ class CreatureTrainer(Trainer):
             if best.exists() or best.name == name:
                 self.state.best_model_checkpoint = str(best)
                 self.state.save_to_json(str(self._aside / name / "trainer_state.json"))
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: str | None):
+    """Whatever a checkpoint that is not what we wrote makes other libraries raise, as one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if checkpoint is None or is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{checkpoint} cannot be resumed ({first_line(error)}): name another, --resume RUN/checkpoint-N"
+        ) from error
+
+
+def _read_state(checkpoint: str) -> TrainerState:
+    """The trainer_state.json of a checkpoint; UserError where a field of it is not of its type."""
+    with _reading(checkpoint):
+        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        for name, usual in vars(TrainerState()).items():
+            kinds = (int, float) if isinstance(usual, int | float) else type(usual)
+            if usual is not None and not isinstance(getattr(state, name), kinds):
+                raise TypeError(f"{name} in trainer_state.json is {getattr(state, name)!r}")
+        return state
 
 
 def _shield_workers(loader):

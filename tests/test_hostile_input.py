@@ -8,8 +8,6 @@ import copy
 import functools
 import json
 import math
-import os
-import pickle
 import shutil
 import signal
 import sys
@@ -73,7 +71,7 @@ def answer(function, *arguments, **options) -> str | None:
 
 @st.composite
 def damaged(draw, data: bytes, most: int = 4):
-    """`data` cut off, with bytes changed, left out, put in or repeated; near the beginning above all, where headers are."""
+    """`data` cut off, with bytes changed, left out, put in or repeated; most often near the beginning, in headers."""
     data = bytearray(data)
     for _ in range(draw(st.integers(1, most))):
         where = draw(st.integers(0, min(len(data), 600)) | st.integers(0, len(data)))
@@ -91,12 +89,12 @@ def damaged(draw, data: bytes, most: int = 4):
     return bytes(data)
 
 
-DEEP = functools.reduce(lambda inner, _: [inner], range(500), [])
+DEEP = functools.reduce(lambda inner, _: [inner], range(80), [])
 VALUES = st.sampled_from(
     [None, True, False, 0, -1, 3, 2**31, -(2**63), 10**30, 10**400, 0.5, 1e308, math.nan, math.inf, "", "0", "gpt2"]
     + ["uint16", "object", "u2,(u2", "../../outside", "/etc/passwd", "a\0b", "\x1b[2Jx", "\ud800", "long " * 2000]
     + [[], {}, [[]], {"a": 1}, [1, "x"], DEEP]
-)
+).map(copy.deepcopy)
 
 
 @st.composite
@@ -124,7 +122,7 @@ def _places(document):
     items = list(document.items() if isinstance(document, dict) else enumerate(document))
     for key, value in items:
         yield document, key
-        if isinstance(value, dict | list) and value is not DEEP:
+        if isinstance(value, dict | list):
             yield from _places(value)
 
 
@@ -152,8 +150,8 @@ class Trap:
 
 def open_tokens(path, **options):
     """Open, and read every row: a file that is taken has to be readable to the end."""
-    options = {"block_size": 64, "vocab_size": 50304, "progress": False, "cache_dir": str(path.parent / "cache"), **options}
-    splits = load_splits(str(path), **options)
+    options = {"block_size": 64, "vocab_size": 50304, "cache_dir": str(path.parent / "cache"), **options}
+    splits = load_splits(str(path), progress=False, **options)
     for rows in (splits.train, splits.validation):
         if rows is not None:
             ids = np.asarray(rows["input_ids"][:])
@@ -201,7 +199,10 @@ MANIFEST = {
     "dtype": "uint16",
     "tokenizer": "gpt2",
     "tokenizer_hash": "",
-    "splits": {"train": {"file": "a.bin", "tokens": len(TOKENS), "largest_id": 50256}, "validation": {"file": "a.valid.bin", "tokens": 9, "largest_id": 7}},
+    "splits": {
+        "train": {"file": "a.bin", "tokens": len(TOKENS), "largest_id": 50256},
+        "validation": {"file": "a.valid.bin", "tokens": 9, "largest_id": 7},
+    },
 }
 
 
@@ -339,10 +340,12 @@ def test_a_damaged_yaml_file_is_taken_or_told(tmp_path, monkeypatch, fields_once
 
 
 FLAGS = ["--config", "--data", "--resume", "--dry_run", "--max_steps", "--hidden_size", "--learning-rate", "--tf32"]
-FLAGS += ["--loss_weights", "--report_to", "--no_tf32", "--eval_steps", "--output_dir", "--lr_scheduler_kwargs", "--x=1"]
+FLAGS += ["--loss_weights", "--report_to", "--no_tf32", "--eval_steps", "--output_dir", "--lr_scheduler_kwargs"]
 FLAGS += ["--block_size", "--validation_fraction", "--save_steps", "--", "-", "-h3", "--optim", "--rope_parameters"]
-WORDS = ["", " ", "3", "-1", "0", "1e999", "nan", "-inf", "0x10", "1_0,0", "true", "none", "~nobody/x", "../..", "{a: !!int ''}"]
-WORDS += ["{", "[" * 5000, "{a: &a [*a]}", "!!python/name:os.system", "9" * 5000, "x" * 5000, "\udcff", "\x1b[2J", "%s%n", "@f"]
+FLAGS += ["--x=1", "--tokens_per_step"]
+WORDS = ["", " ", "3", "-1", "0", "1e999", "nan", "-inf", "0x10", "1_0,0", "true", "none", "~nobody/x", "../..", "{"]
+WORDS += ["[" * 5000, "{a: !!int ''}", "{a: &a [*a]}", "!!python/name:os.system", "9" * 5000, "9" * 15, "x" * 5000]
+WORDS += ["\udcff", "\x1b[2J", "%s%n", "@f"]
 WORDS += ["{internal_text: -0x" + "f" * 6000 + "}", "{? !!set {a} : 1}", "[!!timestamp x]", "{internal_text: .nan}"]
 
 
@@ -369,15 +372,14 @@ LINE = {"step": 3, "tokens": 192, "time": 1.5, "loss": 3.2, "loss_internal_text"
 LINE |= {"tokens_per_second": 100.5, "peak_memory_bytes": 10**9, "eval_loss": 3.0}
 
 
-def read_all_metrics(folder) -> None:
-    from creature.plots import plot_run, plot_throughput
+def draw_metrics(folder, x: str) -> None:
+    from creature.plots import plot_run
 
     checkpoints.rewind_metrics(folder, 100)
-    for x in ("step", "time"):
-        plot_run([folder], folder / "loss.svg", x)
-    plot_throughput([folder], folder / "throughput.svg", "tokens")
+    plot_run([folder], folder / "loss.svg", x)
 
 
+@pytest.mark.filterwarnings("ignore:.*left out")
 def test_damaged_metrics_are_left_out_or_told(tmp_path):
     lines = [LINE | {"step": step, "time": step * 1.5, "tokens": 64 * step} for step in (1, 2, 3, 4)]
 
@@ -385,11 +387,103 @@ def test_damaged_metrics_are_left_out_or_told(tmp_path):
     @given(
         changed(lines).map(lambda d: "\n".join(map(dumped, d if isinstance(d, list) else [d])).encode())
         | damaged("\n".join(map(dumped, lines)).encode())
-        | st.sampled_from(BROKEN_JSON).map(lambda text: (dumped(LINE) + "\n" + text).encode())
+        | st.sampled_from(BROKEN_JSON).map(lambda text: (dumped(LINE) + "\n" + text).encode()),
+        st.sampled_from(["step", "tokens", "time"]),
     )
-    @pytest.mark.filterwarnings("ignore:.*left out")
-    def check(data):
+    @example("\n".join(dumped(LINE | {"loss": loss}) for loss in (1e308, -1e308, 10**400, 1e99, -1e99)).encode(), "step")
+    @example(b'{"step": 1, "loss": 2.0, "time": 1}\n{"step": 2, "loss_a": 1.0, "loss_b": 2.0}', "time")
+    def check(data, x):
         (tmp_path / "metrics.jsonl").write_bytes(data)
-        answer(read_all_metrics, tmp_path)
+        answer(draw_metrics, tmp_path, x)
 
     check()
+    for text in BROKEN_JSON:
+        (tmp_path / "metrics.jsonl").write_text(dumped(LINE) + "\n" + text)
+        answer(checkpoints.rewind_metrics, tmp_path, 100)
+        assert checkpoints.read_metrics(tmp_path) == [LINE]
+
+
+SEALED = ("trainer_state.json", "scheduler.pt", "optimizer.pt", "model.safetensors")
+
+
+def test_a_damaged_seal_or_state_skips_the_checkpoint(tmp_path):
+    """Whatever complete.json and trainer_state.json say, the checkpoint is whole or is skipped, and none is opened."""
+    good = tmp_path / "checkpoint-3"
+    good.mkdir()
+    (tmp_path / "outside").write_text("secret")
+    for name in SEALED:
+        (good / name).write_text(json.dumps({"global_step": 3}) if name.endswith("json") else "x" * 50)
+    checkpoints.seal_checkpoint(good)
+    texts = {name: (good / name).read_bytes() for name in ("complete.json", "trainer_state.json")}
+    documents = {name: json.loads(text) for name, text in texts.items()}
+
+    @examples(150)
+    @given(
+        st.sampled_from(sorted(texts)).flatmap(
+            lambda name: st.tuples(
+                st.just(name),
+                changed(documents[name]).map(lambda d: dumped(d).encode())
+                | damaged(texts[name])
+                | st.sampled_from(BROKEN_JSON).map(str.encode),
+            )
+        )
+    )
+    def check(damage):
+        for name, text in (texts | dict([damage])).items():
+            (good / name).write_bytes(text)
+        with no_hang():
+            newest, skipped = checkpoints.newest_complete(tmp_path)
+        assert newest == good or skipped[0][1]
+
+    check()
+    for outside in ("../outside", str(tmp_path / "outside"), "a/../../outside", "a\0", "x" * 5000, "", "."):
+        files = {**documents["complete.json"]["files"], outside: {"bytes": 6, "sha256": "0"}}
+        (good / "complete.json").write_text(json.dumps({"files": files}))
+        assert checkpoints.problem_with(good)
+
+
+RUN = {
+    "kind": "run",
+    "status": "started",
+    "steps": 10,
+    "decay_start": 6,
+    "identity": {
+        "max_steps": 10, "schedule": "warmup_stable_decay", "warmup_steps": 1, "decay_steps": 4, "micro_batch": 2,
+        "world_size": 1, "model": {"hidden_size": 32}, "data_hash": "x",
+    },
+}  # fmt: skip
+
+
+def ask_for(folder, resume: bool) -> None:
+    """What a run reads of run.json, before and with --resume."""
+    from creature import job
+    from creature.training_arguments import CreatureTrainingArguments
+
+    checkpoints.check_output(folder, dry_run=False, resume=resume, overwrite=False)
+    if not resume:
+        return
+    old = checkpoints.read_resumed(folder)
+    arguments = CreatureTrainingArguments(output_dir=str(folder), use_cpu=True, max_steps=12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "choose_checkpoint", lambda *_: (Path("checkpoint-1"), []))
+        for steps in (8, 10, 12):
+            job.resume_point(args.Settings(resume=True), str(folder), arguments, old, steps)
+    job.check_identity(old, RUN, accept=False)
+
+
+def test_a_damaged_run_json_is_taken_or_told(tmp_path):
+    @examples(60)
+    @given(
+        changed(RUN).map(lambda d: dumped(d).encode())
+        | damaged(dumped(RUN).encode())
+        | st.sampled_from(BROKEN_JSON).map(str.encode),
+        st.booleans(),
+    )
+    @example(dumped(RUN).encode(), True)
+    def check(data, resume):
+        (tmp_path / "run.json").write_bytes(data)
+        answer(ask_for, tmp_path, resume)
+
+    check()
+    (tmp_path / "run.json").write_text(dumped(RUN))
+    assert answer(ask_for, tmp_path, resume=True) is None
