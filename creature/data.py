@@ -143,7 +143,7 @@ def block_collator(tokenizer, separate_documents: bool) -> Callable[[list[dict]]
 def _find_streams(
     source: str, block_size: int, tokenizer_name: str, validation_fraction: float, cache: Path, column: str, bar: bool
 ) -> tuple[TokenStream, TokenStream | None, dict | None]:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         if is_arrow_folder(path):
             found = _arrow_streams(path, block_size, cache)

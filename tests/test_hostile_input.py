@@ -8,6 +8,8 @@ import copy
 import functools
 import json
 import math
+import os
+import pickle
 import shutil
 import signal
 import sys
@@ -270,6 +272,45 @@ def test_damaged_text_is_taken_or_told(name, tmp_path):
     check()
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a pipe among the files is a thing of POSIX")
+def test_what_is_no_file_in_a_folder_is_left_out(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("some words")
+    os.mkfifo(folder / "b.txt")
+    (folder / "c.txt").symlink_to("/dev/zero")
+    (folder / "d.txt").symlink_to(folder / "nowhere")
+    (folder / "e").symlink_to(folder)
+    for i, name in enumerate((str(folder), str(folder / "*"), str(folder / "**"))):
+        with no_hang():
+            manifest = tokenize_corpus([name], str(tmp_path / f"{i}.bin"), progress=False, workers=1)
+        assert [Path(entry["name"]).name for entry in manifest["inputs"]] == ["a.txt"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are Unicode")
+def test_a_file_name_that_is_not_unicode_is_taken(tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_text("some words")
+    manifest = tokenize_corpus([str(tmp_path)], str(tmp_path / "out.bin"), progress=False, workers=1)
+    assert manifest["inputs"][0]["name"].endswith("caf\ufffd.txt")
+    (tmp_path / "out.bin").rename(tmp_path / os.fsdecode(b"\xe9.bin"))
+    TOKENS.tofile(tmp_path / os.fsdecode(b"\xe9.bin"))
+    assert answer(open_tokens, tmp_path / os.fsdecode(b"\xe9.bin")) is None
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x.bin", "a\0b", "a\0*", "\udcff/x", "x" * 5000, "**", "owner/name\n"])
+def test_a_name_that_cannot_be_is_told(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
+    for work in (
+        lambda: load_splits(name, block_size=64, vocab_size=50304, progress=False),
+        lambda: tokenize_corpus([name], str(tmp_path / "out.bin"), progress=False),
+        lambda: tokenize_corpus([__file__], name, progress=False),
+    ):
+        with no_hang(), pytest.raises(SystemExit):
+            run_main(work)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # YAML and the command line
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,7 +431,7 @@ def test_damaged_metrics_are_left_out_or_told(tmp_path):
         | st.sampled_from(BROKEN_JSON).map(lambda text: (dumped(LINE) + "\n" + text).encode()),
         st.sampled_from(["step", "tokens", "time"]),
     )
-    @example("\n".join(dumped(LINE | {"loss": loss}) for loss in (1e308, -1e308, 10**400, 1e99, -1e99)).encode(), "step")
+    @example("\n".join(dumped(LINE | {"loss": x}) for x in (1e308, -1e308, 10**400, 1e99)).encode(), "step")
     @example(b'{"step": 1, "loss": 2.0, "time": 1}\n{"step": 2, "loss_a": 1.0, "loss_b": 2.0}', "time")
     def check(data, x):
         (tmp_path / "metrics.jsonl").write_bytes(data)
@@ -449,7 +490,7 @@ RUN = {
     "decay_start": 6,
     "identity": {
         "max_steps": 10, "schedule": "warmup_stable_decay", "warmup_steps": 1, "decay_steps": 4, "micro_batch": 2,
-        "world_size": 1, "model": {"hidden_size": 32}, "data_hash": "x",
+        "world_size": 1, "model": {"hidden_size": 32}, "data_hash": "x", "separate_documents": False,
     },
 }  # fmt: skip
 
@@ -487,3 +528,110 @@ def test_a_damaged_run_json_is_taken_or_told(tmp_path):
     check()
     (tmp_path / "run.json").write_text(dumped(RUN))
     assert answer(ask_for, tmp_path, resume=True) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints and models: sealed again after the damage, as by somebody who means harm
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    from test_trainer import StopAt, make_trainer
+
+    folder = tmp_path_factory.mktemp("trained")
+    make_trainer(folder, callbacks=[StopAt(2)]).train()
+    return folder / "checkpoint-2"
+
+
+def resume(checkpoint) -> None:
+    from test_trainer import make_trainer
+
+    make_trainer(checkpoint.parent, max_steps=3).train(resume_from_checkpoint=str(checkpoint))
+
+
+def resealed(trained, folder, name: str, data: bytes | None) -> Path:
+    """A copy of a checkpoint with one file of other content, or without it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    copy = folder / "checkpoint-2"
+    shutil.copytree(trained, copy)
+    (copy / name).unlink(missing_ok=True)
+    if data is not None:
+        (copy / name).write_bytes(data)
+    checkpoints.seal_checkpoint(copy)
+    return copy
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])
+def test_a_pickle_in_a_checkpoint_is_never_run(name, trained, tmp_path):
+    for save in (lambda trap, path: path.write_bytes(pickle.dumps(trap)), torch.save):
+        save(Trap(tmp_path / "trapped"), tmp_path / "trap")
+        checkpoint = resealed(trained, tmp_path / "run", name, (tmp_path / "trap").read_bytes())
+        if name == "pytorch_model.bin":
+            (checkpoint / "model.safetensors").unlink()
+        assert "cannot be resumed" in answer(resume, checkpoint)
+        assert not (tmp_path / "trapped").exists()
+
+
+def test_a_damaged_state_in_a_checkpoint_is_taken_or_told(trained, tmp_path):
+    contents = {path.name: path.read_bytes() for path in trained.iterdir()}
+    documents = {name: json.loads(contents[name]) for name in ("trainer_state.json", "log_window_0.json")}
+
+    @examples(25)
+    @given(
+        st.sampled_from(sorted(documents)).flatmap(
+            lambda name: st.tuples(st.just(name), changed(documents[name]).map(lambda d: dumped(d).encode()))
+        )
+        | st.sampled_from(["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"]).flatmap(
+            lambda name: st.tuples(st.just(name), damaged(contents[name]))
+        )
+    )
+    def check(damage):
+        checkpoint = resealed(trained, tmp_path / "run", *damage)
+        if checkpoints.problem_with(checkpoint) is None:
+            answer(resume, checkpoint)
+
+    check()
+
+
+def load(folder) -> None:
+    from creature.loading import find_model, load_model
+
+    load_model(find_model(folder), "cpu")
+
+
+def test_a_damaged_model_is_taken_or_told(trained, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(trained / name, folder)
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    config = json.loads(contents["config.json"])
+    assert answer(load, folder) is None
+
+    @examples(80)
+    @given(
+        st.tuples(st.just("config.json"), changed(config).map(lambda d: dumped(d).encode()))
+        | st.tuples(st.just("config.json"), st.sampled_from(BROKEN_JSON).map(str.encode))
+        | st.tuples(st.just("model.safetensors"), damaged(contents["model.safetensors"]))
+    )
+    def check(damage):
+        for name, data in (contents | dict([damage])).items():
+            (folder / name).write_bytes(data)
+        answer(load, folder)
+
+    check()
+    for field in ("num_hidden_layers", "vision_num_layers", "hidden_size", "vocab_size", "num_touch_points"):
+        (folder / "config.json").write_text(dumped(config | {field: 2**40}))
+        assert answer(load, folder), field
+
+
+def test_an_index_of_weights_cannot_leave_its_folder(trained, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(trained / "config.json", folder)
+    shutil.copy(trained / "model.safetensors", tmp_path / "outside.safetensors")
+    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "weights.bin", 3, None):
+        index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
+        (folder / "model.safetensors.index.json").write_text(dumped(index))
+        assert "other files than weights beside it" in answer(load, folder)
