@@ -6,6 +6,7 @@ does no harm, or say what is wrong in one short sentence; anything else is a bug
 
 import copy
 import functools
+import gzip
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import pickle
 import shutil
 import signal
 import sys
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -635,3 +637,60 @@ def test_an_index_of_weights_cannot_leave_its_folder(trained, tmp_path):
         index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
         (folder / "model.safetensors.index.json").write_text(dumped(index))
         assert "other files than weights beside it" in answer(load, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def peak_of(work) -> int:
+    """Bytes by which the memory of this process grew at most while `work` ran, whatever it ended with."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+    before = status("VmRSS")
+    answer(work)
+    return status("VmHWM") - before
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc")
+def test_no_file_takes_more_than_twice_the_memory_of_a_good_one(tmp_path):
+    """Small files that speak of much: against good ones of some megabytes, with 32 MiB for what allocators keep."""
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    good.mkdir()
+    bad.mkdir()
+    count = 1 << 20
+    torch.save(torch.ones(count, dtype=torch.int32), good / "a.pt")
+    np.save(good / "a.npy", np.ones(count, np.int32))
+    np.ones(count, "<i2").tofile(good / "a.bin")
+    with gzip.open(good / "a.jsonl.gz", "wt") as file:
+        file.write('{"text": "' + "some words " * 100_000 + '"}\n')
+
+    with zipfile.ZipFile(good / "a.pt") as whole, zipfile.ZipFile(bad / "zip.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in whole.namelist():
+            bomb.writestr(name, bytes(1 << 28) if name.endswith("data/0") else whole.read(name))
+    torch.save(torch.ones(1, dtype=torch.int32).expand(1 << 28), bad / "expanded.pt")
+    header = (good / "a.npy").read_bytes()[:128]
+    (bad / "a.npy").write_bytes(header.replace(b"(1048576,)", b"(1<<30,)  ") + b"\0" * 999)
+    (bad / "b.npy").write_bytes(header.replace(b"(1048576,)", b"(99999999,") + b"\0" * 999)
+    (bad / "a.bin").write_bytes(bytes(64))
+    manifest = MANIFEST | {"splits": {"train": {"file": "a.bin", "tokens": 1 << 60, "largest_id": 1}}}
+    (bad / "a.manifest.json").write_text(dumped(manifest))
+    (bad / "a.jsonl.gz").write_bytes(b"".join(gzip.compress(b"x" * (1 << 24), 1) for _ in range(16)))
+    (bad / "a.yaml").write_text(LAUGHS + "model: {loss_weights: {internal_text: *i}}\n")
+
+    def work(path):
+        if path.suffix == ".gz":
+            return lambda: tokenize_corpus([str(path)], str(tmp_path / "out.bin"), overwrite=True, progress=False)
+        return (lambda: settle(["--config", str(path)])) if path.suffix == ".yaml" else (lambda: open_tokens(path))
+
+    (good / "a.yaml").write_text("model: {hidden_size: 64}\n")
+    for path in good.iterdir():  # what is imported, and kept by allocators, once
+        answer(work(path))
+    allowed = {path.suffix: 2 * peak_of(work(path)) + (32 << 20) for path in good.iterdir()}
+    for path in sorted(path for path in bad.iterdir() if path.suffix != ".json"):
+        assert peak_of(work(path)) <= allowed[path.suffix], path.name
