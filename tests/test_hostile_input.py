@@ -152,14 +152,14 @@ class Trap:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def open_tokens(path, **options):
+def open_tokens(path, block_size=64):
     """Open, and read every row: a file that is taken has to be readable to the end."""
-    options = {"block_size": 64, "vocab_size": 50304, "cache_dir": str(path.parent / "cache"), **options}
-    splits = load_splits(str(path), progress=False, **options)
+    options = {"vocab_size": 50304, "cache_dir": str(path.parent / "cache"), "progress": False}
+    splits = load_splits(str(path), block_size=block_size, **options)
     for rows in (splits.train, splits.validation):
         if rows is not None:
             ids = np.asarray(rows["input_ids"][:])
-            assert ids.shape[1] == 64 and 0 <= ids.min() and ids.max() < 50304
+            assert ids.shape[1] == block_size and 0 <= ids.min() and ids.max() < 50304
 
 
 @functools.cache
@@ -575,6 +575,17 @@ def test_a_pickle_in_a_checkpoint_is_never_run(name, trained, tmp_path):
         assert not (tmp_path / "trapped").exists()
 
 
+def test_weights_are_read_from_safetensors_only(trained, tmp_path):
+    from safetensors.torch import load_file
+
+    weights = load_file(trained / "model.safetensors")
+    torch.save(weights, tmp_path / "weights")
+    checkpoint = resealed(trained, tmp_path / "run", "pytorch_model.bin", (tmp_path / "weights").read_bytes())
+    (checkpoint / "model.safetensors").unlink()
+    assert "cannot be resumed" in answer(resume, checkpoint)
+    assert "no model" in answer(load, checkpoint)
+
+
 def test_a_damaged_state_in_a_checkpoint_is_taken_or_told(trained, tmp_path):
     contents = {path.name: path.read_bytes() for path in trained.iterdir()}
     documents = {name: json.loads(contents[name]) for name in ("trainer_state.json", "log_window_0.json")}
@@ -672,7 +683,7 @@ def test_no_file_takes_more_than_twice_the_memory_of_a_good_one(tmp_path):
 
     with zipfile.ZipFile(good / "a.pt") as whole, zipfile.ZipFile(bad / "zip.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
         for name in whole.namelist():
-            bomb.writestr(name, bytes(1 << 28) if name.endswith("data/0") else whole.read(name))
+            bomb.writestr(name, pickle.dumps(" " * (1 << 28)) if name.endswith("data.pkl") else whole.read(name))
     torch.save(torch.ones(1, dtype=torch.int32).expand(1 << 28), bad / "expanded.pt")
     header = (good / "a.npy").read_bytes()[:128]
     (bad / "a.npy").write_bytes(header.replace(b"(1048576,)", b"(1<<30,)  ") + b"\0" * 999)
@@ -686,7 +697,9 @@ def test_no_file_takes_more_than_twice_the_memory_of_a_good_one(tmp_path):
     def work(path):
         if path.suffix == ".gz":
             return lambda: tokenize_corpus([str(path)], str(tmp_path / "out.bin"), overwrite=True, progress=False)
-        return (lambda: settle(["--config", str(path)])) if path.suffix == ".yaml" else (lambda: open_tokens(path))
+        if path.suffix == ".yaml":
+            return lambda: settle(["--config", str(path)])
+        return lambda: open_tokens(path, 1 << 14)
 
     (good / "a.yaml").write_text("model: {hidden_size: 64}\n")
     for path in good.iterdir():  # what is imported, and kept by allocators, once
