@@ -52,6 +52,7 @@ class CreatureTrainer(Trainer):
         use_cache = model.config.use_cache
         super().__init__(*args, **kwargs)
         model.config.use_cache = use_cache  # the Trainer turns it off, and that would land in every checkpoint
+        refuse_shards(getattr(self.accelerator.state, "fsdp_plugin", None))
         self.throughput = throughput or Throughput()
         self.signals = signals or StopSignals()
         self.finite_guard = FiniteGuard()
@@ -228,7 +229,8 @@ class CreatureTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Load the weights as `from_pretrained` does: it knows the names that parts of transformers are saved under."""
         if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with _reading(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         target = self.model if model is None else model
         with _reading(resume_from_checkpoint):
@@ -327,6 +329,15 @@ class CreatureTrainer(Trainer):
             if best.exists() or best.name == name:
                 self.state.best_model_checkpoint = str(best)
                 self.state.save_to_json(str(self._aside / name / "trainer_state.json"))
+
+
+def refuse_shards(fsdp_plugin) -> None:
+    """UserError where FSDP would write sharded checkpoints: torch opens their index as a pickle that may run code."""
+    if "SHARDED" in str(getattr(fsdp_plugin, "state_dict_type", "")):
+        raise UserError(
+            "sharded checkpoints cannot be read back safely, for their index is a pickle: set fsdp_state_dict_type: "
+            "FULL_STATE_DICT in accelerate's configuration, as configs/accelerate/fsdp2.yaml does"
+        )
 
 
 @contextlib.contextmanager
