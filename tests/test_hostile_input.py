@@ -194,7 +194,7 @@ def test_a_damaged_token_file_is_taken_or_told(kind, tmp_path):
 def test_a_tensor_that_is_larger_in_memory_than_on_disk_is_refused(tmp_path):
     torch.save(torch.zeros(1, dtype=torch.int32).expand(1 << 34), tmp_path / "expanded.pt")
     torch.save(torch.zeros(1 << 10, dtype=torch.int32)[::2], tmp_path / "strided.pt")
-    torch.save(torch.sparse_coo_tensor([[0]], [1], (1 << 34,)), tmp_path / "sparse.pt")
+    torch.save(torch.sparse_coo_tensor([[0]], [1], (1 << 34,), check_invariants=True), tmp_path / "sparse.pt")
     torch.save(torch.zeros(1 << 34, dtype=torch.int32, device="meta"), tmp_path / "meta.pt")
     for path in sorted(tmp_path.glob("*.pt")):
         assert "torch.save" in answer(open_tokens, path), path.name
@@ -659,6 +659,25 @@ def test_an_index_of_weights_cannot_leave_its_folder(trained, tmp_path):
         index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
         (folder / "model.safetensors.index.json").write_text(dumped(index))
         assert "other files than weights beside it" in answer(load, folder)
+
+
+def test_code_in_a_folder_of_a_model_or_tokenizer_is_not_run(trained, tmp_path):
+    from creature.loading import load_own_tokenizer
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(trained / "model.safetensors", folder)
+    code = f"open({str(tmp_path / 'trapped')!r}, 'w')\n"
+    for name in ("evil.py", "modeling_creature.py", "configuration_creature.py", "tokenization_creature.py"):
+        (folder / name).write_text(code)
+    classes = {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM")}
+    config = json.loads((trained / "config.json").read_text()) | {"auto_map": classes}
+    (folder / "config.json").write_text(dumped(config))
+    tokenizer = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (folder / "tokenizer_config.json").write_text(dumped(tokenizer))
+    answer(load, folder)
+    assert answer(load_own_tokenizer, folder)
+    assert not (tmp_path / "trapped").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
