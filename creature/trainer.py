@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from creature import checkpoints
 from creature.callbacks import FiniteGuard, StopEvaluation, StopSignals, Throughput
 from creature.compiling import fill_rows, or_eager
 from creature.errors import UserError, first_line, is_out_of_memory
-from creature.files import free_bytes, is_disk_full
+from creature.files import free_bytes, is_disk_full, replace_file
 from creature.loading import check_weights
 from creature.metrics import text_metrics
 from creature.optimizer import MuonAdamW, parameter_groups
@@ -55,7 +56,9 @@ class CreatureTrainer(Trainer):
         refuse_shards(getattr(self.accelerator.state, "fsdp_plugin", None))
         self.throughput = throughput or Throughput()
         self.signals = signals or StopSignals()
-        self.finite_guard = FiniteGuard()
+        self.finite_guard = FiniteGuard(self._keep_batch)
+        # input_ids of two steps: of a step on a GPU, the guard knows in the next one.
+        self._recent: deque[tuple[int, list[torch.Tensor]]] = deque(maxlen=2)
         for callback in (self.throughput, self.signals, _TrainBegin(self._restore_window)):
             self.add_callback(callback)
         self.compute_metrics = self.compute_metrics or self._text_metrics
@@ -77,6 +80,7 @@ class CreatureTrainer(Trainer):
         tokens = sum(batch["input_ids"].numel() for batch in batch_samples) * self.args.world_size
         self.throughput.count(tokens, samples)
         self.state.num_input_tokens_seen += tokens
+        self._recent.append((self.state.global_step + 1, [batch["input_ids"] for batch in batch_samples]))
         counts = torch.stack([count_targets(self.model.config, batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             counts = self.accelerator.gather(counts[None]).sum(0)
@@ -201,6 +205,20 @@ class CreatureTrainer(Trainer):
         value = self._tr_loss if self.accelerator.scaler is not None else torch.as_tensor(grad_norm)
         self.finite_guard.check(value, self.state.global_step + 1, self.optimizer, self.args.output_dir)
         return grad_norm
+
+    def _keep_batch(self, step: int) -> str:
+        """Write the ids of this process's rows of a step, in their order, into the folder of the run."""
+        batches = dict(self._recent).get(step, [])
+        rows = [row.cpu().numpy() for batch in batches for row in batch]
+        if not rows or len({len(row) for row in rows}) > 1:
+            return ""
+        path = Path(self.args.output_dir, f"stopped_at_step_{step}_process_{self.args.process_index}.npy")
+        try:
+            with replace_file(path) as file:
+                np.save(file, np.stack(rows))
+        except (OSError, UserError):  # what stopped the run is the news, not a full disk
+            return ""
+        return f" (its batch of {len(rows)} rows, in {len(batches)} micro-batches, is kept in {path})"
 
     # ---- Evaluation ----
 

@@ -1,9 +1,11 @@
 """CreatureTrainer: true losses and counts, exact resume, whole checkpoints, nothing spoilt by a NaN."""
 
 import errno
+import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -240,13 +242,16 @@ class Poison(TrainerCallback):
 
 def test_a_nan_stops_the_run_before_the_weights_change(tmp_path):
     trainer = make_trainer(tmp_path, callbacks=[Poison(4)], save_steps=2)
-    with pytest.raises(UserError, match="step 5.*checkpoint-4"):
+    with pytest.raises(UserError, match="step 5.*batch of 4 rows, in 2 micro-batches, is kept in .*checkpoint-4"):
         trainer.train()
     assert checkpoints.problem_with(tmp_path / "checkpoint-4") is None
     saved = MultiModalCreature.from_pretrained(tmp_path / "checkpoint-4").state_dict()
     after = weights_of(trainer)
     after["model.norm.weight"][0] = saved["model.norm.weight"][0]
     assert_same(saved, after)
+    (kept,) = tmp_path.glob("stopped_at_step_5*.npy")
+    order = [row for batch in itertools.islice(trainer.get_train_dataloader(), 8, 10) for row in batch["input_ids"]]
+    assert np.array_equal(np.load(kept), torch.stack(order))
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
