@@ -377,10 +377,12 @@ def _read_state(checkpoint: str) -> TrainerState:
     """The trainer_state.json of a checkpoint; UserError where a field of it is not of its type."""
     with _reading(checkpoint):
         state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-        for name, usual in vars(TrainerState()).items():
-            kinds = (int, float) if isinstance(usual, int | float) else type(usual)
-            if usual is not None and not isinstance(getattr(state, name), kinds):
-                raise TypeError(f"{name} in trainer_state.json is {getattr(state, name)!r}")
+        usual = TrainerState(train_batch_size=1, best_metric=0.0, best_global_step=0, best_model_checkpoint="")
+        for name, example in vars(usual).items():
+            value, kinds = getattr(state, name), (int, float) if isinstance(example, int | float) else type(example)
+            unknown = value is None and name.startswith("best_")
+            if not (example is None or unknown or isinstance(value, kinds)):
+                raise TypeError(f"{name} in trainer_state.json is {value!r}")
         return state
 
 
