@@ -92,8 +92,8 @@ def check_weights(folder: str | Path, config: "CreatureConfig | None" = None) ->
     )
     if least > stored:  # a parameter takes more than a byte
         raise UserError(
-            f"{folder}/config.json speaks of more than {least:,} parameters, and the weights with it have "
-            f"{stored:,} bytes: use another checkpoint"
+            f"the model in {folder} cannot be loaded (config.json speaks of more than {least:,} parameters, and the "
+            f"weights have {stored:,} bytes): use another checkpoint"
         )
 
 
