@@ -32,7 +32,7 @@ def main() -> int | None:
     from creature.machine import plan_run
     from creature.tokenizer import load_tokenizer
 
-    old = checkpoints.read_run(folder) if settings.resume else None
+    old = checkpoints.read_resumed(folder) if settings.resume else None
     config = job.build_config(settings)
     plan = plan_run(settings, config, old["identity"] if old else None)
     args = job.build_arguments(settings, plan)

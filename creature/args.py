@@ -16,13 +16,16 @@ from typing import Any
 
 import yaml
 
-from creature.errors import UserError
+from creature.errors import UserError, first_line
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = PROJECT / "configs" / "text_only_config.yaml"
 DRY_RUN_FOLDER = "checkpoints/dry_run"
 DRY_RUN_STEPS = 10
 SECTIONS = ("model", "data", "training")
+LARGEST_CONFIG = 1 << 20  # bytes
+LARGEST_BATCH = 1 << 40  # tokens a step
+MOST_PROBLEMS = 20  # told at once; a file with more is no configuration
 
 # What people write who come from other libraries, and what it is called here.
 OTHER_NAMES = {
@@ -141,7 +144,13 @@ class FieldInfo:
     def convert(self, value: Any) -> Any:
         """The value in the type of the field; a value from a flag is text. Raises ValueError in words."""
         if isinstance(value, str):
-            return self._from_text(value)
+            if "\0" in value:  # no path or name can hold one
+                raise ValueError(f"{self.name} holds a NUL character")
+            value = self._from_text(value)
+            if type(value) is not int:
+                return value
+        if type(value) is int and abs(value) >= 1 << 63:
+            raise ValueError(f"{self.name} is a number of {value.bit_length()} bits, and no setting is that large")
         if isinstance(value, bool):
             accepted = "bool" in self.kinds
         elif isinstance(value, int):
@@ -171,7 +180,7 @@ class FieldInfo:
             return text == "1"
         if self.kinds & {"list", "dict"} and text[:1] in ("[", "{"):
             try:
-                value = yaml.safe_load(text)
+                value = parse_yaml(text)
             except yaml.YAMLError:
                 value = text
             if type(value).__name__ in self.kinds:
@@ -246,13 +255,22 @@ def known_fields() -> dict[str, FieldInfo]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe YAML loader that refuses a key written twice: the first value would be lost in silence."""
+    """
+    A safe YAML loader that refuses a key written twice (the first value would be lost in silence) and aliases, by which
+    a few lines stand for more than any memory holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"write out what *{event.anchor} means", event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, list | dict):
+            if isinstance(key, list | dict | set):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} occurs twice", key_node.start_mark)
@@ -260,17 +278,33 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says, in plain Python types; YAMLError where it is not valid."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deep") from None
+    except ValueError as error:
+        raise yaml.YAMLError(first_line(error)) from error
+    except (TypeError, LookupError, AttributeError) as error:  # so fail the readers of tags: `!!int ''`, `!!bool maybe`
+        raise yaml.YAMLError("a value is not what its tag says") from error
+
+
 def load_yaml(path: str | Path) -> dict:
     """The mapping in a YAML file; UserError where the file is missing, is not text or is not a mapping."""
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        with open(path, "rb") as file:
+            data = file.read(LARGEST_CONFIG + 1)
+        if len(data) > LARGEST_CONFIG:
+            raise UserError(f"{path} has more than {LARGEST_CONFIG >> 20} MiB: --config takes a YAML file of settings")
+        content = parse_yaml(data.decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"there is no configuration file {path}: the project's configs/ has examples") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder: --config takes a YAML file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text: save the configuration as UTF-8") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
@@ -303,6 +337,8 @@ def _read_config(path: str | Path, fields: dict[str, FieldInfo], problems: list[
             continue
         own = [name for name, info in fields.items() if info.section == section]
         for name, value in (content or {}).items():
+            if len(problems) >= MOST_PROBLEMS:
+                return values
             info = fields.get(name) if isinstance(name, str) else None
             if info is None:
                 problems.append(f"unknown field {section}.{name}{_suggest(str(name), own)}")
@@ -429,8 +465,10 @@ def _check_values(values: dict[str, Any], problems: list[str]) -> None:
     for name in ("tokens_per_step", "per_device_train_batch_size", "gradient_accumulation_steps", "block_size",
                  "sample_corpus_tokens", "max_eval_blocks", "save_steps", "logging_steps", "eval_steps"):  # fmt: skip
         value = values.get(name)
-        if value is not None and not isinstance(value, str) and value <= 0:
+        if value is not None and not isinstance(value, str) and not 0 < value < float("inf"):
             problems.append(f"{name} must be greater than 0, not {value}")
+    if values.get("tokens_per_step", 0) > LARGEST_BATCH:
+        problems.append(f"tokens_per_step must be at most {LARGEST_BATCH:,}, not {values['tokens_per_step']}")
     for name in ("learning_rate", "warmup_steps", "decay_steps", "weight_decay", "max_grad_norm", "sample_steps"):
         value = values.get(name)
         if value is not None and not isinstance(value, str) and not 0 <= value < float("inf"):

@@ -9,8 +9,8 @@ import copy
 import hashlib
 import logging
 import os
-import pickle
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from datasets.table import TableBlock, table_cast, table_flatten
 
-from creature.errors import UserError
+from creature.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,12 @@ class TokenStream:
     def _open_npy(self) -> np.ndarray:
         try:
             array = np.load(self.name, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{self.name} is not a plain .npy array ({error}): save it anew with numpy.save") from error
+        except Exception as error:  # of many types, a SyntaxError among them: the header is Python text
+            raise UserError(
+                f"{self.name} is not a plain .npy array ({first_line(error)}): save it anew with numpy.save"
+            ) from error
+        if not isinstance(array, np.ndarray):
+            raise UserError(f"{self.name} is an archive of arrays (.npz), not a .npy: save the one with numpy.save")
         if not array.dtype.isnative or not array.flags.c_contiguous:
             raise UserError(f"{self.name} is stored in a foreign order: save numpy.ascontiguousarray of it as uint16")
         return array
@@ -77,13 +81,13 @@ class TokenStream:
         import torch
 
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), open(self.name, "rb") as file:
                 warnings.simplefilter("ignore")  # about pickles of other versions; what matters is said below
-                try:
-                    tensor = torch.load(self.name, map_location="cpu", weights_only=True, mmap=True)
-                except RuntimeError:  # the format before torch 1.6 cannot be mapped
-                    tensor = torch.load(self.name, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+                archive = file.read(4) == b"PK\x03\x04"  # the format before torch 1.6 is none, and cannot be mapped
+                if archive and any(entry.compress_type for entry in zipfile.ZipFile(file).infolist()):
+                    raise ValueError("it is compressed, which torch.save never does")
+                tensor = torch.load(self.name, map_location="cpu", weights_only=True, mmap=archive)
+        except Exception as error:  # of a dozen types, each of which means that it is not what torch.save wrote
             raise UserError(
                 f"{self.name} is a pickle of something else than a tensor, or damaged; it was not executed: "
                 "save the token ids with torch.save(tensor, path)"
@@ -94,7 +98,10 @@ class TokenStream:
             )
         if tensor.is_floating_point() or tensor.is_complex():
             raise UserError(f"{self.name} holds {tensor.dtype} values, not token ids: store integers (uint16)")
-        return tensor.detach().contiguous().numpy()
+        # Made contiguous, a view of few numbers could fill any memory.
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise UserError(f"{self.name} is no plain tensor with its numbers in order: torch.save(tensor.clone())")
+        return tensor.detach().numpy()
 
     def check(self, vocab_size: int, manifest: dict | None) -> int:
         """

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -186,7 +186,9 @@ class FiniteGuard(TrainerCallback):
     they are where their attribute `found_inf` is 1. In any case no checkpoint is written meanwhile.
     """
 
-    def __init__(self):
+    def __init__(self, keep_batch: Callable[[int], str] = lambda step: ""):
+        """keep_batch: puts what a step has trained on where one can look at it, and says where."""
+        self.keep_batch = keep_batch
         self._pending: tuple[torch.Tensor, torch.cuda.Event, int, bool] | None = None
 
     def check(self, value: torch.Tensor, step: int, optimizer, output_dir: str) -> None:
@@ -221,7 +223,7 @@ class FiniteGuard(TrainerCallback):
         kept = list_checkpoints(output_dir)
         last = f"the last good checkpoint is {kept[-1].name}: --resume it" if kept else "no checkpoint yet: start again"
         raise UserError(
-            f"the gradient became NaN or infinite in step {step}, and the run stopped {when}; "
+            f"the gradient became NaN or infinite in step {step}, and the run stopped {when}{self.keep_batch(step)}; "
             f"{last} with a lower --learning_rate (and --accept_changes), or look at the data, and at fp16 if it is on"
         )
 

@@ -6,6 +6,7 @@ its size and sha256. `run.json` describes the run; a resumed run must agree with
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -82,17 +83,20 @@ def problem_with(checkpoint: str | os.PathLike) -> str | None:
         return f"it was saved without {missing[0]}"
     for name, entry in seal["files"].items():
         path = folder / name
-        if not _is_inside(path, folder) or not isinstance(entry, dict):
+        if "\0" in name or not _is_inside(path, folder) or not isinstance(entry, dict):
             return f"{COMPLETE_FILE} is broken"
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry.get("bytes"):
-            return f"{name} has {path.stat().st_size:,} bytes instead of {entry.get('bytes')}"
         try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry.get("bytes"):
+                return f"{name} has {path.stat().st_size:,} bytes instead of {entry.get('bytes')}"
             if sha256_file(path) != entry.get("sha256"):
                 return f"{name} has changed since it was written"
-        except OSError as error:  # a bad sector, say
+        except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
+    state = _read_json(folder / "trainer_state.json")
+    if not isinstance(state, dict) or state.get("global_step") != step_of(folder):
+        return "trainer_state.json does not tell of this step"
     return None
 
 
@@ -180,6 +184,19 @@ def read_run(folder: str | os.PathLike) -> dict | None:
     return run
 
 
+def read_resumed(folder: str | os.PathLike) -> dict:
+    """What run.json says of a run to resume; UserError where it does not say what going on takes."""
+    run = read_run(folder) or {"identity": {}}
+    own, start = run["identity"], run.get("decay_start")
+    whole = all(type(own.get(k)) is int and own[k] >= 0 for k in ("max_steps", "warmup_steps", "decay_steps"))
+    whole = whole and type(own.get("micro_batch")) is int and own["micro_batch"] >= 1
+    if not whole or type(start) is not (int if own.get("schedule") == "warmup_stable_decay" else type(None)):
+        raise UserError(
+            f"{Path(folder) / RUN_FILE} does not tell how the run was made: restore it, or use another --output_dir"
+        )
+    return run
+
+
 def differences(old: dict, new: dict) -> list[str]:
     """How the identity of a run (run.json's "identity") differs from another, one phrase for each difference."""
     found = []
@@ -198,18 +215,26 @@ def differences(old: dict, new: dict) -> list[str]:
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict]:
-    """The lines of metrics.jsonl, in order; a last line that a crash cut short is left out."""
+    """
+    The lines of metrics.jsonl, in order, with the numbers in them; a last line that a crash cut short is left out, and
+    so is what no run writes.
+    """
     path = Path(folder) / METRICS_FILE
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     entries = []
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            entries.append(entry)
+        if isinstance(entry, dict) and type(entry.get("step")) is int and _is_metric(entry["step"]):
+            entries.append({name: value for name, value in entry.items() if _is_metric(value)})
     return entries
+
+
+def _is_metric(value: Any) -> bool:
+    # A loss may be infinite or NaN; finite numbers like these would only break what adds or draws them.
+    return type(value) in (int, float) and not 1e100 < abs(value) < math.inf
 
 
 def rewind_metrics(folder: str | os.PathLike, step: int) -> list[dict]:

@@ -309,6 +309,8 @@ def manifest_path(output: Path) -> Path:
 
 
 def _check_output(output: Path, sources: list[Source], overwrite: bool) -> None:
+    if "\0" in str(output) or any("\ud800" <= character <= "\udfff" for character in str(output)):
+        raise UserError(f"--output {output} is not a name in Unicode, as its manifest needs: choose another")
     if output.suffix not in ("", ".bin"):
         raise UserError(f"--output {output} has to end in .bin (a token stream) or have no ending (an Arrow folder)")
     if output.suffix == ".bin":
@@ -370,7 +372,7 @@ def tokenize_corpus(
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers} is less than 1: leave it out to use all cores")
     sources, left_out = find_sources(inputs)
-    output_path = Path(output).expanduser()
+    output_path = Path(os.path.expanduser(output))
     check = functools.partial(_check_output, output_path, sources, overwrite)
     check()
     coder = _make_coder(tokenizer_name)

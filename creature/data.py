@@ -27,6 +27,7 @@ from creature.readers import load_arrow_folder, load_hub
 from creature.sources import TOKEN_FILES, Source, find_sources, is_arrow_folder, is_hub_name
 from creature.tokenizer import gpt2_hash, load_tokenizer, tokenizer_hash
 
+TOKEN_TYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")  # that a manifest may name
 VALIDATION_ENDINGS = (".valid", "_valid", ".validation", "_validation", ".val", "_val")
 
 
@@ -142,7 +143,7 @@ def block_collator(tokenizer, separate_documents: bool) -> Callable[[list[dict]]
 def _find_streams(
     source: str, block_size: int, tokenizer_name: str, validation_fraction: float, cache: Path, column: str, bar: bool
 ) -> tuple[TokenStream, TokenStream | None, dict | None]:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         if is_arrow_folder(path):
             found = _arrow_streams(path, block_size, cache)
@@ -197,10 +198,14 @@ def _read_manifest(path: Path) -> dict | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if np.dtype(manifest["dtype"]).kind not in "iu":
+        if manifest["dtype"] not in TOKEN_TYPES:
             raise TypeError(f"{manifest['dtype']} is no integer type")
+        for entry in manifest["splits"].values():
+            # Files are never opened by these names, only known by them.
+            if not isinstance(entry["file"], str) or not all(type(entry[k]) is int for k in ("tokens", "largest_id")):
+                raise TypeError("a split needs a file, its tokens and its largest id")
         return {key: manifest[key] for key in ("dtype", "tokenizer", "tokenizer_hash", "splits")}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a manifest of a token corpus: delete it, or tokenize again") from error
 
 

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+LONGEST_MESSAGE = 4000  # characters
+
 
 class UserError(ValueError):
     """Something the user can put right. The message is one clear sentence that ends with the remedy."""
@@ -46,6 +48,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
+def one_line(message: str) -> str:
+    """
+    A message as one line fit for a terminal, whatever of a foreign file it quotes: characters that are not for print
+    (escape sequences among them) are spelled out, and the middle of what is very long is left out.
+    """
+    text = " ".join(message.split())
+    if len(text) > LONGEST_MESSAGE:
+        text = f"{text[: LONGEST_MESSAGE // 2]} [...] {text[-LONGEST_MESSAGE // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def _report(message: str, code: int = 1) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     return code

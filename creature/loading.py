@@ -1,11 +1,12 @@
 """A trained creature and its tokenizer from a folder: of a run, of one of its checkpoints, or of a saved model."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from creature.checkpoints import list_checkpoints, newest_complete
-from creature.errors import UserError, first_line
+from creature.errors import UserError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from configuration_creature import CreatureConfig
     from modeling_creature import MultiModalCreature
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+WEIGHT_INDEX = "model.safetensors.index.json"
+WEIGHT_FILES = ("model.safetensors", WEIGHT_INDEX)  # no pickles
 
 
 def has_model(folder: str | Path) -> bool:
@@ -52,7 +54,7 @@ def load_config(folder: str | Path) -> "CreatureConfig":
 
     try:
         kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder}/config.json cannot be read: use another checkpoint") from error
     if kind != "creature":
         raise UserError(
@@ -60,20 +62,55 @@ def load_config(folder: str | Path) -> "CreatureConfig":
         )
     try:
         return CreatureConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # of many types: a configuration is checked by transformers, then by us
         raise UserError(f"{folder}/config.json is not valid ({first_line(error)}): use another checkpoint") from error
+
+
+def check_weights(folder: str | Path, config: "CreatureConfig | None" = None) -> None:
+    """
+    UserError where an index of weights names files outside its folder, or the weights are fewer than `config` says.
+
+    The second before a model is built: a config.json of a few bytes may speak of more parameters than any memory holds.
+    """
+    folder, files = Path(folder), {"model.safetensors"}
+    if (folder / WEIGHT_INDEX).is_file():
+        try:
+            files = set(json.loads((folder / WEIGHT_INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{folder}/{WEIGHT_INDEX} cannot be read: use another checkpoint") from error
+    if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in files):
+        raise UserError(f"{folder}/{WEIGHT_INDEX} names other files than weights beside it: use another checkpoint")
+    if config is None:
+        return
+    stored = sum((folder / name).stat().st_size for name in files if (folder / name).is_file())
+    least = (  # of the parameters; to count all of them, a model would have to be built
+        config.hidden_size * (config.vocab_size + 2 * config.num_hidden_layers * config.intermediate_size)
+        + config.vision_num_layers * config.vision_hidden_size**2
+        + config.depth_num_layers * config.depth_hidden_size**2
+        + config.num_audio_codebooks * config.audio_codebook_size
+        + config.num_touch_points
+    )
+    if least > stored:  # a parameter takes more than a byte
+        raise UserError(
+            f"the model in {folder} cannot be loaded (config.json speaks of more than {least:,} parameters, and the "
+            f"weights have {stored:,} bytes): use another checkpoint"
+        )
 
 
 def load_model(folder: str | Path, device: str, dtype: "torch.dtype | None" = None) -> "MultiModalCreature":
     """The creature saved in `folder`, in evaluation mode; UserError when it is damaged or of another kind."""
-    from safetensors import SafetensorError
-
     from modeling_creature import MultiModalCreature
 
     config = load_config(folder)
     try:
-        model = MultiModalCreature.from_pretrained(folder, config=config, **({"dtype": dtype} if dtype else {}))
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        check_weights(folder, config)
+        options = {"dtype": dtype} if dtype else {}
+        model = MultiModalCreature.from_pretrained(folder, config=config, use_safetensors=True, **options)
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"the model in {folder} cannot be loaded ({first_line(error)}): use another checkpoint"
         ) from error

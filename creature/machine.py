@@ -1,5 +1,6 @@
 """From the settings to what this machine does with them: device, precision, threads, compiling, and the batch."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -205,7 +206,8 @@ def _plan_batch(plan: Plan, settings: Settings, config, resumed: dict | None) ->
 
 
 def _nearest_divisor(number: int, near: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - near), d))
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return min(small + [number // d for d in small], key=lambda d: (abs(d - near), d))
 
 
 def _set_threads(training: dict, device: Device, notes: list[str]) -> int | None:

@@ -202,9 +202,9 @@ def _draw_loss(axes, runs, x, scale):
             settled = smoothed[len(smoothed) // 20 :]
             highest.append(max(settled))
             lowest.append(min(values))
-        for stream, style in _streams(entries).items():
+        for stream, style in _streams(entries, x).items():
             at, losses = _points(entries, x, f"loss_{stream}")
-            own = COLORS[1 + list(_streams(entries)).index(stream)] if alone else color
+            own = COLORS[1 + list(_streams(entries, x)).index(stream)] if alone else color
             name = stream if alone else f"{label}, {stream}"
             at = [place * scale for place in at]
             axes.plot(at, smooth(losses, span), style, color=own, linewidth=1.4, label=name)
@@ -217,7 +217,7 @@ def _draw_loss(axes, runs, x, scale):
                 [place * scale for place in at],
                 losses,
                 "o",
-                color=COLORS[1] if alone and not _streams(entries) else color,
+                color=COLORS[1] if alone and not _streams(entries, x) else color,
                 markersize=5.5,
                 markeredgecolor="white",
                 markeredgewidth=0.9,
@@ -232,10 +232,10 @@ def _draw_loss(axes, runs, x, scale):
     axes.legend(loc="upper right", fontsize=9.5 if len(runs) < 4 else 8.5)
 
 
-def _streams(entries: list[dict]) -> dict[str, str]:
+def _streams(entries: list[dict], x: str) -> dict[str, str]:
     """Line styles of the streams of a run, {} when it has only one: that is then the loss itself."""
     names = dict.fromkeys(key[5:] for entry in entries for key in entry if key.startswith("loss_") and entry[key])
-    names = [name for name in names if _points(entries, "step", f"loss_{name}")[0]]
+    names = [name for name in names if _points(entries, x, f"loss_{name}")[0]]
     return {name: STREAM_STYLES.get(name, "--") for name in names} if len(names) > 1 else {}
 
 

@@ -264,7 +264,7 @@ def _read_jsonl(chunks: Iterator[str], source: Source, column: str) -> Iterator[
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{source.name}, line {number:,} is not JSON ({error}): repair or remove it") from error
         yield _record_text(record, source, f"line {number:,}", column), True
 
@@ -284,6 +284,8 @@ def _read_json(chunks: Iterator[str], source: Source, column: str) -> Iterator[t
             return
         try:
             record, start = decoder.raw_decode(text, start)
+        except RecursionError as error:
+            raise UserError(f"{source.name} is nested too deep at record {number + 1:,}: repair it") from error
         except ValueError as error:
             if ended:
                 reason = "the file ends inside the array" if start == len(text) else error

@@ -59,7 +59,8 @@ def find_sources(inputs: list[str]) -> tuple[list[Source], int]:
                 seen.add(key)
                 kind, compression = _kind(path)
                 size = path.stat().st_size
-                sources.append(Source(path.as_posix(), kind or "text", path, compression, size))
+                shown = os.fsencode(path.as_posix()).decode("utf-8", "replace")  # a name need not be Unicode
+                sources.append(Source(shown, kind or "text", path, compression, size))
     return sources, left_out
 
 
@@ -79,7 +80,7 @@ def is_arrow_folder(path: Path) -> bool:
 
 def _expand(name: str) -> tuple[list[Path] | None, int]:
     """The files that one input stands for (None: a dataset) and the number of files left out."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # as it is where there is no such user
     if path.is_file():
         if path.suffix.lower() in NO_TEXT:
             raise UserError(f"{name} holds tokens or weights, not text: train on it as it is, or name a text file")
@@ -99,7 +100,7 @@ def _expand(name: str) -> tuple[list[Path] | None, int]:
                 more, skipped = ([], 0) if "**" in name else _folder_files(match, may_be_empty=True)
                 files += more
                 left_out += skipped
-            elif _kind(match)[0] and not _is_manifest(match):
+            elif _kind(match)[0] and not _is_manifest(match) and match.is_file():
                 files.append(match)
             else:
                 left_out += 1
@@ -117,7 +118,8 @@ def _folder_files(folder: Path, may_be_empty: bool = False) -> tuple[list[Path],
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(root, name)
-            if _kind(path)[0] and not name.startswith(".") and not _is_manifest(path):
+            # A pipe could keep us waiting, and a device give bytes without an end.
+            if _kind(path)[0] and not name.startswith(".") and not _is_manifest(path) and path.is_file():
                 files.append(path)
             else:
                 left_out += 1

@@ -1,11 +1,13 @@
 """CreatureTrainer: the Hugging Face Trainer with per-stream losses, true numbers and whole checkpoints."""
 
+import contextlib
 import copy
 import functools
 import json
 import os
 import shutil
 import signal
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,9 @@ from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from creature import checkpoints
 from creature.callbacks import FiniteGuard, StopEvaluation, StopSignals, Throughput
 from creature.compiling import fill_rows, or_eager
-from creature.errors import UserError
-from creature.files import flush_folder, telling_of_failed_writes
+from creature.errors import UserError, first_line, is_out_of_memory
+from creature.files import flush_folder, replace_file, telling_of_failed_writes
+from creature.loading import check_weights
 from creature.metrics import text_metrics
 from creature.optimizer import MuonAdamW, parameter_groups
 from streams_creature import STREAMS, count_targets
@@ -50,9 +53,12 @@ class CreatureTrainer(Trainer):
         use_cache = model.config.use_cache
         super().__init__(*args, **kwargs)
         model.config.use_cache = use_cache  # the Trainer turns it off, and that would land in every checkpoint
+        refuse_shards(getattr(self.accelerator.state, "fsdp_plugin", None))
         self.throughput = throughput or Throughput()
         self.signals = signals or StopSignals()
-        self.finite_guard = FiniteGuard()
+        self.finite_guard = FiniteGuard(self._keep_batch)
+        # input_ids of two steps: of a step on a GPU, the guard knows in the next one.
+        self._recent: deque[tuple[int, list[torch.Tensor]]] = deque(maxlen=2)
         for callback in (self.throughput, self.signals, _TrainBegin(self._restore_window, self._make_up_evaluation)):
             self.add_callback(callback)
         self.compute_metrics = self.compute_metrics or self._text_metrics
@@ -74,6 +80,7 @@ class CreatureTrainer(Trainer):
         tokens = sum(batch["input_ids"].numel() for batch in batch_samples) * self.args.world_size
         self.throughput.count(tokens, samples)
         self.state.num_input_tokens_seen += tokens
+        self._recent.append((self.state.global_step + 1, [batch["input_ids"] for batch in batch_samples]))
         counts = torch.stack([count_targets(self.model.config, batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             counts = self.accelerator.gather(counts[None]).sum(0)
@@ -185,7 +192,8 @@ class CreatureTrainer(Trainer):
         """Load the states, but keep the settings of this run: a checkpoint's would override them in silence."""
         settings = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups]
         rates = list(getattr(self.lr_scheduler, "base_lrs", []))
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not hasattr(self.lr_scheduler, "lr_lambdas"):
             return
         self.lr_scheduler.base_lrs = rates
@@ -203,6 +211,20 @@ class CreatureTrainer(Trainer):
         value = self._tr_loss if self.accelerator.scaler is not None else torch.as_tensor(grad_norm)
         self.finite_guard.check(value, self.state.global_step + 1, self.optimizer, self.args.output_dir)
         return grad_norm
+
+    def _keep_batch(self, step: int) -> str:
+        """Write the ids of this process's rows of a step, in their order, into the folder of the run."""
+        batches = dict(self._recent).get(step, [])
+        rows = [row.cpu().numpy() for batch in batches for row in batch]
+        if not rows or len({len(row) for row in rows}) > 1:
+            return ""
+        path = Path(self.args.output_dir, f"stopped_at_step_{step}_process_{self.args.process_index}.npy")
+        try:
+            with replace_file(path) as file:
+                np.save(file, np.stack(rows))
+        except (OSError, UserError):  # what stopped the run is the news, not a full disk
+            return ""
+        return f" (its batch of {len(rows)} rows, in {len(batches)} micro-batches, is kept in {path})"
 
     # ---- Evaluation ----
 
@@ -234,15 +256,19 @@ class CreatureTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Load the weights as `from_pretrained` does: it knows the names that parts of transformers are saved under."""
         if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with _reading(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         target = self.model if model is None else model
-        loaded, info = type(target).from_pretrained(
-            resume_from_checkpoint,
-            config=copy.deepcopy(target.config),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with _reading(resume_from_checkpoint):
+            check_weights(resume_from_checkpoint)
+            loaded, info = type(target).from_pretrained(
+                resume_from_checkpoint,
+                config=copy.deepcopy(target.config),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+            )
         if names := sorted(str(name) for kind in info.values() for name in kind):
             raise UserError(
                 f"{resume_from_checkpoint} is of another configuration ({names[0]} and {len(names) - 1} more differ): "
@@ -261,16 +287,21 @@ class CreatureTrainer(Trainer):
         }
         Path(output_dir, f"log_window_{self.args.process_index}.json").write_text(json.dumps(window), encoding="utf-8")
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _restore_window(self) -> None:
         path = Path(self._resumed_from or "", f"log_window_{self.args.process_index}.json")
         self._stream_losses.zero_()
         self._stream_steps.zero_()
         if self._resumed_from and path.is_file():
-            window = json.loads(path.read_text(encoding="utf-8"))
-            self._globalstep_last_logged = window["since"]
-            self._tr_loss.fill_(window["loss"])
-            self._stream_losses.copy_(torch.tensor(window["stream_losses"]))
-            self._stream_steps.copy_(torch.tensor(window["stream_steps"]))
+            with _reading(self._resumed_from):
+                window = json.loads(path.read_text(encoding="utf-8"))
+                self._globalstep_last_logged = int(window["since"])
+                self._tr_loss.fill_(window["loss"])
+                self._stream_losses.copy_(torch.tensor(window["stream_losses"]))
+                self._stream_steps.copy_(torch.tensor(window["stream_steps"]))
 
     def _make_up_evaluation(self) -> None:
         """Evaluate where the run was stopped at a step at which it would have evaluated, had there been time."""
@@ -282,12 +313,14 @@ class CreatureTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         self._resumed_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        if self._resumed_from:
+            _read_state(self._resumed_from)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def load_finished(self, checkpoint: Path) -> None:
         """Take weights and state from the checkpoint of the last step, where nothing is left to train."""
         self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.state = _read_state(str(checkpoint))
 
     def _get_output_dir(self, trial) -> str:
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
@@ -330,6 +363,43 @@ class CreatureTrainer(Trainer):
             if best.exists() or best.name == name:
                 self.state.best_model_checkpoint = str(best)
                 self.state.save_to_json(str(self._aside / name / "trainer_state.json"))
+
+
+def refuse_shards(fsdp_plugin) -> None:
+    """UserError where FSDP would write sharded checkpoints: torch opens their index as a pickle that may run code."""
+    if "SHARDED" in str(getattr(fsdp_plugin, "state_dict_type", "")):
+        raise UserError(
+            "sharded checkpoints cannot be read back safely, for their index is a pickle: set fsdp_state_dict_type: "
+            "FULL_STATE_DICT in accelerate's configuration, as configs/accelerate/fsdp2.yaml does"
+        )
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: str | None):
+    """Whatever a checkpoint that is not what we wrote makes other libraries raise, as one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if checkpoint is None or is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{checkpoint} cannot be resumed ({first_line(error)}): name another, --resume RUN/checkpoint-N"
+        ) from error
+
+
+def _read_state(checkpoint: str) -> TrainerState:
+    """The trainer_state.json of a checkpoint; UserError where a field of it is not of its type."""
+    with _reading(checkpoint):
+        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        usual = TrainerState(train_batch_size=1, best_metric=0.0, best_global_step=0, best_model_checkpoint="")
+        for name, example in vars(usual).items():
+            value, kinds = getattr(state, name), (int, float) if isinstance(example, int | float) else type(example)
+            unknown = value is None and name.startswith("best_")
+            if not (example is None or unknown or isinstance(value, kinds)):
+                raise TypeError(f"{name} in trainer_state.json is {value!r}")
+        return state
 
 
 def _shield_workers(loader):

@@ -21,11 +21,18 @@ def end(error):
         (PermissionError(13, "Permission denied", "a.bin"), 1, "error: Permission denied: a.bin\n"),
         (OSError(28, "No space left on device"), 1, "error: No space left on device\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (UserError("no \x1b[2J\ud800: name another"), 1, "error: no \\x1b[2J\\ud800: name another\n"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(error, code, line, capsys):
     assert end(error) == code
     assert capsys.readouterr().err == line
+
+
+def test_a_long_quotation_is_cut_in_the_middle(capsys):
+    end(UserError("no field among " + "x" * 10**6 + ": name another"))
+    line = capsys.readouterr().err
+    assert len(line) < 5000 and line.startswith("error: no field among xxx") and line.endswith("xxx: name another\n")
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), OSError("a library's own")])

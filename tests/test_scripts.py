@@ -56,7 +56,7 @@ def run_folder(tmp_path_factory):
         tokenizer.save_pretrained(place)
         if name != ".":
             for needed in checkpoints.NEEDED_FILES:
-                (place / needed).write_text("{}")
+                (place / needed).write_text(json.dumps({"global_step": checkpoints.step_of(place)}))
             checkpoints.seal_checkpoint(place)
     config = json.loads(json.dumps(model.config.to_dict(), default=str))
     run = {

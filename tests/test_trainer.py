@@ -1,9 +1,11 @@
 """CreatureTrainer: true losses and counts, exact resume, whole checkpoints, nothing spoilt by a NaN."""
 
 import errno
+import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from creatures import micro_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from creature import checkpoints
+from creature import callbacks, checkpoints
 from creature.callbacks import MetricsFile
 from creature.errors import UserError
 from creature.trainer import CreatureTrainer, schedule_steps
@@ -266,13 +268,16 @@ class Poison(TrainerCallback):
 
 def test_a_nan_stops_the_run_before_the_weights_change(tmp_path):
     trainer = make_trainer(tmp_path, callbacks=[Poison(4)], save_steps=2)
-    with pytest.raises(UserError, match="step 5.*checkpoint-4"):
+    with pytest.raises(UserError, match="step 5.*batch of 4 rows, in 2 micro-batches, is kept in .*checkpoint-4"):
         trainer.train()
     assert checkpoints.problem_with(tmp_path / "checkpoint-4") is None
     saved = MultiModalCreature.from_pretrained(tmp_path / "checkpoint-4").state_dict()
     after = weights_of(trainer)
     after["model.norm.weight"][0] = saved["model.norm.weight"][0]
     assert_same(saved, after)
+    (kept,) = tmp_path.glob("stopped_at_step_5*.npy")
+    order = [row for batch in itertools.islice(trainer.get_train_dataloader(), 8, 10) for row in batch["input_ids"]]
+    assert np.array_equal(np.load(kept), torch.stack(order))
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
@@ -319,6 +324,52 @@ def test_metrics_hold_losses_by_stream_and_true_token_counts(tmp_path):
     assert [entry["step"] for entry in entries if "eval_loss" in entry] == [3, 6]
     assert all(entry["loss"] == entry["loss_internal_text"] for entry in entries if "loss" in entry)
     assert all(entry["tokens_per_second"] > 0 for entry in entries if "loss" in entry and entry["step"] > 1)
+
+
+class Clock:
+    """Stands in for the time module: time passes where the test says so."""
+
+    now = 100.0
+
+    def perf_counter(self):
+        return self.now
+
+
+def test_rates_are_those_of_training_with_short_batches_evaluation_and_saving_in_between(tmp_path, monkeypatch):
+    clock, shapes, ends = Clock(), [], []
+    monkeypatch.setattr(callbacks, "time", clock)
+
+    class Ends(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            ends.append(len(shapes))  # micro-batches up to the end of the step
+
+    # An epoch of 9 rows is five micro-batches, the last of one row: steps of 4, 4 and 1 samples.
+    trainer = make_trainer(
+        tmp_path, rows=Rows(9), eval_rows=Rows(4), callbacks=[Ends()], max_steps=9, logging_steps=3,
+        logging_first_step=False, eval_strategy="steps", eval_steps=2, save_steps=4,
+    )  # fmt: skip
+
+    def takes(seconds, name, see=lambda *_: None):
+        real = getattr(trainer, name)
+
+        def slow(*args, **kwargs):
+            clock.now += seconds
+            see(*args)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(trainer, name, slow)
+
+    takes(1, "training_step", lambda model, inputs, *_: shapes.append(inputs["input_ids"].shape))
+    takes(100, "prediction_step")
+    takes(1000, "_save_optimizer_and_scheduler")
+    trainer.train()
+    assert [rows for rows, _ in shapes[:5]] == [2, 2, 2, 2, 1]
+    windows = [shapes[ends[0] : ends[2]], shapes[ends[2] : ends[5]], shapes[ends[5] : ends[8]]]  # less the first step
+    tokens = [sum(rows * length for rows, length in window) / len(window) for window in windows]
+    samples = [sum(rows for rows, _ in window) / len(window) for window in windows]
+    assert losses_of(trainer, "tokens_per_second") == pytest.approx(tokens)
+    assert losses_of(trainer, "samples_per_second") == pytest.approx(samples)
+    assert losses_of(trainer, "tokens")[-1] == sum(rows * length for rows, length in shapes)
 
 
 def test_counts_are_in_the_order_of_the_streams(tmp_path):
