@@ -378,10 +378,13 @@ def test_chunked_cross_entropy_equals_the_plain_one(chunk, monkeypatch):
 
 def test_chunked_cross_entropy_with_the_vocabulary_of_gpt2():
     hidden, weight, *rest = random_head(tokens=1500, size=8, vocab=50304, dtype=torch.float32)  # two chunks on a CPU
-    expected = value_and_gradients(plain_cross_entropy, hidden, weight, *rest)
+    exact = value_and_gradients(plain_cross_entropy, hidden.double(), weight.double(), *rest)
+    plain = value_and_gradients(plain_cross_entropy, hidden, weight, *rest)
     found = value_and_gradients(linear_cross_entropy, hidden, weight, *rest)
-    for mine, true in zip(found, expected, strict=True):
-        assert (mine - true).norm() / true.norm() < 1e-6
+    for mine, other, true in zip(found, plain, exact, strict=True):
+        # A float32 sum over 50,304 columns is good to some 1e-6 of its own: the chunks must not add to that.
+        own = (other - true).norm() / true.norm()
+        assert (mine - true).norm() / true.norm() < max(1e-6, 1.5 * own.item()) < 2e-5
 
 
 def test_chunked_cross_entropy_under_bf16_autocast(monkeypatch):
