@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers.generation.streamers import BaseStreamer
 
 from configuration_creature import SENSES, CreatureConfig
 from modeling_creature import MultiModalCreature
@@ -214,3 +215,16 @@ def assert_close(actual: dict, expected: dict, atol: float, rtol: float = 1e-5) 
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class Listener(BaseStreamer):
+    """A streamer that keeps the tokens it was given, and whether it was told of the end."""
+
+    def __init__(self):
+        self.heard, self.ended = [], False
+
+    def put(self, value):
+        self.heard += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True

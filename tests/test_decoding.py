@@ -12,10 +12,9 @@ import weakref
 
 import pytest
 import torch
-from creatures import micro_model, random_batch
+from creatures import Listener, micro_model, random_batch
 from torch import nn
 from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList
-from transformers.generation.streamers import BaseStreamer
 
 import decoding_creature
 import generation_creature
@@ -211,17 +210,6 @@ def test_a_model_in_training_or_with_another_attention_is_left_to_transformers(m
     model.eval().set_attn_implementation("flex_attention")
     assert not decoding_creature.is_plain(model, None, model.generation_config, False, {})
     assert not decoded
-
-
-class Listener(BaseStreamer):
-    def __init__(self):
-        self.heard, self.ended = [], False
-
-    def put(self, value):
-        self.heard += value.flatten().tolist()
-
-    def end(self):
-        self.ended = True
 
 
 class Counted(LogitsProcessor):

@@ -3,9 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from creatures import ALL_STREAMS, COPY_ARGUMENTS, micro_model, random_batch, select_rows, without_labels
+from creatures import ALL_STREAMS, COPY_ARGUMENTS, Listener, micro_model, random_batch, select_rows, without_labels
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 from modeling_creature import CreatureModel
 from streams_creature import pack_animation
@@ -183,17 +182,6 @@ def test_beams_samples_and_several_sequences(model, prompt):
     assert len(sampled[:4].unique(dim=0)) > 1
     torch.manual_seed(0)
     assert torch.equal(sampled, model.generate(prompt, **settings, eos_token_id=None))
-
-
-class Listener(BaseStreamer):
-    def __init__(self):
-        self.heard, self.ended = [], False
-
-    def put(self, value):
-        self.heard += value.flatten().tolist()
-
-    def end(self):
-        self.ended = True
 
 
 class StopAfter(StoppingCriteria):
