@@ -34,6 +34,9 @@ class CreatureConfig(PreTrainedConfig):
         rope_parameters (`dict`, *optional*): rotary positions, as in every transformers model.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
         tie_word_embeddings (`bool`, defaults to `True`): `internal_text` is read off the token table itself.
+        use_value_embeddings (`bool`, defaults to `False`): a second table by token, of values for the attention of the
+            last layer. It learns more from much text, and needs the ids: an internal voice given as `inputs_embeds`
+            goes without.
 
     Special tokens (`int`, *optional*): `bos_token_id` and `eos_token_id` default to GPT-2's 50256, `null_token_id` (the
         learned "present but silent") to 50257, `pad_token_id` to 50258, where the vocabulary has them.
@@ -73,7 +76,10 @@ class CreatureConfig(PreTrainedConfig):
     }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "first_states", "first_values", "attention_mask"], ["hidden_states", "values"]),
+        "layers": (
+            ["hidden_states", "first_states", "first_values", "value_embeds", "attention_mask"],
+            ["hidden_states", "values"],
+        ),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
 
@@ -92,6 +98,7 @@ class CreatureConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     use_cache: bool = True
     tie_word_embeddings: bool = True
+    use_value_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     null_token_id: int | None = None

@@ -25,14 +25,28 @@ from transformers.utils.output_capturing import capture_outputs
 try:
     from .configuration_creature import SENSES, STREAMS, CreatureConfig
     from .generation_creature import CreatureGenerationMixin
-    from .kernels_creature import kernels_available, matmul_fits, relu2_mlp, rotary_norm
+    from .kernels_creature import (
+        kernels_available,
+        matmul_fits,
+        relu2_mlp,
+        rotary_norm,
+        varlen_attention,
+        varlen_available,
+    )
     from .losses_creature import IGNORE_INDEX, linear_token_losses
     from .senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
     from .streams_creature import CreatureStreams, count_targets, text_loss, text_target_weights
 except ImportError:
     from configuration_creature import SENSES, STREAMS, CreatureConfig
     from generation_creature import CreatureGenerationMixin
-    from kernels_creature import kernels_available, matmul_fits, relu2_mlp, rotary_norm
+    from kernels_creature import (
+        kernels_available,
+        matmul_fits,
+        relu2_mlp,
+        rotary_norm,
+        varlen_attention,
+        varlen_available,
+    )
     from losses_creature import IGNORE_INDEX, linear_token_losses
     from senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
     from streams_creature import CreatureStreams, count_targets, text_loss, text_target_weights
@@ -143,6 +157,9 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+GATE_INPUTS = 32  # numbers of a tick's state from which the heads' gates are read
+
+
 class ResidualProjection(nn.Linear):
     """The matrix with which a block writes into the residual stream; a class of its own for its initial scale."""
 
@@ -151,8 +168,9 @@ class CreatureAttention(nn.Module):
     """
     Causal grouped-query attention with rotary positions and normalized queries and keys (Henry et al. 2020).
 
-    The values of the first layer are added to those of every later one, which then say only what the ticks around have
-    added (Zhou et al. 2024, "Value Residual Learning"; gain in docs/log.md).
+    The values of the first layer are added to those of the deeper half, which then say only what the ticks around have
+    added (Zhou et al. 2024, "Value Residual Learning"). In the last layer a table of values by token may join them,
+    weighed head by head (Jordan et al. 2024, "modded-nanogpt"). Gains are in docs/log.md.
     """
 
     def __init__(self, config: CreatureConfig, layer_idx: int):
@@ -166,48 +184,62 @@ class CreatureAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.eps = float(config.rms_norm_eps)
         self.is_causal = True
+        self.adds_first_values = layer_idx >= max(1, config.num_hidden_layers // 2)
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = ResidualProjection(queries, config.hidden_size, bias=False)
+        self.value_gate = None
+        if config.use_value_embeddings and layer_idx == config.num_hidden_layers - 1:
+            self.value_gate = nn.Linear(min(GATE_INPUTS, config.hidden_size), config.num_key_value_heads, bias=False)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         first_values: torch.Tensor | None = None,
+        value_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        document_boundaries: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """
         hidden_states [B, T, hidden_size] -> the same shape, the weights where the implementation has them, and the
-        values [B, T, num_key_value_heads * head_dim], to which `first_values`, the first layer's, have been added.
+        values [B, T, num_key_value_heads * head_dim], to which `first_values`, the first layer's, and `value_embeds`,
+        those of the tokens, have been added where the layer takes them. `document_boundaries`, in place of a mask: see
+        `kernels_creature.varlen_attention`.
         """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self._normalize_and_rotate(self.q_proj(hidden_states).view(shape), position_embeddings)
         key = self._normalize_and_rotate(self.k_proj(hidden_states).view(shape), position_embeddings)
         values = self.v_proj(hidden_states)
-        if first_values is not None:
+        if self.adds_first_values:
             values = values + first_values
+        if self.value_gate is not None and value_embeds is not None:
+            gate = 2 * self.value_gate(hidden_states[..., : self.value_gate.in_features]).sigmoid()  # 1 at first
+            values = values + (gate[..., None] * value_embeds.view(shape)).view(values.shape)
         value = values.view(shape).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        if document_boundaries is not None:
+            output, weights = varlen_attention(query, key, value, document_boundaries, self.scaling), None
+        else:
+            attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            output, weights = attention_interface(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                **kwargs,
+            )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights, values
 
     def _normalize_and_rotate(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -247,14 +279,16 @@ class CreatureDecoderLayer(GradientCheckpointingLayer):
     """
     Attention and MLP, each on a normalized copy of the residual stream.
 
-    Before them, the stream and the backbone's input are weighed against each other by two learned numbers, so that deep
-    layers can still see the ticks as they arrived (Jordan et al. 2024, "modded-nanogpt"; gain in docs/log.md).
+    Before them, the stream is scaled by a learned number, and in the layers of the first half behind the first one the
+    backbone's input is added to it, scaled by another: so the layers can still see the ticks as they arrived (Jordan et
+    al. 2024, "modded-nanogpt"; gain in docs/log.md).
     """
 
     def __init__(self, config: CreatureConfig, layer_idx: int):
         super().__init__()
         self.residual_scale = nn.Parameter(torch.ones(1))
-        self.input_scale = nn.Parameter(torch.zeros(1))
+        sees_input = 1 <= layer_idx <= config.num_hidden_layers // 2
+        self.input_scale = nn.Parameter(torch.zeros(1)) if sees_input else None
         self.input_layernorm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = CreatureAttention(config, layer_idx)
         self.post_attention_layernorm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -265,6 +299,7 @@ class CreatureDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         first_states: torch.Tensor,
         first_values: torch.Tensor | None = None,
+        value_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -272,15 +307,18 @@ class CreatureDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        hidden_states and the backbone's input, both [B, T, hidden_size], and the values of the first layer's attention
-        (None in that layer) -> the next hidden states and the values of this layer's attention.
+        hidden_states and the backbone's input, both [B, T, hidden_size], the values of the first layer's attention
+        (None in that layer) and those of the tokens -> the next hidden states and the values of this layer's attention.
         """
         # [0]: a factor without dimensions leaves the stream's dtype alone.
-        hidden_states = self.residual_scale[0] * hidden_states + self.input_scale[0] * first_states
+        hidden_states = self.residual_scale[0] * hidden_states
+        if self.input_scale is not None:
+            hidden_states = hidden_states + self.input_scale[0] * first_states
         attended, _, values = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
             first_values=first_values,
+            value_embeds=value_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -317,9 +355,13 @@ class CreaturePreTrainedModel(PreTrainedModel):
             init.normal_(module.code_table, mean=0.0, std=std)
         elif isinstance(module, CreatureDecoderLayer):
             init.ones_(module.residual_scale)
-            init.zeros_(module.input_scale)
-        elif isinstance(module, CreatureAttention) and module.layer_idx:
-            init.zeros_(module.v_proj.weight)  # later layers begin with the first layer's values alone
+            if module.input_scale is not None:
+                init.zeros_(module.input_scale)
+        elif isinstance(module, CreatureAttention):
+            if module.adds_first_values:
+                init.zeros_(module.v_proj.weight)  # they begin with the first layer's values alone
+            if module.value_gate is not None:
+                init.zeros_(module.value_gate.weight)
         elif isinstance(module, ResidualProjection):
             # The residual stream adds up 2 x layers outputs: scale them so that its variance does not grow (GPT-2).
             init.normal_(module.weight, mean=0.0, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
@@ -334,6 +376,9 @@ class CreatureModel(CreaturePreTrainedModel):
         super().__init__(config)
         # No padding_idx: GPT-2's id 0 is "!", and every row of the table is a token like any other.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_values = None
+        if config.use_value_embeddings:
+            self.embed_values = nn.Embedding(config.vocab_size, config.num_key_value_heads * config.head_dim)
         self.layers = nn.ModuleList(CreatureDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.embed_norm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -359,6 +404,10 @@ class CreatureModel(CreaturePreTrainedModel):
         if senses.get("sense_embeds") is not None:
             hidden_states = hidden_states + senses["sense_embeds"]
         return hidden_states
+
+    def _takes_boundaries(self, hidden_states: torch.Tensor) -> bool:
+        """Whether attention can be told where documents begin in place of a mask, which is faster."""
+        return varlen_available(hidden_states) and not (self.training and self.config.attention_dropout)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -387,10 +436,15 @@ class CreatureModel(CreaturePreTrainedModel):
 
         # The norm brings the sum to one scale, however many senses it is made of.
         hidden_states = first_states = self.embed_norm(hidden_states)
+        value_embeds = None
+        if self.embed_values is not None and input_ids is not None:
+            value_embeds = self.embed_values(input_ids).to(hidden_states.dtype)
 
-        causal_mask = None
-        plain = attention_mask is None and position_ids is None and past_key_values is None
-        if not (plain and self.config._attn_implementation == "sdpa"):
+        causal_mask = document_boundaries = None
+        unmasked = attention_mask is None and past_key_values is None and self.config._attn_implementation == "sdpa"
+        if unmasked and kwargs.get("cu_seq_lens_q") is not None and self._takes_boundaries(hidden_states):
+            document_boundaries = kwargs["cu_seq_lens_q"]
+        elif not (unmasked and position_ids is None):
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=hidden_states,
@@ -416,10 +470,12 @@ class CreatureModel(CreaturePreTrainedModel):
                 hidden_states,
                 first_states,
                 first_values,
+                value_embeds,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
+                document_boundaries=document_boundaries,
                 **kwargs,
             )
             first_values = values if first_values is None else first_values

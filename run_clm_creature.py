@@ -43,8 +43,8 @@ def main() -> int | None:
     job.check_documents(tokenizer, data, splits, plan.notes)
 
     steps = job.total_steps(args, plan, splits)
-    if old and "warmup_steps" not in settings.given:
-        args.warmup_steps = old["identity"]["warmup_steps"]  # a share of the old length, not of an extended one
+    for name in {"warmup_steps", "batch_warmup_steps"} - settings.given if old else ():
+        setattr(args, name, old["identity"].get(name, 0))  # a share of the old length, not of an extended one
     checkpoint = job.resume_point(settings, folder, args, old, steps)
     launch.say_waiting("building the model")
     model = job.build_model(config, args)

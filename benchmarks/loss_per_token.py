@@ -7,7 +7,8 @@ examples:
       --validation_blocks 8 base
 
 A variant is a name and, after a colon, fields that differ: of CreatureConfig, or of the training below, where
-separate_documents keeps the documents of a block apart, in training and in validation. The loop is the bare one (no
+separate_documents keeps the documents of a block apart, in training and in validation, and batch_warmup is the share of
+the steps in which each half of the batch is an update of its own. The loop is the bare one (no
 Trainer, no checkpoints, no logging), so tokens/s is the ceiling of `run_clm_creature.py`.
 """
 
@@ -21,9 +22,10 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 TRAINING = {
     "learning_rate": 8e-3,
-    "matrix_learning_rate": 0.02,
+    "matrix_learning_rate": 0.03,
     "weight_decay": 0.05,
     "warmup": 0.01,
+    "batch_warmup": 0.25,
     "decay": 0.4,
     "max_grad_norm": 1.0,
     "adamw": False,
@@ -79,6 +81,7 @@ def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict
     from creature.data import block_collator, load_splits
     from creature.optimizer import MuonAdamW, parameter_groups
     from creature.tokenizer import load_tokenizer
+    from creature.trainer import halve_rows
     from modeling_creature import MultiModalCreature
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,7 +103,8 @@ def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict
     else:
         optimizer = MuonAdamW(groups, compiled=not options.eager)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    step_model = model if options.eager else torch.compile(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    step_model = model if options.eager else torch.compile(model, dynamic=False)
     collate = block_collator(load_tokenizer(), training["separate_documents"])
     stream = batches(blocks, options.micro_batch, training["seed"], device, collate)
     warm, started = min(20, steps // 2), 0.0
@@ -113,12 +117,14 @@ def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * up * down
         batch = next(stream)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            loss = step_model(**batch, return_logits=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], training["max_grad_norm"])
-        optimizer.step()
-        optimizer.zero_grad()
+        halved = step < training["batch_warmup"] * steps and options.micro_batch > 1
+        for part in halve_rows(batch) if halved else [batch]:
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+                loss = step_model(**part, return_logits=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, training["max_grad_norm"])
+            optimizer.step()
+            optimizer.zero_grad()
     _wait(device)
     speed = (steps - warm) * options.micro_batch * options.block_size / (time.perf_counter() - started)
     memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")

@@ -54,7 +54,7 @@ def build(kind: str, columns: int):
     from modeling_creature import MultiModalCreature
 
     if kind in ("creature", "backbone"):
-        model = MultiModalCreature(CreatureConfig(vocab_size=columns))
+        model = MultiModalCreature(CreatureConfig(vocab_size=columns, use_value_embeddings=True))
         model.train_only()
         if kind == "backbone":  # the senses and streams that round one leaves silent are not even there
             del model.streams
@@ -131,6 +131,7 @@ def timed_steps(
     clear_device()
     with tempfile.TemporaryDirectory() as folder:
         args = (CreatureTrainingArguments if own else TrainingArguments)(
+            **({"batch_warmup_steps": 0} if own else {}),  # what most of a run is made of
             output_dir=folder,
             max_steps=warmup + steps,
             per_device_train_batch_size=micro_batch,
@@ -144,6 +145,7 @@ def timed_steps(
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=cuda,
+            accelerator_config={"non_blocking": cuda},  # as the job has it: copies of pinned memory need not wait
             dataloader_drop_last=True,  # a shorter batch would be compiled anew
         )
         trainer = (CreatureTrainer if own else Trainer)(

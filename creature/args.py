@@ -469,7 +469,8 @@ def _check_values(values: dict[str, Any], problems: list[str]) -> None:
             problems.append(f"{name} must be greater than 0, not {value}")
     if values.get("tokens_per_step", 0) > LARGEST_BATCH:
         problems.append(f"tokens_per_step must be at most {LARGEST_BATCH:,}, not {values['tokens_per_step']}")
-    for name in ("learning_rate", "warmup_steps", "decay_steps", "weight_decay", "max_grad_norm", "sample_steps"):
+    for name in ("learning_rate", "warmup_steps", "batch_warmup_steps", "decay_steps", "weight_decay", "max_grad_norm",
+                 "sample_steps"):  # fmt: skip
         value = values.get(name)
         if value is not None and not isinstance(value, str) and not 0 <= value < float("inf"):
             problems.append(f"{name} must be 0 or more, not {value}")

@@ -28,6 +28,7 @@ from creature.sources import TOKEN_FILES, Source, find_sources, is_arrow_folder,
 from creature.tokenizer import gpt2_hash, load_tokenizer, tokenizer_hash
 
 TOKEN_TYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")  # that a manifest may name
+FEWEST_BOUNDARIES = 256  # of documents in a batch, ends included; more of them that are empty cost attention little
 VALIDATION_ENDINGS = (".valid", "_valid", ".validation", "_validation", ".val", "_val")
 
 
@@ -110,9 +111,10 @@ def collate_blocks(rows: list[dict], end_of_text: int | None = None) -> dict:
     A batch of blocks: input_ids int64 [B, T], and the same tensor as labels (the model shifts).
 
     With `end_of_text`, the id between two documents, also position_ids int64 [B, T] that restart at each of them, by
-    which the model keeps documents apart. End-of-text is predicted by the document that it ends, and read as the first
-    token of the one that it begins: so every label keeps its target, as many as without, and none is predicted from
-    another document.
+    which the model keeps documents apart, and cu_seq_lens_q int32 [N + 1], where in the B x T ticks documents begin and
+    the last one ends, for attention kernels that take it; its last number is repeated up to a power of two. End-of-text
+    is predicted by the document that it ends, and read as the first token of the one that it begins: so every label
+    keeps its target, as many as without, and none is predicted from another document.
     """
     import torch
 
@@ -122,7 +124,13 @@ def collate_blocks(rows: list[dict], end_of_text: int | None = None) -> dict:
     if end_of_text is not None:
         ticks = np.arange(ids.shape[1])
         begins = np.maximum.accumulate(np.where(ids == end_of_text, ticks, 0), axis=1)
-        batch["position_ids"] = torch.from_numpy(ticks - begins)
+        positions = ticks - begins
+        batch["position_ids"] = torch.from_numpy(positions)
+        starts = np.flatnonzero(positions == 0)
+        # Few sizes, as every one is compiled by itself.
+        boundaries = np.full(max(FEWEST_BOUNDARIES, 1 << len(starts).bit_length()), ids.size, np.int32)
+        boundaries[: len(starts)] = starts
+        batch["cu_seq_lens_q"] = torch.from_numpy(boundaries)
     return batch
 
 

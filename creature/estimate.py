@@ -65,12 +65,12 @@ def count_parameters(config) -> dict[str, int]:
     Parameters by part.
 
     Returns:
-        token_table; body (layers and norms); head (0 while it is tied to the table); senses and streams (beside the
-        token table and the tied head); text_only (table + body + head); trainable (what a run with the configuration's
-        `loss_weights` trains); total.
+        token_table; value_table (0 without `use_value_embeddings`); body (layers and norms); head (0 while it is tied
+        to the table); senses and streams (beside the token table and the tied head); text_only (tables + body + head);
+        trainable (what a run with the configuration's `loss_weights` trains); total.
     """
     inventory = _inventory(config)
-    names = ("token_table", "body", "head", "senses", "streams", "text_only", "trainable", "total")
+    names = ("token_table", "value_table", "body", "head", "senses", "streams", "text_only", "trainable", "total")
     return {name: getattr(inventory, name) for name in names}
 
 
@@ -111,21 +111,24 @@ def _count(config_json: str, config_class: type) -> SimpleNamespace:
         return sum(parameter.numel() for parameter in parameters)
 
     table = model.model.embed_tokens.weight.numel()
+    values = 0 if model.model.embed_values is None else model.model.embed_values.weight.numel()
     head = 0 if model.lm_head.weight is model.model.embed_tokens.weight else model.lm_head.weight.numel()
-    layers = list(model.model.layers.parameters())
+    # A gate is too small to count, and no matrix to Muon.
+    layers = [weight for name, weight in model.model.layers.named_parameters() if "gate" not in name]
     senses = total(model.model.senses.parameters())
-    body = total(model.model.parameters()) - table - senses
+    body = total(model.model.parameters()) - table - values - senses
     matrices = Counter(tuple(parameter.shape) for parameter in layers if parameter.ndim == 2)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return SimpleNamespace(
         token_table=table,
+        value_table=values,
         body=body,
         body_matrices=total(parameter for parameter in layers if parameter.ndim == 2),
         matrices=dict(matrices),  # shape -> how many
         head=head,
         senses=senses,
         streams=total(model.streams.parameters()),
-        text_only=table + body + head,
+        text_only=table + values + body + head,
         trainable=total(trainable),
         largest_stack=max(rows * columns * count for (rows, columns), count in matrices.items()),
         largest_matrix=max(rows * columns for rows, columns in matrices),
@@ -203,6 +206,11 @@ def memory_parts(
     # layer is recomputed, if need be, and has the gradients of the MLP's wide tensors.
     head_gradient = 4 * config.vocab_size * config.hidden_size
     working = tokens * 2 * wide * config.intermediate_size
+    if inventory.value_table:
+        # Looked up in fp32, cast and weighed, and the weighing keeps what went into it.
+        width = config.num_key_value_heads * config.head_dim
+        activations += tokens * (2 if compiled else 3) * wide * width
+        parts["activations"] = activations
     in_backward = lasting + loss_gradients + parts["weight_copies"] + activations + head_gradient
     in_backward += max(head_gradient, recomputed + working)
     # At its end all gradients are there, and the table has two: from the head and from the lookup. A compiled backward

@@ -129,14 +129,14 @@ class MuonAdamW(torch.optim.Optimizer):
 
     skips_found_inf = True
 
-    def __init__(self, params, lr: float = 0.02, weight_decay: float = 0.0, compiled: bool = False):
+    def __init__(self, params, lr: float = 0.03, weight_decay: float = 0.0, compiled: bool = False):
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
             "muon": False,
             "momentum": 0.9,
             "beta2": 0.95,
-            "betas": (0.8, 0.95),
+            "betas": (0.8, 0.98),
             "eps": 1e-10,
             "fused": True,
         }
@@ -227,21 +227,24 @@ def parameter_groups(
     learning_rate: float,
     matrix_learning_rate: float,
     weight_decay: float,
-    betas: tuple[float, float] = (0.8, 0.95),
+    betas: tuple[float, float] = (0.8, 0.98),
     eps: float = 1e-10,
 ) -> list[dict]:
     """
     The trainable parameters of a creature in two groups: everything else, for AdamW, and the body's matrices, for Muon.
 
+    A gate's few rows are no matrix to be made orthogonal: they go to AdamW.
+
     Args:
-        learning_rate, betas, eps: AdamW's, of the token table, the norms and the scales.
+        learning_rate, betas, eps: AdamW's, of the tables, the norms, the scales and the gates.
         matrix_learning_rate: of the matrices of the body.
         weight_decay: of the matrices of the body; nothing else decays.
     """
     matrices, others = [], []
     for name, param in model.named_parameters():
         if param.requires_grad:
-            (matrices if param.dim() == 2 and ".layers." in name else others).append(param)
+            matrix = param.dim() == 2 and ".layers." in name and "gate" not in name
+            (matrices if matrix else others).append(param)
     groups = [
         # First, so that the rate that the Trainer logs is `learning_rate`.
         {"params": others, "lr": learning_rate, "weight_decay": 0.0, "muon": False, "betas": betas, "eps": eps},

@@ -13,7 +13,7 @@ from creature.estimate import count_parameters, flops_per_token, tokens_per_seco
 from creature.hardware import attention_kernel, peak_flops
 from creature.launch import own_command
 from creature.machine import Plan
-from creature.trainer import schedule_steps
+from creature.trainer import halved_steps, schedule_steps
 
 # Times that a text can be seen before seeing it again stops helping (Muennighoff et al. 2023, "Scaling Data-Constrained
 # Language Models").
@@ -44,6 +44,7 @@ def identity(settings: Settings, plan: Plan, args, config, data_info: dict, step
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "warmup_steps": warmup,
         "decay_steps": decay,
+        "batch_warmup_steps": halved_steps(args, steps),
         "max_steps": steps,
         "model": json.loads(json.dumps(config.to_dict(), default=str)),  # as it will be read back
     }

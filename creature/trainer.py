@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
@@ -25,6 +26,10 @@ from creature.metrics import text_metrics
 from creature.optimizer import MuonAdamW, parameter_groups
 from streams_creature import STREAMS, count_targets
 
+# What a batch may hold to be divided by rows: what senses bring counts by present ticks.
+HALVED_INPUTS = {"input_ids", "labels", "position_ids", "cu_seq_lens_q"}
+_DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
 
 class CreatureTrainer(Trainer):
     """
@@ -35,6 +40,7 @@ class CreatureTrainer(Trainer):
           as `loss_<stream>`;
         - evaluation is token-weighted and gives loss, perplexity, bits per byte and accuracy without holding logits;
         - Muon trains the matrices of the body, AdamW the rest, and only those matrices decay;
+        - at first, each half of a batch is an update of its own (`batch_warmup_steps`);
         - warmup_stable_decay needs no keyword arguments;
         - tokens/s, samples/s and MFU are of the last logging window and exclude evaluation, saving and compiling;
         - a checkpoint appears whole or not at all, and the run stops before a NaN reaches the weights.
@@ -49,6 +55,8 @@ class CreatureTrainer(Trainer):
         **kwargs,
     ):
         """byte_lengths [vocab_size]: bytes each id decodes to, for bits per byte; without it every id counts as one."""
+        # Halves of a batch are a second shape: each is to be compiled as it is, not one for all sizes.
+        os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
         model = kwargs.get("model") or args[0]
         use_cache = model.config.use_cache
         super().__init__(*args, **kwargs)
@@ -66,6 +74,8 @@ class CreatureTrainer(Trainer):
         self._stream_losses = torch.zeros(len(STREAMS), device=self.args.device)
         self._stream_steps = torch.zeros(len(STREAMS), device=self.args.device)
         self._has_compiled = False
+        self._loss_share = 1.0  # of the part of a batch under way, in what is logged of the step
+        self._micro_batch = self._micro_batches = 0
         self._aside: Path | None = None
         self._resumed_from: str | None = None
         self.protected_steps: set[int] = set()
@@ -81,6 +91,7 @@ class CreatureTrainer(Trainer):
         self.throughput.count(tokens, samples)
         self.state.num_input_tokens_seen += tokens
         self._recent.append((self.state.global_step + 1, [batch["input_ids"] for batch in batch_samples]))
+        self._micro_batch, self._micro_batches = 0, len(batch_samples)
         counts = torch.stack([count_targets(self.model.config, batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             counts = self.accelerator.gather(counts[None]).sum(0)
@@ -91,14 +102,55 @@ class CreatureTrainer(Trainer):
         """The weighted sum of the streams' losses; each stream's loss is kept on the device until the next log."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         for name, value in (outputs["losses"] or {}).items():
-            self._stream_losses[STREAMS.index(name)] += value
+            self._stream_losses[STREAMS.index(name)] += value * self._loss_share
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
-        """The Trainer's; where torch.compile fails in the first one, that step is undone and made without it."""
+    def training_step(self, model, inputs, num_items_in_batch=None, **kwargs) -> torch.Tensor:
+        """The Trainer's; while the batch warms up, an update of the weights follows its first half, too."""
+        half, self._micro_batch = self._micro_batches // 2, self._micro_batch + 1
+        if not self._batch_is_halved(inputs) or num_items_in_batch is None:
+            return self._forward_and_backward(model, inputs, num_items_in_batch, **kwargs)
+        # The mean over half a batch is divided by half its targets, and makes up half of the loss that is logged.
+        self._loss_share, items = 0.5, num_items_in_batch / 2
+        parts = [inputs] if self._micro_batches > 1 else halve_rows(inputs)
+        try:
+            losses = []
+            for part, last in zip(parts, [*[False] * (len(parts) - 1), True], strict=True):
+                losses.append(self._forward_and_backward(model, part, items, **kwargs) * self._loss_share)
+                if not last or self._micro_batch == half:
+                    self._update(model)
+            return torch.stack(losses).sum()
+        finally:
+            self._loss_share = 1.0
+
+    def _batch_is_halved(self, inputs: dict) -> bool:
+        """Whether the step under way is one of two updates: early in the run, with micro-batches or rows to divide."""
+        if self.state.global_step >= halved_steps(self.args, self.state.max_steps):
+            return False
+        if self.accelerator.scaler is not None:  # it expects one update a step
+            return False
+        if self.accelerator.distributed_type not in (DistributedType.NO, *_DDP):
+            return False
+        return self._micro_batches > 1 or (len(inputs["input_ids"]) > 1 and inputs.keys() <= HALVED_INPUTS)
+
+    def _update(self, model) -> None:
+        """An update of the weights in the middle of a step."""
+        if self.args.world_size > 1 and not self.accelerator.sync_gradients:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    torch.distributed.all_reduce(parameter.grad)
+                    parameter.grad /= self.args.world_size
+        self._get_grad_norm(model, self._clip_grad_norm(model) if self.args.max_grad_norm else None)
+        # Not accelerate's, which waits for the last micro-batch.
+        getattr(self.optimizer, "optimizer", self.optimizer).step()
+        model.zero_grad()
+
+    def _forward_and_backward(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+        """The Trainer's step; where torch.compile fails in the first one, that is undone and made without it."""
         if not self.args.torch_compile:
             return super().training_step(model, inputs, *args, **kwargs)
-        inputs, undo = fill_rows(inputs, self.args.per_device_train_batch_size), None
+        rows = self.args.per_device_train_batch_size
+        inputs, undo = fill_rows(inputs, rows if len(inputs["input_ids"]) > rows // 2 else rows // 2), None
         if not self._has_compiled:
             states, stream_losses = _random_states(self.args.device), self._stream_losses.clone()
 
@@ -365,6 +417,19 @@ class CreatureTrainer(Trainer):
                 self.state.save_to_json(str(self._aside / name / "trainer_state.json"))
 
 
+def halve_rows(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Both halves of the rows of a batch of text, of `HALVED_INPUTS`; of an odd one, the second is longer."""
+    rows = len(inputs["input_ids"]) // 2
+    halves = [{}, {}]
+    for name, tensor in inputs.items():
+        if name == "cu_seq_lens_q":  # places in all rows, one behind the other; documents of the other half are empty
+            end = rows * inputs["input_ids"].shape[1]
+            halves[0][name], halves[1][name] = tensor.clamp(max=end), (tensor - end).clamp(min=0)
+        else:
+            halves[0][name], halves[1][name] = tensor[:rows], tensor[rows:]
+    return halves
+
+
 def refuse_shards(fsdp_plugin) -> None:
     """UserError where FSDP would write sharded checkpoints: torch opens their index as a pickle that may run code."""
     if "SHARDED" in str(getattr(fsdp_plugin, "state_dict_type", "")):
@@ -445,6 +510,12 @@ def schedule_steps(args, num_training_steps: int) -> tuple[int, int]:
     warmup = min(args.get_warmup_steps(num_training_steps), num_training_steps)
     decay = args.decay_steps if args.decay_steps >= 1 else round(args.decay_steps * num_training_steps)
     return warmup, min(int(decay), num_training_steps - warmup)
+
+
+def halved_steps(args, num_training_steps: int) -> int:
+    """The first steps, in which each half of the batch is an update of its own; a value below 1 is a share of all."""
+    given = args.batch_warmup_steps
+    return min(int(given) if given >= 1 else round(given * num_training_steps), num_training_steps)
 
 
 def _put_in_place(written: Path, final: Path) -> None:

@@ -28,7 +28,7 @@ class CreatureTrainingArguments(TrainingArguments):
         },
     )
     matrix_learning_rate: float = field(
-        default=0.02,
+        default=0.03,
         metadata={"help": "Peak learning rate of Muon, for the matrices of the body; 0 leaves them to --optim too."},
     )
     # A finished run can be extended: its stable phase goes on where the decay began (Hu et al. 2024, "MiniCPM").
@@ -44,7 +44,14 @@ class CreatureTrainingArguments(TrainingArguments):
     )
     weight_decay: float = field(default=0.05, metadata={"help": "Decay of the matrices of the body, of nothing else."})
     adam_beta1: float = field(default=0.8, metadata={"help": "Decay of the first moment."})
-    adam_beta2: float = field(default=0.95, metadata={"help": "Decay of the second moment; 0.95 for short runs."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "Decay of the second moment."})
+    # Early on, twice as many steps are worth more than gradients of half the noise (docs/log.md).
+    batch_warmup_steps: float = field(
+        default=0.25,
+        metadata={
+            "help": "First steps, or below 1 the share of all, in which each half of the batch is an update of its own."
+        },
+    )
     adam_epsilon: float = field(default=1e-10, metadata={"help": "Smallest divisor; rare rows of the table are small."})
     logging_steps: float = field(default=100, metadata={"help": "Log every so many steps."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})

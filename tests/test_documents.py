@@ -23,6 +23,9 @@ def packed(*rows):
 def test_positions_restart_where_documents_end():
     batch = packed(BLOCK, [1] * 12)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 0, 0, 1, 2, 3, 4], list(range(12))]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 6, 7, 12] + [24] * 251  # of all rows, one behind the other
+    many = collate_blocks([{"input_ids": np.full(300, END)}], end_of_text=END)["cu_seq_lens_q"]
+    assert many.tolist() == [*range(300)] + [300] * 212
     assert batch["position_ids"].dtype == torch.int64 and batch["labels"] is batch["input_ids"]
     assert "position_ids" not in collate_blocks([{"input_ids": np.array(BLOCK)}])
 

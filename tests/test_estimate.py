@@ -53,6 +53,9 @@ def micro_config(**changes) -> CreatureConfig:
     return CreatureConfig(**(sizes | changes))
 
 
+VALUES = {"use_value_embeddings": True}
+
+
 def test_parameters_of_the_guides_creature():
     counts = count_parameters(CreatureConfig())
     assert counts["token_table"] == 50304 * 512
@@ -63,7 +66,7 @@ def test_parameters_of_the_guides_creature():
     assert counts["total"] == counts["text_only"] + counts["senses"] + counts["streams"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 2}])
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 2}, VALUES])
 def test_parameters_equal_the_built_model(changes):
     config = micro_config(**changes)
     model = MultiModalCreature(config)
@@ -72,6 +75,9 @@ def test_parameters_equal_the_built_model(changes):
     model.train_only()
     assert counts["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert counts["head"] == (0 if config.tie_word_embeddings else 512 * 64)
+    assert counts["value_table"] == (512 * 64 if config.use_value_embeddings else 0)
+    tables = counts["token_table"] + counts["value_table"] + counts["head"]
+    assert counts["text_only"] == tables + counts["body"]
 
 
 def test_a_stream_with_a_weight_is_trained():

@@ -15,8 +15,9 @@ from transformers import TrainerCallback
 
 from creature import callbacks, checkpoints
 from creature.callbacks import MetricsFile
+from creature.data import collate_blocks
 from creature.errors import UserError
-from creature.trainer import CreatureTrainer, schedule_steps
+from creature.trainer import CreatureTrainer, halve_rows, schedule_steps
 from creature.training_arguments import CreatureTrainingArguments
 from modeling_creature import MultiModalCreature
 from streams_creature import STREAMS
@@ -83,6 +84,50 @@ def test_accumulation_changes_neither_losses_nor_weights(tmp_path):
     assert losses_of(whole) == pytest.approx(losses_of(parts), abs=1e-5)
     for name, value in weights_of(whole).items():
         assert torch.allclose(value, parts.model.state_dict()[name], atol=2e-4), name
+
+
+@pytest.mark.parametrize("rows, micro_batches", [(4, 1), (2, 2), (1, 4)])
+def test_halves_of_a_batch_are_updates_as_steps_of_half_the_size_are(tmp_path, rows, micro_batches):
+    data = Rows(count=24)
+    data.labels = data.ids
+    settings = dict(rows=data, lr_scheduler_type="constant", warmup_steps=0)
+    size = dict(per_device_train_batch_size=rows, gradient_accumulation_steps=micro_batches)
+    halved = make_trainer(tmp_path / "a", **settings, **size, max_steps=4, batch_warmup_steps=2)
+    plain = make_trainer(tmp_path / "b", **settings, max_steps=4, gradient_accumulation_steps=1, batch_warmup_steps=0)
+    halved.add_callback(keep := KeepWeights(2))
+    halved.train()
+    plain.train()
+    each = losses_of(plain)
+    assert losses_of(halved)[:2] == pytest.approx([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2], abs=1e-5)
+    named = losses_of(halved, "loss_internal_text")
+    assert named == pytest.approx(losses_of(halved), abs=1e-6)
+    for name, value in weights_of(plain).items():
+        assert torch.allclose(value, keep.weights[name], atol=2e-4), name
+    assert losses_of(halved, "grad_norm")[1] == pytest.approx(losses_of(plain, "grad_norm")[3], rel=1e-3)
+    assert [halved.optimizer.state[p]["step"].item() for p in halved.optimizer.param_groups[0]["params"]][0] == 6
+
+
+def test_halves_of_rows_keep_their_documents_apart():
+    rows = [{"input_ids": np.array([5, 9, 5, 5, 9, 5])}, {"input_ids": np.array([9, 5, 5, 5, 5, 9])}]
+    whole = collate_blocks(rows * 2, end_of_text=9)
+    for half, part in zip(halve_rows(whole), (rows, rows), strict=True):
+        alone = collate_blocks(part, end_of_text=9)
+        for name in ("input_ids", "labels", "position_ids"):
+            assert torch.equal(half[name], alone[name])
+        # The same boundaries, but for those of documents without a tick.
+        assert half["cu_seq_lens_q"].unique().tolist() == alone["cu_seq_lens_q"].unique().tolist()
+        assert (half["cu_seq_lens_q"].diff() >= 0).all() and half["cu_seq_lens_q"].dtype == torch.int32
+
+
+class KeepWeights(TrainerCallback):
+    """Copies the weights after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def test_the_logged_loss_is_the_mean_over_the_targets_of_the_step(tmp_path):
