@@ -164,6 +164,10 @@ class ResidualProjection(nn.Linear):
     """The matrix with which a block writes into the residual stream; a class of its own for its initial scale."""
 
 
+class ZeroProjection(nn.Linear):
+    """A matrix that begins at zero, as it makes what is added to something there already."""
+
+
 class CreatureAttention(nn.Module):
     """
     Causal grouped-query attention with rotary positions and normalized queries and keys (Henry et al. 2020).
@@ -188,11 +192,12 @@ class CreatureAttention(nn.Module):
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = (ZeroProjection if self.adds_first_values else nn.Linear)(config.hidden_size, keys, bias=False)
         self.o_proj = ResidualProjection(queries, config.hidden_size, bias=False)
         self.value_gate = None
         if config.use_value_embeddings and layer_idx == config.num_hidden_layers - 1:
-            self.value_gate = nn.Linear(min(GATE_INPUTS, config.hidden_size), config.num_key_value_heads, bias=False)
+            inputs = min(GATE_INPUTS, config.hidden_size)
+            self.value_gate = ZeroProjection(inputs, config.num_key_value_heads, bias=False)
 
     def forward(
         self,
@@ -349,7 +354,8 @@ class CreaturePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, SenseProjection):
+        # By classes of the matrices themselves: of a class from outside, transformers skips modules without weights.
+        if isinstance(module, SenseProjection | ZeroProjection):
             init.zeros_(module.weight)  # a sense that is connected changes nothing until it is trained
         elif isinstance(module, VoiceCopy):
             init.normal_(module.code_table, mean=0.0, std=std)
@@ -357,11 +363,6 @@ class CreaturePreTrainedModel(PreTrainedModel):
             init.ones_(module.residual_scale)
             if module.input_scale is not None:
                 init.zeros_(module.input_scale)
-        elif isinstance(module, CreatureAttention):
-            if module.adds_first_values:
-                init.zeros_(module.v_proj.weight)  # they begin with the first layer's values alone
-            if module.value_gate is not None:
-                init.zeros_(module.value_gate.weight)
         elif isinstance(module, ResidualProjection):
             # The residual stream adds up 2 x layers outputs: scale them so that its variance does not grow (GPT-2).
             init.normal_(module.weight, mean=0.0, std=std / (2 * self.config.num_hidden_layers) ** 0.5)

@@ -226,9 +226,12 @@ def attention_kernel(
     """(the kernel that causal attention runs with, the reason); masked: whether documents are kept apart."""
     if implementation != "sdpa":
         return implementation, "as configured"
+    half = device.kind == "cuda" and precision != "fp32"
+    if masked and half and triton_available() and (device.capability is None or device.capability >= (8, 0)):
+        return "flash", "varlen_attn in half precision on this GPU, which is told where documents begin"
     if masked:
         return "with a mask", "documents are kept apart, and the kernels that know only the causal order cannot do that"
-    if device.kind == "cuda" and precision != "fp32":
+    if half:
         if device.capability is None or device.capability >= (8, 0):
             return "flash", "scaled_dot_product_attention in half precision on this GPU"
         return "memory-efficient", "scaled_dot_product_attention; the flash kernel needs compute capability 8.0"

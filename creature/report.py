@@ -142,7 +142,8 @@ def run_table(run: dict) -> str:
         + (", documents kept apart" if own["separate_documents"] else ""),
         "length": f"{run['steps']:,} steps, {run['tokens']:,} tokens, {run['epochs']:.3g} epochs",
         "schedule": f"{own['schedule']}: peak {own['learning_rate']:.3g}, {own['warmup_steps']:,} steps up, "
-        f"{own['decay_steps']:,} down",
+        f"{own['decay_steps']:,} down"
+        + (f"; batches in halves for {own['batch_warmup_steps']:,}" if own["batch_warmup_steps"] else ""),
         "expected time": expected,
     }  # fmt: skip
     width = max(map(len, rows))

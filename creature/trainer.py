@@ -74,6 +74,7 @@ class CreatureTrainer(Trainer):
         self._stream_losses = torch.zeros(len(STREAMS), device=self.args.device)
         self._stream_steps = torch.zeros(len(STREAMS), device=self.args.device)
         self._has_compiled = False
+        self._compiled_shapes: set[tuple] = set()
         self._loss_share = 1.0  # of the part of a batch under way, in what is logged of the step
         self._micro_batch = self._micro_batches = 0
         self._aside: Path | None = None
@@ -151,6 +152,13 @@ class CreatureTrainer(Trainer):
             return super().training_step(model, inputs, *args, **kwargs)
         rows = self.args.per_device_train_batch_size
         inputs, undo = fill_rows(inputs, rows if len(inputs["input_ids"]) > rows // 2 else rows // 2), None
+        shape, fresh = inputs["input_ids"].shape, contextlib.nullcontext()
+        if shape not in self._compiled_shapes and self._compiled_shapes:
+            # It is compiled now, which is not what the rates are to tell; the steps before it are.
+            if self.args.device.type == "cuda":
+                torch.cuda.synchronize(self.args.device)
+            fresh = self.throughput.paused()
+        self._compiled_shapes.add(shape)
         if not self._has_compiled:
             states, stream_losses = _random_states(self.args.device), self._stream_losses.clone()
 
@@ -159,7 +167,8 @@ class CreatureTrainer(Trainer):
                 self._stream_losses.copy_(stream_losses)
                 _set_random_states(self.args.device, states)
 
-        loss = or_eager(super().training_step, model, inputs, *args, undo=undo, **kwargs)
+        with fresh:
+            loss = or_eager(super().training_step, model, inputs, *args, undo=undo, **kwargs)
         self._has_compiled = True
         return loss
 

@@ -538,3 +538,28 @@ def test_device_of_the_meta_model_and_config_round_trip(tmp_path, model):
     saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert saved["architectures"] == ["MultiModalCreature"] and saved["loss_weights"] == EVERY_WEIGHT
     assert json.loads((tmp_path / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"] == 125
+
+
+def test_deeper_values_begin_with_those_of_the_first_layer_alone():
+    model = micro_model(random=False, num_hidden_layers=4, use_value_embeddings=True)
+    layers = [layer.self_attn for layer in model.model.layers]
+    assert [layer.adds_first_values for layer in layers] == [False, False, True, True]
+    assert [bool(layer.v_proj.weight.any()) for layer in layers] == [True, True, False, False]
+    assert [layer.value_gate is not None for layer in layers] == [False, False, False, True]
+    assert not layers[3].value_gate.weight.any() and model.model.embed_values.weight.std() > 0.01
+    scales = [layer.input_scale for layer in model.model.layers]
+    assert [scale is not None for scale in scales] == [False, True, True, False]
+
+
+def test_values_by_token_reach_what_the_ids_say_and_need_them():
+    model = micro_model(use_value_embeddings=True)
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    with torch.no_grad():
+        logits = model(ids).logits
+        model.model.embed_values.weight[5] += 1
+        changed = model(ids).logits
+        assert torch.equal(changed[:, :2], logits[:, :2]) and not torch.allclose(changed[:, 2:], logits[:, 2:])
+        vectors = model.model.embed_tokens(ids)
+        alone = model(inputs_embeds=vectors).logits
+        model.model.embed_values.weight.zero_()
+        assert torch.equal(model(ids).logits, alone)
