@@ -87,6 +87,62 @@ def _draw_progression(rows: list[dict], title: str):
     return figure
 
 
+def plot_corpus(
+    lengths, counts, frequent: list[tuple[str, int]], output: str | Path, title: str = "", block_size: int | None = None
+) -> Path:
+    """
+    A corpus as three panels: how long its documents are, its most frequent tokens, and how often the others occur.
+
+    Args:
+        lengths: [documents], in tokens. counts: [ids], how often each id occurs. frequent: (token, count), most first.
+        block_size: drawn into the lengths as a line.
+    """
+    import matplotlib
+
+    _check_format(output)
+    with matplotlib.rc_context(STYLE):
+        return _save(_draw_corpus(lengths, counts, frequent, title, block_size), output)
+
+
+def _draw_corpus(lengths, counts, frequent, title, block_size):
+    import numpy as np
+
+    figure = _new_figure(10.0, 8.0)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.35))
+    axes = top.subplots()
+    longest, shortest = max(lengths.max(), 2), max(lengths.min(), 1)
+    edges = np.unique(np.geomspace(shortest, longest + 1, 61).round())
+    axes.hist(np.maximum(lengths, 1), edges, color=COLORS[0], edgecolor="white", linewidth=0.5)
+    axes.axvline(max(np.median(lengths), 1), color=COLORS[1], label=f"median {np.median(lengths):,.0f}")
+    if block_size:
+        axes.axvline(block_size, color=COLORS[2], label=f"block {block_size:,}")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(_count_formatter())
+    axes.set(xlabel="document length (tokens)", ylabel="documents", title=title)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)  # beside the title, where no bar is
+
+    left, right = bottom.subplots(1, 2, width_ratios=(1, 1.2))
+    total = counts.sum()
+    names = [_printable(name) for name, _ in frequent]
+    left.barh(range(len(names)), [100 * count / total for _, count in frequent], color=COLORS[0], height=0.75)
+    left.set_yticks(range(len(names)), names, fontfamily="monospace", fontsize=8.5)
+    left.invert_yaxis()
+    left.grid(axis="y", visible=False)
+    left.set(xlabel="share of all tokens (%)", title=f"the {len(names)} most frequent tokens")
+    found = np.sort(counts[counts > 0])[::-1]
+    right.loglog(np.arange(1, len(found) + 1), found, color=COLORS[0], linewidth=2)
+    right.set(xlabel="rank of the token", ylabel="occurrences", title=f"{len(found):,} of {len(counts):,} ids occur")
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_formatter(_count_formatter())
+    return figure
+
+
+def _printable(token: str) -> str:
+    """A token as a label: quoted, for its spaces, and without what the font may lack or matplotlib takes for math."""
+    text = token if token.isprintable() and token.isascii() else token.encode("unicode_escape").decode("ascii")
+    return f'"{text}"'.replace("$", r"\$")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
