@@ -35,7 +35,7 @@ def main() -> int | None:
     old = checkpoints.read_resumed(folder) if settings.resume else None
     config = job.build_config(settings)
     plan = plan_run(settings, config, old["identity"] if old else None)
-    args = job.build_arguments(settings, plan)
+    args = job.build_arguments(settings, plan, old)
     launch.say_waiting("opening the data")
     splits, data = job.build_data(settings, plan, config, args)
     tokenizer = load_tokenizer(data.tokenizer_name)

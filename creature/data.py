@@ -106,6 +106,23 @@ def load_splits(
     return Splits(dataset_of_blocks(train, block_size, 0, blocks, "train"), held_out, info)
 
 
+def open_streams(
+    source: str, *, tokenizer_name: str = "gpt2", validation_fraction: float = 0.005, cache_dir: str = "data"
+) -> tuple[TokenStream, TokenStream | None]:
+    """
+    (training stream, validation stream or None) that `source` stands for, as `load_splits` opens it, but uncut.
+
+    Raises UserError for a source that is missing, empty, damaged or of another tokenizer. Ids are not looked at: that
+    does `TokenStream.check`.
+    """
+    train, validation, manifest = _find_streams(
+        source, 1, tokenizer_name, validation_fraction, Path(cache_dir), "text", True
+    )
+    if manifest:
+        _check_tokenizer(manifest, tokenizer_name, train.name)
+    return train, validation
+
+
 def collate_blocks(rows: list[dict], end_of_text: int | None = None) -> dict:
     """
     A batch of blocks: input_ids int64 [B, T], and the same tensor as labels (the model shifts).

@@ -4,12 +4,14 @@ import copy
 import os
 import shlex
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 
 from configuration_creature import CreatureConfig
 from creature import checkpoints
@@ -26,7 +28,7 @@ from creature.callbacks import (
 )
 from creature.card import write_card
 from creature.data import Splits, block_collator, collate_blocks, load_splits
-from creature.errors import UserError, is_out_of_memory
+from creature.errors import UserError, first_line, is_out_of_memory
 from creature.estimate import fit_micro_batch
 from creature.files import telling_of_failed_writes
 from creature.launch import parent_to_watch
@@ -48,13 +50,21 @@ def build_config(settings: Settings) -> CreatureConfig:
         raise UserError(f"the model section is not valid: {' '.join(text.split())}") from error
 
 
-def build_arguments(settings: Settings, plan: Plan) -> CreatureTrainingArguments:
-    """TrainingArguments for this machine; this starts the process group where there are several processes."""
+def build_arguments(settings: Settings, plan: Plan, old: dict | None = None) -> CreatureTrainingArguments:
+    """
+    TrainingArguments for this machine; this starts the process group where there are several processes.
+
+    `old` is the run.json of a run that is resumed: trackers are given its name again.
+    """
     values = training_values(settings, plan)
+    values["report_to"] = values.get("report_to") or "none"  # a flag that says none arrives as None
+    folder = Path(values.get("output_dir", "checkpoints/text_only"))
+    values.setdefault("run_name", (old or {}).get("run_name", f"{folder.name}-{time.strftime('%m%d-%H%M%S')}"))
     try:
         (args,) = transformers.HfArgumentParser(CreatureTrainingArguments).parse_dict(values)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"the training section is not valid: {error}") from error
+    _check_trackers(args.report_to)
     if args.max_steps <= 0 and "num_train_epochs" not in values:
         raise UserError("how long to train is not said: give --max_steps or --num_train_epochs")
     if args.matrix_learning_rate and args.fsdp:
@@ -71,6 +81,17 @@ def build_arguments(settings: Settings, plan: Plan) -> CreatureTrainingArguments
         args._n_gpu = 1
     transformers.utils.logging.disable_progress_bar()  # of writing and reading model files
     return args
+
+
+def _check_trackers(names: list[str]) -> None:
+    try:
+        for tracker in get_reporting_integration_callbacks(names):
+            tracker()  # each looks for its library
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(
+            f"--report_to {' '.join(names)} does not work here ({first_line(error)}): install what is missing, or "
+            "leave it out; metrics.jsonl has the same numbers"
+        ) from error
 
 
 def build_data(settings: Settings, plan: Plan, config: CreatureConfig, args) -> tuple[Splits, DataArguments]:
@@ -234,7 +255,13 @@ def train(trainer: CreatureTrainer, plan: Plan, config: CreatureConfig, checkpoi
             trainer.load_finished(checkpoint)  # only its end was lost
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except Exception as error:
+        tracker = type(error).__module__.partition(".")[0]
+        if tracker in trainer.args.report_to:
+            raise UserError(
+                f"{tracker} failed ({first_line(error)}): put that right (docs/tracking.md), or leave out "
+                f"--report_to {tracker}; metrics.jsonl has the same numbers"
+            ) from error
         if not is_out_of_memory(error):
             raise
         fits = fit_micro_batch(config, plan.block_size, plan.device, plan.precision, compiled=plan.compiled)

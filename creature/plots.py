@@ -37,7 +37,8 @@ def plot_run(run_folders: list, output: str | Path, x: str = "step") -> Path:
     stream where a run has more than one.
 
     Args:
-        run_folders: folders with a metrics.jsonl. output: .png, .svg or .pdf. x: "step", "tokens" or "time".
+        run_folders: folders with a metrics.jsonl. output: .png, .svg or .pdf. x: "step", "tokens" or "time"; "all" for
+            the losses over each of them, side by side.
 
     Raises:
         UserError: for a folder without metrics or with nothing to plot, an unknown `x` or format.
@@ -85,6 +86,62 @@ def _draw_progression(rows: list[dict], title: str):
     panels[1].xaxis.set_major_formatter(_count_formatter())
     figure.align_ylabels(panels)
     return figure
+
+
+def plot_corpus(
+    lengths, counts, frequent: list[tuple[str, int]], output: str | Path, title: str = "", block_size: int | None = None
+) -> Path:
+    """
+    A corpus as three panels: how long its documents are, its most frequent tokens, and how often the others occur.
+
+    Args:
+        lengths: [documents], in tokens. counts: [ids], how often each id occurs. frequent: (token, count), most first.
+        block_size: drawn into the lengths as a line.
+    """
+    import matplotlib
+
+    _check_format(output)
+    with matplotlib.rc_context(STYLE):
+        return _save(_draw_corpus(lengths, counts, frequent, title, block_size), output)
+
+
+def _draw_corpus(lengths, counts, frequent, title, block_size):
+    import numpy as np
+
+    figure = _new_figure(10.0, 8.0)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.35))
+    axes = top.subplots()
+    longest, shortest = max(lengths.max(), 2), max(lengths.min(), 1)
+    edges = np.unique(np.geomspace(shortest, longest + 1, 61).round())
+    axes.hist(np.maximum(lengths, 1), edges, color=COLORS[0], edgecolor="white", linewidth=0.5)
+    axes.axvline(max(np.median(lengths), 1), color=COLORS[1], label=f"median {np.median(lengths):,.0f}")
+    if block_size:
+        axes.axvline(block_size, color=COLORS[2], label=f"block {block_size:,}")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(_count_formatter())
+    axes.set(xlabel="document length (tokens)", ylabel="documents", title=title)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)  # beside the title, where no bar is
+
+    left, right = bottom.subplots(1, 2, width_ratios=(1, 1.2))
+    total = counts.sum()
+    names = [_printable(name) for name, _ in frequent]
+    left.barh(range(len(names)), [100 * count / total for _, count in frequent], color=COLORS[0], height=0.75)
+    left.set_yticks(range(len(names)), names, fontfamily="monospace", fontsize=8.5)
+    left.invert_yaxis()
+    left.grid(axis="y", visible=False)
+    left.set(xlabel="share of all tokens (%)", title=f"the {len(names)} most frequent tokens")
+    found = np.sort(counts[counts > 0])[::-1]
+    right.loglog(np.arange(1, len(found) + 1), found, color=COLORS[0], linewidth=2)
+    right.set(xlabel="rank of the token", ylabel="occurrences", title=f"{len(found):,} of {len(counts):,} ids occur")
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_formatter(_count_formatter())
+    return figure
+
+
+def _printable(token: str) -> str:
+    """A token as a label: quoted, for its spaces, and without what the font may lack or matplotlib takes for math."""
+    text = token if token.isprintable() and token.isascii() else token.encode("unicode_escape").decode("ascii")
+    return f'"{text}"'.replace("$", r"\$")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,21 +207,55 @@ def _labels(folders: list) -> list[str]:
 def _plot(run_folders: list, output: str | Path, x: str, panels: tuple[str, ...]) -> Path:
     import matplotlib
 
-    if x not in X_AXES:
-        raise UserError(f"unknown x axis {x!r}: use one of {', '.join(X_AXES)}")
+    if x not in (*X_AXES, "all"):
+        raise UserError(f"unknown x axis {x!r}: use one of {', '.join(X_AXES)}, all")
     _check_format(output)
     runs = [(label, _load(folder)) for label, folder in zip(_labels(run_folders), run_folders, strict=True)]
-    if not any(_points(entries, x, name)[0] for _, entries in runs for name in ("loss", "eval_loss")):
+    axes = [name for name in (X_AXES if x == "all" else [x]) if _has_losses(runs, name)]
+    if not axes:
         raise UserError("there is nothing to plot yet: no loss has been logged")
+    if x == "all":
+        with matplotlib.rc_context(STYLE):
+            return _save(_draw_side_by_side(runs, axes), output)
     if not any(_points(entries, x, "mfu")[0] for _, entries in runs):
         panels = tuple(panel for panel in panels if panel != "mfu")
     with matplotlib.rc_context(STYLE):
         return _save(_draw(runs, x, panels), output)
 
 
-def _draw(runs: list, x: str, panels: tuple[str, ...]):
+def _has_losses(runs: list, x: str) -> bool:
+    return any(_points(entries, x, name)[0] for _, entries in runs for name in ("loss", "eval_loss"))
+
+
+def _draw_side_by_side(runs: list, x_axes: list[str]):
+    figure = _new_figure(1.0 + 4.6 * len(x_axes), 5.4)
+    panels = figure.subplots(1, len(x_axes), sharey=True, squeeze=False)[0]
+    for axes, x in zip(panels, x_axes, strict=True):
+        label, scale = _time_unit(runs) if x == "time" else (x, 1.0)
+        _draw_loss(axes, runs, x, scale)
+        _set_x_axis(axes, label, nbins=6)
+        if axes is not panels[0]:
+            axes.set_ylabel("")
+        if axes is not panels[-1]:
+            axes.get_legend().remove()
+    panels[0].set_title(_title(runs))
+    return figure
+
+
+def _title(runs: list) -> str:
+    return runs[0][0] if len(runs) == 1 else f"{len(runs)} runs"
+
+
+def _set_x_axis(axes, label: str, nbins: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=nbins, integer=not label.startswith("time")))
+    axes.xaxis.set_major_formatter(_count_formatter())
+    axes.margins(x=0.02)
+
+
+def _draw(runs: list, x: str, panels: tuple[str, ...]):
     x_label, scale = _time_unit(runs) if x == "time" else (x, 1.0)
     heights = [3.0 if panel == "loss" else 1.2 for panel in panels]
     figure = _new_figure(8.4, 1.1 + 1.45 * sum(heights))
@@ -173,13 +264,10 @@ def _draw(runs: list, x: str, panels: tuple[str, ...]):
     for axes, panel in zip(grid, panels, strict=True):
         draw[panel](axes, runs, x, scale)
     figure.align_ylabels(grid)
-    grid[0].set_title(runs[0][0] if len(runs) == 1 else f"{len(runs)} runs")
+    grid[0].set_title(_title(runs))
     if len(runs) > 1 and panels[0] != "loss":
         grid[0].legend(loc="lower right", fontsize=9)
-    grid[-1].set_xlabel(x_label)
-    grid[-1].xaxis.set_major_locator(MaxNLocator(nbins=9, integer=x != "time"))
-    grid[-1].xaxis.set_major_formatter(_count_formatter())
-    grid[-1].margins(x=0.02)
+    _set_x_axis(grid[-1], x_label, nbins=9)
     return figure
 
 

@@ -80,6 +80,7 @@ def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, s
         "config": settings.config,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "output_dir": args.output_dir,
+        "run_name": args.run_name,
         "parameters": {
             "total": sum(p.numel() for p in model.parameters()),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -2,10 +2,12 @@
 
 examples:
   python scripts/plot_run.py checkpoints/text_only
+  python scripts/plot_run.py checkpoints/text_only checkpoints/small
   python scripts/plot_run.py checkpoints/text_only checkpoints/small --x tokens --output curves.png
 
 Training loss raw and smoothed, validation loss as dots, a line for each stream where there are several, and tokens per
-second. Works while a run is still training.
+second. Several runs lie over each other, by default over steps, tokens and time side by side. Works while a run is
+still training.
 """
 
 import argparse
@@ -22,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, with metrics.jsonl in it")
     parser.add_argument(
-        "--x", choices=("step", "tokens", "time"), default="step", help="horizontal axis (default step)"
+        "--x", choices=("step", "tokens", "time", "all"), help="horizontal axis (default step; all for several runs)"
     )
     parser.add_argument("--output", help="a .png, .svg or .pdf file (default: RUN/curves.png, or runs.png for several)")
     return parser.parse_args()
@@ -35,7 +37,7 @@ def main() -> None:
     output = arguments.output or (Path(arguments.runs[0]) / "curves.png" if len(arguments.runs) == 1 else "runs.png")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        path = plot_run(arguments.runs, output, arguments.x)
+        path = plot_run(arguments.runs, output, arguments.x or ("step" if len(arguments.runs) == 1 else "all"))
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     print(path)

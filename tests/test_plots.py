@@ -71,6 +71,21 @@ def test_overlay_and_axes(tmp_path, figures):
     assert figures[2].axes[0].lines[0].get_xdata()[-1] == pytest.approx(600 * 30 / 3600)
 
 
+def test_runs_side_by_side_over_steps_tokens_and_time(tmp_path, figures):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", steps=30)]
+    plot_run(runs, tmp_path / "all.png", "all")
+    assert [axes.get_xlabel() for axes in figures[0].axes] == ["step", "tokens", "time (hours)"]
+    assert [axes.lines[0].get_xdata()[-1] for axes in figures[0].axes] == [600, 600_000, 5.0]
+    assert len({axes.get_ylim() for axes in figures[0].axes}) == 1
+    assert [bool(axes.get_legend()) for axes in figures[0].axes] == [False, False, True]
+    for run in runs:  # as older runs wrote them
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        without = [{k: v for k, v in line.items() if k != "tokens"} for line in lines]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in without))
+    plot_run(runs, tmp_path / "less.png", "all")
+    assert [axes.get_xlabel() for axes in figures[1].axes] == ["step", "time (hours)"]
+
+
 def test_streams_have_lines_only_when_there_are_several(tmp_path, figures):
     plot_run([make_run(tmp_path / "one")], tmp_path / "one.png")
     plot_run([make_run(tmp_path / "two", streams=("audio",))], tmp_path / "two.png")

@@ -25,6 +25,7 @@ TOOLS = (
     "plot_run",
     "generate_text",
     "evaluate_text",
+    "inspect_corpus",
     "check_environment",
 )
 MICRO = {
