@@ -1,6 +1,7 @@
 # Copyright 2026 The MultiModalCreature developers. Licensed under the Apache License, Version 2.0.
 """MultiModalCreature: one causal transformer over ticks; senses are summed into it, streams hang on its last state."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -465,6 +466,14 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         for name, copy in copies.items():
             getattr(self.streams, name).requires_grad_(name in streams)
             getattr(self.model.senses, copy).requires_grad_(name in streams)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """As in transformers; config.json also says how to load the folder's code as a backbone, and for serving."""
+        # transformers writes the one auto class that a class is registered for; `transformers serve` asks for another.
+        others = {"AutoModel": CreatureModel.__name__, "AutoModelForMultimodalLM": type(self).__name__}
+        known = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = known | {auto: f"modeling_creature.{name}" for auto, name in others.items()}
+        super().save_pretrained(save_directory, **kwargs)
 
     @can_return_tuple
     def forward(
