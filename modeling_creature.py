@@ -470,9 +470,9 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """As in transformers; config.json also says how to load the folder's code as a backbone, and for serving."""
         # transformers writes the one auto class that a class is registered for; `transformers serve` asks for another.
-        others = {"AutoModel": CreatureModel.__name__, "AutoModelForMultimodalLM": type(self).__name__}
-        known = getattr(self.config, "auto_map", None) or {}
-        self.config.auto_map = known | {auto: f"modeling_creature.{name}" for auto, name in others.items()}
+        others = {"AutoModel": CreatureModel, "AutoModelForMultimodalLM": type(self)}
+        names = {auto: f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" for auto, kind in others.items()}
+        self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | names
         super().save_pretrained(save_directory, **kwargs)
 
     @can_return_tuple

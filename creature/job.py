@@ -74,6 +74,7 @@ def build_arguments(settings: Settings, plan: Plan) -> CreatureTrainingArguments
         # nn.DataParallel would count the batch differently; accelerate launch is the way to several GPUs.
         plan.notes.append(f"using 1 of {args.n_gpu} GPUs; `accelerate launch` without --num_processes uses all")
         args._n_gpu = 1
+    args.push_to_hub = args.push_to_hub and not settings.dry_run
     transformers.utils.logging.disable_progress_bar()  # of writing and reading model files
     return args
 
