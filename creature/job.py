@@ -334,8 +334,8 @@ def _push(trainer: CreatureTrainer, folder: Path) -> None:
             ignore_patterns=NOT_PUSHED, commit_message=f"End of training, step {trainer.state.global_step}",
         )  # fmt: skip
     except Exception as error:  # of many types: network, rights, quota
-        left_out = " ".join(shlex.quote(pattern) for pattern in NOT_PUSHED)
-        command = f"hf upload {name} {shlex.quote(str(folder))} . --exclude {left_out}"
+        left_out = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in NOT_PUSHED)
+        command = f"hf upload {name} {shlex.quote(str(folder))} . {left_out}"
         print(f"not pushed ({first_line(error)}); later: {command}", flush=True)
     else:
         print(f"pushed: {commit.commit_url}", flush=True)

@@ -9,11 +9,14 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from creatures import micro_model
 from huggingface_hub import ModelCard
 from loopback_hub import loopback_hub
 from safetensors.torch import load_file
 from test_remote_code import PREAMBLE
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import modeling_creature
 import run_clm_creature
@@ -209,6 +212,32 @@ def test_torchao_quantizes_its_weights_as_it_loads(report, bits, kind, most):
     assert kind in report[bits]["kinds"], "the matrices of the backbone are quantized"
     assert 0 < report[bits]["error"] < most
     assert report[bits]["new"] == report["auto"]["new"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_torchao_quantizes_on_a_gpu(bits, tmp_path):
+    ao = pytest.importorskip("torchao.quantization")
+    ids = {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 50258, "null_token_id": 50257}
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
+    plain = micro_model(vocab_size=50304, **sizes, **ids)
+    plain.save_pretrained(tmp_path)
+    packed = {"group_size": 32, "int4_packing_format": "tile_packed_to_4d"}
+    config = ao.Int8WeightOnlyConfig() if bits == 8 else ao.Int4WeightOnlyConfig(**packed)
+    quantization = TorchAoConfig(config, modules_to_not_convert=["model.senses", "streams"])
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=quantization, device_map="cuda"
+    )
+    prompt = torch.randint(0, 50000, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact, logits = plain(prompt).logits, model(prompt.cuda()).logits.float().cpu()
+    assert 0 < (logits - exact).norm() / exact.norm() < (0.05 if bits == 8 else 0.4)
+    assert type(model.model.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter
+    # Through the CUDA graph of the fast loop, and through the loop of transformers.
+    options = {"max_new_tokens": 8, "do_sample": False}
+    fast = model.generate(prompt.cuda(), **options)
+    assert torch.equal(fast, model.generate(prompt.cuda(), cache_implementation="dynamic", **options))
 
 
 def test_what_is_pushed_again_says_of_itself_where_its_code_is(report, hub):
