@@ -61,6 +61,7 @@ def look(key, model):
     report[key] = {"dtype": str(model.dtype), "error": error, "kinds": kinds, "new": text.shape[1]}
     return model
 
+report["backbone"] = type(AutoModel.from_pretrained(name, trust_remote_code=True)).__name__
 plain = load()
 assert type(plain).__module__.startswith("transformers_modules."), type(plain)
 with torch.no_grad():
@@ -68,7 +69,6 @@ with torch.no_grad():
 report["samples"] = plain.generation_config.do_sample
 look("auto", load(device_map="auto"))
 look("bf16", load(dtype=torch.bfloat16))
-report["backbone"] = type(AutoModel.from_pretrained(name, trust_remote_code=True)).__name__
 try:
     import torchao.quantization as ao
 except ImportError:

@@ -24,6 +24,7 @@ TOOLS = (
     "estimate",
     "plot_run",
     "generate_text",
+    "demo",
     "evaluate_text",
     "check_environment",
 )

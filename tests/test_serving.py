@@ -123,7 +123,9 @@ def environment(home: Path) -> dict:
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_HUB_OFFLINE")}
     proxies = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     # Not HF_HUB_OFFLINE: huggingface_hub takes it to forbid the loopback device, too, and `chat` asks through it.
-    return kept | proxies | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    # The command line looks for a newer transformers otherwise.
+    kept |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(home), "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+    return kept | proxies | {"OMP_NUM_THREADS": "1"}
 
 
 def command(*words: str) -> list[str]:
