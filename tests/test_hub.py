@@ -22,6 +22,7 @@ import modeling_creature
 import run_clm_creature
 from creature import checkpoints
 from creature.card import card_text
+from creature.errors import UserError
 from creature.stories import write_story_corpus
 
 PROJECT = Path(modeling_creature.__file__).parent
@@ -98,6 +99,7 @@ def hub(tmp_path_factory):
         hub.place = place
         patch.chdir(place)
         patch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        patch.setattr("transformers.utils.hub._hf_api", None)  # made once, it keeps the address of that time
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         patch.setenv("HF_TOKEN", "hf_of_nobody")
         patch.setattr(sys, "argv", ["run_clm_creature.py", "--config", "micro.yaml", "--data", "stories.txt"])
@@ -137,6 +139,15 @@ def test_a_run_pushes_its_folder_and_nothing_that_only_a_resume_needs(hub):
     assert all((folder / name).read_bytes() == content for name, content in pushed.items())
     assert str(hub.place) not in pushed["README.md"].decode("utf-8")
     assert checkpoints.list_checkpoints(folder), "they stay where they are"
+
+
+def test_a_repository_that_cannot_be_had_is_told_before_the_training(hub, monkeypatch):
+    monkeypatch.chdir(hub.place)
+    command = ["run_clm_creature.py", "--config", "micro.yaml", "--data", "stories.txt", "--output_dir", "other"]
+    monkeypatch.setattr(sys, "argv", [*command, "--hub_model_id", "no/such/name"])
+    with pytest.raises(UserError, match="--push_to_hub finds no way.*`hf auth login`"):
+        run_clm_creature.main()
+    assert not (hub.place / "other" / "metrics.jsonl").exists()
 
 
 def test_a_failed_push_costs_nothing_and_says_how_to_do_it(hub, monkeypatch, capsys):
