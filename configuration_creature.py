@@ -5,6 +5,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 # The output streams, in the one order used wherever they are counted, weighted or listed.
 STREAMS = ("internal_text", "external_text", "audio", "animation")
@@ -256,5 +257,8 @@ _POSITIVE_FIELDS = (
 )
 
 CreatureConfig.register_for_auto_class()
+# `transformers serve` reads the configuration alone before it decides how to load a model. What is not listed here it
+# looks for inside of transformers, where a creature is not.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["creature"] = "MultiModalCreature"
 
 __all__ = ["CreatureConfig"]

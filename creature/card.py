@@ -1,87 +1,178 @@
 """The model card of a run: README.md in the folder of the final model."""
 
+import math
+import re
 from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
 
 from creature.callbacks import format_seconds
 from creature.checkpoints import read_metrics
 from creature.files import replace_file
+from creature.sources import is_hub_name
+
+# name in metrics.jsonl, name on the Hub, name for people, form
+EVALUATED = (
+    ("eval_loss", "loss", "loss, nats per token", "{:.4f}"),
+    ("eval_perplexity", "perplexity", "perplexity", "{:.2f}"),
+    ("eval_bits_per_byte", "bits_per_byte", "bits per byte", "{:.4f}"),
+    ("eval_accuracy", "accuracy", "accuracy of the next token", "{:.2%}"),
+)
 
 
-def write_card(folder: str | Path, run: dict, sample: str = "") -> Path:
+def write_card(folder: str | Path, run: dict, tokenizer=None) -> Path:
     """
-    Write README.md from run.json's content, the run's metrics and a sample; returns its path.
+    Write README.md from run.json's content and the metrics and plots in the folder; returns its path.
 
-    Numbers that were not measured are left out, never guessed.
+    With a `tokenizer` that has a chat template, the card says how to chat. Numbers that were not measured are left out,
+    never guessed.
     """
     path = Path(folder) / "README.md"
     with replace_file(path, "w") as file:
-        file.write(card_text(folder, run, sample))
+        file.write(card_text(folder, run, chat=bool(getattr(tokenizer, "chat_template", None))))
     return path
 
 
-def card_text(folder: str | Path, run: dict, sample: str) -> str:
+def card_text(folder: str | Path, run: dict, chat: bool = False) -> str:
     """The card as Markdown with the metadata block of the Hub."""
+    folder = Path(folder).resolve()
     metrics = read_metrics(folder)
-    trained = [entry for entry in metrics if "loss" in entry]
-    evaluated = [entry for entry in metrics if "eval_loss" in entry]
-    own, data, parameters = run["identity"], run["data"], run["parameters"]
-    name = Path(folder).resolve().name
-    steps = run.get("steps_done", run["steps"])
-    rows = [
-        ("parameters", f"{parameters['total']:,} ({parameters['trainable']:,} trained)"),
-        ("steps", f"{steps:,} of {own['tokens_per_step']:,} tokens"),
-        ("data", f"{Path(str(data['path'])).name}, {data['tokens']:,} tokens, sha256 {data['data_hash'][:16]}"),
-        ("tokenizer", f"sha256 {data['tokenizer_hash'][:16]}"),
-        ("hardware", f"{own['world_size']} x {run['device']}, {run['precision']}"),
-        ("schedule", f"{own['schedule']}, peak learning rate {own['learning_rate']:g}, {own['optimizer']}"),
+    evaluated = next((entry for entry in reversed(metrics) if "eval_loss" in entry), {})
+    sections = [
+        f"---\n{_metadata(folder.name, run, evaluated)}\n---",
+        f"# {folder.name}",
+        "A MultiModalCreature: a small decoder-only transformer with six senses and four output streams. This round "
+        "trained its\ninternal voice on text, from scratch; the other senses and streams are there, connected and "
+        "silent. It continues text,\nand is not made to answer people.",
+        "## Results",
+        _table(
+            [
+                (label, form.format(evaluated[name]))
+                for name, _, label, form in EVALUATED
+                if math.isfinite(evaluated.get(name, math.nan))
+            ]
+        )
+        + f"\n\nOn {run['data'].get('validation_tokens') or 0:,} tokens of validation text, after "
+        f"{evaluated['step']:,} steps; every token weighs the same."
+        if evaluated
+        else "Nothing was evaluated.",
+        _plot(folder),
+        *_samples(run),
+        "## How to load it",
+        _usage(folder.name, run, chat),
+        "## Training",
+        _table(_training_rows(run, metrics)),
+        "## Limits",
+        "It repeats what is in its data, errors and prejudices too. What it says is not to be relied on: a model of "
+        "this size\nknows next to nothing. Nobody has made it safe to talk to.",
     ]
-    if trained:
-        rows.append(("tokens seen", f"{trained[-1]['tokens']:,}"))
-        rows.append(("training loss", f"{trained[-1]['loss']:.4f} nats per token"))
-        rows.append(("time", format_seconds(max(entry["time"] for entry in metrics))))
-        if "tokens_per_second" in trained[-1]:
-            rows.append(("speed", f"{trained[-1]['tokens_per_second']:,.0f} tokens/s"))
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _metadata(name: str, run: dict, evaluated: dict) -> str:
+    """The YAML that the Hub reads, results as a model-index in it."""
+    source = _source(run)
+    on_hub = is_hub_name(source)
+    data = {
+        "task_type": "text-generation",
+        "dataset_type": source.split(":")[0] if on_hub else re.sub(r"[^a-z0-9]+", "-", source.lower()).strip("-"),
+        "dataset_name": f"{source}, validation split",
+    }
+    results = [
+        EvalResult(**data, metric_type=metric, metric_name=label, metric_value=round(evaluated[entry], 6))
+        for entry, metric, label, _ in EVALUATED
+        if math.isfinite(evaluated.get(entry, math.nan))
+    ]
+    return ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["multimodal-creature"],
+        datasets=[source.split(":")[0]] if on_hub else None,
+        eval_results=results or None,
+    ).to_yaml()
+
+
+def _source(run: dict) -> str:
+    return run["data"].get("source") or Path(str(run["data"]["path"])).name
+
+
+def _plot(folder: Path) -> str:
+    return "![training and validation loss over the steps](loss.png)" if (folder / "loss.png").is_file() else ""
+
+
+def _samples(run: dict) -> list[str]:
+    samples = run.get("samples")
+    if not samples:
+        return []
+    quoted = ["\n".join(f"> {line}" for line in text.splitlines()) for text in samples]
+    how = "Not chosen: seeds 0, 1, ..., temperature 0.8, the 50 likeliest tokens."
+    return ["## Samples", how, "\n\n---\n\n".join(quoted)]
+
+
+def _training_rows(run: dict, metrics: list[dict]) -> list[tuple[str, str]]:
+    own, data, parameters, model = run["identity"], run["data"], run["parameters"], run["identity"]["model"]
+    trained = next((entry for entry in reversed(metrics) if "loss" in entry), {})
+    rows = [
+        ("parameters", f"{parameters['total']:,}, of which {parameters['trainable']:,} were trained"),
+        (
+            "shape",
+            f"{model['num_hidden_layers']} layers x {model['hidden_size']}, {model['num_attention_heads']} heads, "
+            f"context {model['max_position_embeddings']:,}",
+        ),
+        ("data", f"{_source(run)}, {data['tokens']:,} tokens, sha256 {data['data_hash'][:16]}"),
+        ("tokenizer", f"{model['vocab_size']:,} rows, sha256 {data['tokenizer_hash'][:16]}"),
+        ("steps", f"{run.get('steps_done', run['steps']):,} of {own['tokens_per_step']:,} tokens"),
+    ]
+    if "tokens" in trained:
+        seen = trained["tokens"]
+        rows.append(("tokens seen", f"{seen:,}, {seen / max(data['tokens'], 1):.3g} times the data"))
+    if "loss" in trained:
+        rows.append(("training loss", f"{trained['loss']:.4f} nats per token"))
+    rows += [
+        ("optimizer", f"{own['optimizer']}, {own['schedule']}, peak learning rate {own['learning_rate']:.3g}"),
+        ("hardware", f"{own['world_size']} x {run['device']}, {run['precision']}"),
+    ]
+    if metrics:
+        rows.append(("time", format_seconds(max(entry.get("time", 0.0) for entry in metrics))))
+    if "tokens_per_second" in trained:
+        rows.append(("speed", f"{trained['tokens_per_second']:,.0f} tokens/s"))
     if "peak_memory_bytes" in run:
         rows.append(("peak memory of a device", f"{run['peak_memory_bytes'] / 1e9:.2f} GB"))
-    if evaluated:
-        last = evaluated[-1]
-        rows.append(("validation loss", f"{last['eval_loss']:.4f} nats per token (token-weighted)"))
-        rows.append(("validation perplexity", f"{last['eval_perplexity']:.2f}"))
-        rows.append(("validation bits per byte", f"{last['eval_bits_per_byte']:.4f}"))
-        rows.append(("validation accuracy", f"{last['eval_accuracy']:.2%} of next tokens"))
-    table = "\n".join(f"| {left} | {right} |" for left, right in rows)
-    shown = "\n".join(f"> {line}" for line in sample.splitlines()) if sample else "> (none)"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- multimodal-creature
----
+    versions = run.get("versions", {})
+    rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    return rows
 
-# {name}
 
-A MultiModalCreature: a small decoder-only transformer with six senses and four output streams. This round trained its
-internal voice on text; the other senses and streams are there, connected and silent.
+def _table(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
-| | |
-|---|---|
-{table}
 
-A sample:
-
-{shown}
-
-## How to load it
+def _usage(name: str, run: dict, chat: bool) -> str:
+    talk = (
+        '\nprint(pipe([{"role": "user", "content": "Hello!"}], max_new_tokens=50)[0]["generated_text"][-1]["content"])'
+        if chat
+        else ""
+    )
+    prompt = "Once upon a time"
+    return f"""`{name}` is the folder, or the name of its repository on the Hub. It brings its own code:
+`trust_remote_code=True` runs the `*_creature.py` files in it, so look at them first.
 
 ```python
+from transformers import pipeline
+
+pipe = pipeline("text-generation", "{name}", trust_remote_code=True, device_map="auto")
+print(pipe("{prompt}", max_new_tokens=50)[0]["generated_text"]){talk}
+```
+
+```python
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# trust_remote_code runs the model files of this folder; leave it out where the project is installed.
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-inputs = tokenizer("Once upon a time", return_tensors="pt")
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True, dtype=torch.bfloat16)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+inputs = tokenizer("{prompt}", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-It was trained from scratch and repeats what is in its data, errors and prejudices too; it is not made to answer people.
-"""
+It samples unless told otherwise (`generation_config.json`); `do_sample=False` takes the likeliest token."""

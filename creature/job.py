@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, set_seed
@@ -33,12 +34,16 @@ from creature.estimate import fit_micro_batch
 from creature.files import telling_of_failed_writes
 from creature.launch import parent_to_watch
 from creature.machine import Plan, training_values
+from creature.sources import is_hub_name
 from creature.tokenizer import token_byte_lengths, tokenizer_hash
 from creature.trainer import CreatureTrainer, schedule_steps, way_on
 from creature.training_arguments import CreatureTrainingArguments
 from modeling_creature import MultiModalCreature
 
 DRY_RUN_EVAL_BLOCKS = 2
+SAMPLES = 3  # of the model card
+# What stays here when a run is pushed: what only a resume needs, and the ways to files on this machine.
+NOT_PUSHED = ["checkpoint-*", f"{checkpoints.REPLACED}-*", checkpoints.RUN_FILE, ".*"]
 
 
 def build_config(settings: Settings) -> CreatureConfig:
@@ -79,6 +84,7 @@ def build_arguments(settings: Settings, plan: Plan, old: dict | None = None) -> 
         # nn.DataParallel would count the batch differently; accelerate launch is the way to several GPUs.
         plan.notes.append(f"using 1 of {args.n_gpu} GPUs; `accelerate launch` without --num_processes uses all")
         args._n_gpu = 1
+    args.push_to_hub = args.push_to_hub and not settings.dry_run
     transformers.utils.logging.disable_progress_bar()  # of writing and reading model files
     return args
 
@@ -107,6 +113,8 @@ def build_data(settings: Settings, plan: Plan, config: CreatureConfig, args) -> 
             validation_fraction=data.validation_fraction,
             cache_dir=data.cache_dir,
         )
+    # For the model card: the Hub name, or the name of a file or folder, without the way to it on this machine.
+    splits.info["source"] = source if is_hub_name(source) else Path(source).name
     limit = data.max_eval_blocks or (DRY_RUN_EVAL_BLOCKS if settings.dry_run else None)
     if splits.validation is None or not len(splits.validation):
         splits = replace(splits, validation=None)
@@ -211,6 +219,10 @@ def build_model(config: CreatureConfig, args) -> MultiModalCreature:
     weights = config.loss_weights
     streams = tuple(name for name, weight in weights.items() if weight)
     model.train_only(senses=("internal_voice",), streams=streams)
+    # Saved as generation_config.json: a small model that always takes the likeliest token goes round in circles, and
+    # servers use the temperature of a request only where the model samples.
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = transformers.GenerationConfig(**ids, do_sample=True, temperature=0.8, top_k=50)
     return model
 
 
@@ -218,6 +230,7 @@ def build_trainer(
     settings: Settings, data: DataArguments, run: dict, args, model, splits, tokenizer, seconds_before: float
 ):
     """The Trainer with everything that watches the run."""
+    tokenizer.model_max_length = model.config.max_position_embeddings  # saved with it, and what `truncation=True` means
     throughput = Throughput(run["flops_per_token"], run["peak_flops"])
     signals = StopSignals(parent_to_watch()).install()
     trainer = CreatureTrainer(
@@ -277,15 +290,15 @@ def train(trainer: CreatureTrainer, plan: Plan, config: CreatureConfig, checkpoi
         raise UserError(f"out of memory on {plan.device.name} with micro-batch {plan.micro_batch}: {remedy}") from error
 
 
-def sample(model, tokenizer, prompt: str, max_new_tokens: int = 40) -> str:
+def sample(model, tokenizer, prompt: str, max_new_tokens: int = 40, seed: int = 0) -> str:
     """A seeded continuation of a prompt, prompt included; leaves the random state and the model's mode as they were."""
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
     training, room = model.training, model.config.max_position_embeddings - inputs["input_ids"].shape[1]
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         ids = model.eval().generate(
-            **inputs, max_new_tokens=max(1, min(max_new_tokens, room)), do_sample=True, top_k=50,
+            **inputs, max_new_tokens=max(1, min(max_new_tokens, room)), do_sample=True, temperature=0.8, top_k=50,
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
     model.train(training)
@@ -305,17 +318,19 @@ def finish(trainer: CreatureTrainer, settings: Settings, data: DataArguments, ru
     if not trainer.is_world_process_zero():
         return
     model = _plain_model(trainer)
-    text = sample(model, trainer.processing_class, data.prompt)
+    samples = [sample(model, trainer.processing_class, data.prompt, 80, seed) for seed in range(SAMPLES)]
     if settings.dry_run:
         check_saved(model, folder / f"checkpoint-{step}", splits.train)
-        print(f"continuation: {text}", flush=True)
-    run = (checkpoints.read_run(folder) or run) | {"status": "finished", "steps_done": step, "sample": text}
+        print(f"continuation: {samples[0]}", flush=True)
+    run = (checkpoints.read_run(folder) or run) | {"status": "finished", "steps_done": step, "samples": samples}
     run |= {"dry_run": "passed"} if settings.dry_run else {}
     if memory := max((entry.get("peak_memory_bytes", 0) for entry in checkpoints.read_metrics(folder)), default=0):
         run["peak_memory_bytes"] = memory
-    write_card(folder, run, text)
     _plot(folder)
+    write_card(folder, run, trainer.processing_class)
     checkpoints.write_run(folder, run)
+    if trainer.args.push_to_hub:
+        _push(trainer, folder)
     if settings.dry_run:
         print(f"dry run passed: {step} steps, checkpoint written, read back with equal logits", flush=True)
     else:
@@ -326,7 +341,7 @@ def _publish(trainer: CreatureTrainer, folder: Path) -> None:
     """Put the final model and its tokenizer into the folder of the run, file by file, each whole."""
     aside = folder / checkpoints.WRITING_FOLDER
     with telling_of_failed_writes(folder, lambda: way_on(folder)):
-        trainer.save_model(str(aside))
+        trainer.save_model(str(aside), _internal_call=True)  # is not pushed from here: the card is still missing
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
             (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
@@ -335,6 +350,23 @@ def _publish(trainer: CreatureTrainer, folder: Path) -> None:
                 os.replace(path, folder / path.name)
             aside.rmdir()
     trainer.accelerator.wait_for_everyone()
+
+
+def _push(trainer: CreatureTrainer, folder: Path) -> None:
+    """Upload the finished folder of the run, card and plots too; a failure costs nothing but the upload."""
+    args = trainer.args
+    name = trainer.hub_model_id
+    try:
+        commit = huggingface_hub.HfApi().upload_folder(
+            repo_id=name, folder_path=folder, token=args.hub_token, revision=args.hub_revision,
+            ignore_patterns=NOT_PUSHED, commit_message=f"End of training, step {trainer.state.global_step}",
+        )  # fmt: skip
+    except Exception as error:  # of many types: network, rights, quota
+        left_out = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in NOT_PUSHED)
+        command = f"hf upload {name} {shlex.quote(str(folder))} . {left_out}"
+        print(f"not pushed ({first_line(error)}); later: {command}", flush=True)
+    else:
+        print(f"pushed: {commit.commit_url}", flush=True)
 
 
 def _plain_model(trainer: CreatureTrainer):

@@ -383,6 +383,16 @@ class CreatureTrainer(Trainer):
         self._load_from_checkpoint(str(checkpoint))
         self.state = _read_state(str(checkpoint))
 
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """Make the repository of --push_to_hub ready; UserError before the training where that cannot be."""
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:  # of many types: network, rights, a name that cannot be one
+            raise UserError(
+                f"--push_to_hub finds no way to a repository ({first_line(error)}): log in with `hf auth login` and "
+                "look at --hub_model_id, or leave it out and push the finished folder later (docs/hub.md)"
+            ) from error
+
     def _get_output_dir(self, trial) -> str:
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
 

@@ -74,6 +74,8 @@ class CreatureTrainingArguments(TrainingArguments):
     )
     # The Trainer takes every forward parameter with "label" in its name for required otherwise.
     label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Never: fixed."})
+    # Before its end a run has no model card, and the Trainer would push its arguments, a pickle, beside the model.
+    hub_strategy: str = field(default="end", metadata={"help": "When --push_to_hub pushes: end, the whole folder."})
     sample_steps: int = field(
         default=0, metadata={"help": "Print a continuation of --prompt every so many steps; 0 for none."}
     )

@@ -249,7 +249,7 @@ def test_a_final_model_that_cannot_be_written_is_told_and_written_by_the_next_re
     real = CreatureTrainer.save_model
 
     def full(self, folder, _internal_call=False):
-        if not _internal_call:  # by whom checkpoints are saved
+        if Path("out/checkpoint-12").exists():  # the last checkpoint is written, the final model follows
             raise Exception("No space left on device (os error 28)")
         real(self, folder, _internal_call)
 

@@ -24,6 +24,7 @@ TOOLS = (
     "estimate",
     "plot_run",
     "generate_text",
+    "demo",
     "evaluate_text",
     "inspect_corpus",
     "check_environment",

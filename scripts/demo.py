@@ -1,0 +1,154 @@
+"""A page in the browser on which a trained creature continues what is typed.
+
+examples:
+  python scripts/demo.py --checkpoint checkpoints/text_only
+  python scripts/demo.py --checkpoint checkpoints/text_only/checkpoint-5000 --port 8080
+
+The page is at http://127.0.0.1:7860 until Ctrl+C, for this machine only; --host 0.0.0.0 shows it to the network too. It
+loads nothing from elsewhere. Needs `pip install gradio`.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from threading import Thread
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from creature.errors import UserError, run_main  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="folder of a run, of a checkpoint or of a saved model")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen at (default 7860)")
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: a GPU if there is one")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from creature.loading import find_model, load_model, load_own_tokenizer
+
+    folder = find_model(arguments.checkpoint)
+    import torch
+    import transformers
+
+    from creature.hardware import device_info
+
+    transformers.utils.logging.disable_progress_bar()
+    device = device_info(arguments.device)
+    half = device.kind == "cuda" and device.bf16
+    model = load_model(folder, device.kind, torch.bfloat16 if half else torch.float32)
+    page = build_page(model, load_own_tokenizer(folder), folder)
+    print(f"the page is at {launch(page, arguments.host, arguments.port)} until Ctrl+C", flush=True)
+    page.block_thread()
+
+
+def build_page(model, tokenizer, folder: Path):
+    """The page as `gradio.Blocks`: prompt, temperature and top-p, the text as it is made, the run's loss plot."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise UserError("the page needs gradio: install it with `pip install gradio`") from error
+
+    context = model.config.max_position_embeddings
+    # A checkpoint has the plot of the run around it.
+    plot = next((place / "loss.png" for place in (folder, folder.parent) if (place / "loss.png").is_file()), None)
+    with gr.Blocks(title=f"Creature: {folder.name}", analytics_enabled=False) as page:
+        gr.Markdown(f"# {folder.name}\n{model.num_parameters():,} parameters, context {context:,} tokens")
+        with gr.Row():
+            with gr.Column():
+                prompt = gr.Textbox("Once upon a time", label="Prompt", lines=4)
+                temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: always the likeliest token")
+                top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1: all tokens; less: the likeliest alone")
+                most = gr.Slider(1, context, min(200, context), step=1, label="New tokens, at most")
+                button = gr.Button("Continue", variant="primary")
+                if plot:
+                    gr.Image(str(plot), show_label=False, interactive=False, buttons=[], elem_id="loss")
+            with gr.Column():
+                text = gr.Textbox(label="Text", lines=32, interactive=False)
+
+        def tell(prompt, temperature, top_p, most):
+            try:
+                yield from continue_text(model, tokenizer, prompt, temperature, top_p, int(most))
+            except UserError as error:
+                raise gr.Error(str(error)) from error
+
+        gr.on([button.click, prompt.submit], tell, [prompt, temperature, top_p, most], text)
+    return page
+
+
+def continue_text(model, tokenizer, prompt: str, temperature: float, top_p: float, new_tokens: int):
+    """Yield the prompt with its continuation, longer each time; UserError for a prompt that fills the context."""
+    import torch
+    from transformers import TextIteratorStreamer
+
+    config = model.config
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [config.bos_token_id]
+    room = config.max_position_embeddings - len(ids)
+    if room < 1:
+        raise UserError(f"the prompt has {len(ids):,} tokens and fills the context: shorten it")
+    spare = set(range(len(tokenizer), config.vocab_size))  # ids that stand for no text
+    silent = sorted((spare | {config.null_token_id, config.pad_token_id}) - {None, config.eos_token_id})
+    inputs = torch.tensor([ids], device=model.device)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    failures = []
+
+    def generate():
+        try:
+            with torch.inference_mode():
+                model.generate(
+                    inputs,
+                    attention_mask=torch.ones_like(inputs),
+                    max_new_tokens=min(new_tokens, room),
+                    streamer=streamer,
+                    pad_token_id=tokenizer.pad_token_id,
+                    suppress_tokens=silent or None,
+                    **(sampling if temperature else {"do_sample": False}),
+                )
+        except Exception as error:
+            failures.append(error)
+            streamer.end()  # or the page would wait for ever
+
+    thread = Thread(target=generate)
+    thread.start()
+    try:
+        text = prompt
+        for piece in streamer:
+            text += piece
+            yield text
+    finally:
+        thread.join()  # where the page was closed: one text at a time
+    if failures:
+        raise failures[0]
+
+
+def launch(page, host: str, port: int) -> str:
+    """Serve the page from a thread, until `page.close()`; returns its address."""
+    import gradio as gr
+
+    # Fonts of the system, as the default theme loads its own from the network; no link that leads out of here.
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            theme=theme,
+            footer_links=[],
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise UserError(f"port {port} of {host} is not to be had ({error}): give another --port") from error
+    return address
+
+
+if __name__ == "__main__":
+    run_main(main)
