@@ -4,6 +4,17 @@ from pathlib import Path
 
 from setuptools import setup
 
+# What the pages under docs/ use, each by its name; the tests of what is not installed skip.
+EXTRAS = {
+    "eval": ["lm-eval>=0.4.9"],
+    "peft": ["peft>=0.17", "trl>=1.0"],
+    "serve": ["fastapi>=0.115", "uvicorn>=0.30", "openai>=2.0", "rich>=13", "pydantic>=2", "gradio>=6.0", "torchao>=0.15"],
+    "export": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
+    "notebooks": ["nbformat>=5.10", "nbclient>=0.10", "ipykernel>=6.29"],
+    "track": ["tensorboard>=2.18", "trackio>=0.20", "wandb>=0.20"],
+    "data": ["datatrove>=0.6"],
+}
+
 setup(
     name="multimodal-creature",
     version="0.1.0",
@@ -38,5 +49,9 @@ setup(
         "pyyaml>=6.0",
         "zstandard>=0.22",  # with it, `datasets` reads Hub files that end in .zst
     ],
-    extras_require={"test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.6"]},
+    extras_require=EXTRAS
+    | {
+        "all": [package for packages in EXTRAS.values() for package in packages],
+        "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.6", "nbformat>=5.10"],
+    },
 )
