@@ -8,7 +8,9 @@ from setuptools import setup
 EXTRAS = {
     "eval": ["lm-eval>=0.4.9"],
     "peft": ["peft>=0.17", "trl>=1.0"],
-    "serve": ["fastapi>=0.115", "uvicorn>=0.30", "openai>=2.0", "rich>=13", "pydantic>=2", "gradio>=6.0", "torchao>=0.15"],
+    "serve": [
+        "fastapi>=0.115", "uvicorn>=0.30", "openai>=2.0", "rich>=13", "pydantic>=2", "gradio>=6.0", "torchao>=0.15",
+    ],  # fmt: skip
     "export": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
     "notebooks": ["nbformat>=5.10", "nbclient>=0.10", "ipykernel>=6.29"],
     "track": ["tensorboard>=2.18", "trackio>=0.20", "wandb>=0.20"],
@@ -34,7 +36,11 @@ setup(
         "streams_creature",
         "run_clm_creature",
     ],
-    packages=["creature"],
+    # configs/ and scripts/ lie beside the package in a clone, and are found in a wheel as creature/configs and
+    # `python -m creature_scripts.generate_text`.
+    packages=["creature", "creature.configs", "creature_scripts"],
+    package_dir={"creature.configs": "configs", "creature_scripts": "scripts"},
+    package_data={"creature.configs": ["*.yaml", "*.jinja", "accelerate/*.yaml"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17,<6",
@@ -52,6 +58,6 @@ setup(
     extras_require=EXTRAS
     | {
         "all": [package for packages in EXTRAS.values() for package in packages],
-        "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.6", "nbformat>=5.10"],
+        "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.6", "nbformat>=5.10", "setuptools>=70.1"],
     },
 )

@@ -19,7 +19,9 @@ import yaml
 from creature.errors import UserError, first_line
 
 PROJECT = Path(__file__).resolve().parent.parent
-DEFAULT_CONFIG = PROJECT / "configs" / "text_only_config.yaml"
+IN_WHEEL = Path(__file__).with_name("configs")  # setup.py puts them there
+CONFIGS = IN_WHEEL if IN_WHEEL.is_dir() else PROJECT / "configs"
+DEFAULT_CONFIG = CONFIGS / "text_only_config.yaml"
 DRY_RUN_FOLDER = "checkpoints/dry_run"
 DRY_RUN_STEPS = 10
 SECTIONS = ("model", "data", "training")
@@ -439,10 +441,10 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     problems: list[str] = []
     job, flags = _read_flags(argv, fields, problems)
     path = job.get("config", str(DEFAULT_CONFIG))
-    if "config" not in job and not DEFAULT_CONFIG.is_file():
-        path = None  # installed without the project's folder: the defaults of the fields are those of the file
+    if not Path(path).exists() and (CONFIGS.parent / path).is_file():
+        path = str(CONFIGS.parent / path)  # configs/small_config.yaml, from a folder that has no configs/
     try:
-        values = _read_config(path, fields, problems) if path else {}
+        values = _read_config(path, fields, problems)
     except UserError as error:
         values = {}
         problems.append(str(error))
@@ -455,7 +457,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     if problems:
         raise UserError(_all_at_once(problems))
     sections = {section: {n: v for n, v in values.items() if fields[n].section == section} for section in SECTIONS}
-    settings = Settings(**sections, given=set(flags), **(job | {"config": path or "no file"}))
+    settings = Settings(**sections, given=set(flags), **(job | {"config": path}))
     _settle_run(settings)
     return settings
 

@@ -99,9 +99,11 @@ def requirements() -> list[str]:
 
 
 def check_packages() -> tuple[bool, str]:
-    install = "pip install -c constraints.txt -e ."
+    remedy = f"run `pip install -c constraints.txt -e .` in {PROJECT}"
+    if not (PROJECT / "setup.py").is_file():  # installed from a wheel
+        remedy = "install that with pip"
     if importlib.util.find_spec("packaging") is None:
-        raise UserError(f"packaging is missing: run `{install}` in {PROJECT}")
+        raise UserError(f"packaging is missing: {remedy}")
     from packaging.requirements import Requirement
 
     problems, shown = [], []
@@ -117,7 +119,7 @@ def check_packages() -> tuple[bool, str]:
         if needed.name in ("torch", "transformers", "datasets", "accelerate"):
             shown.append(f"{needed.name} {version}")
     if problems:
-        raise UserError(f"{'; '.join(problems)}: run `{install}` in {PROJECT}")
+        raise UserError(f"{'; '.join(problems)}: {remedy}")
     return True, ", ".join(shown)
 
 

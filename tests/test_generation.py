@@ -98,9 +98,7 @@ def loop(model, input_ids, senses, streams=SIDE_STREAMS, new_tokens=NEW, copies=
             extra = {"attention_mask": mask, "position_ids": position_ids}
         else:
             extra = {}
-        out = model(
-            input_ids, output_streams=streams, use_cache=False, **first_ticks(full, now), **copies_now, **extra
-        )
+        out = model(input_ids, output_streams=streams, use_cache=False, **first_ticks(full, now), **copies_now, **extra)
         tick = {
             "external_text": lambda out=out: out.external_text_logits[:, -1].argmax(-1),
             "audio": lambda out=out: model.streams.audio.emit(
