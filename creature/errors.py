@@ -18,6 +18,8 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     A UserError, a full disk, a missing right or Ctrl+C ends in one line on stderr and exit code 1 (130 for Ctrl+C),
     never in a traceback. Any other exception is a bug of ours and keeps its traceback.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # in a file or pipe on Windows, it may know fewer characters than the text
+        sys.stdout.reconfigure(errors="replace")
     try:
         code = main() or 0
         sys.stdout.flush()

@@ -1,5 +1,7 @@
 """How scripts end: one line for people, a traceback for our own bugs."""
 
+import io
+
 import pytest
 
 from creature.errors import UserError, first_line, run_main
@@ -54,6 +56,15 @@ def test_the_return_value_is_the_exit_code(result, code):
 def test_a_reader_that_has_gone_is_no_error(monkeypatch):
     monkeypatch.setattr("sys.stdout", None)  # run_main sets it so; put back when the test ends
     assert end(BrokenPipeError()) == 0
+
+
+def test_a_text_that_the_output_cannot_spell_is_no_error(monkeypatch):
+    """Windows writes to files and pipes in the code page of the machine."""
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda: print("caf\u00e9 \u65e5"))
+    assert ended.value.code == 0 and written.getvalue().split() == [b"caf\xe9", b"?"]
 
 
 def test_first_line():
