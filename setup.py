@@ -8,7 +8,15 @@ from setuptools import setup
 EXTRAS = {
     "eval": ["lm-eval>=0.4.9"],
     "peft": ["peft>=0.17", "trl>=1.0"],
-    "serve": ["fastapi>=0.115", "uvicorn>=0.30", "openai>=2.0", "rich>=13", "pydantic>=2", "gradio>=6.0", "torchao>=0.15"],
+    "serve": [
+        "fastapi>=0.115",
+        "uvicorn>=0.30",
+        "openai>=2.0",
+        "rich>=13",
+        "pydantic>=2",
+        "gradio>=6.0",
+        "torchao>=0.15",
+    ],
     "export": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
     "notebooks": ["nbformat>=5.10", "nbclient>=0.10", "ipykernel>=6.29"],
     "track": ["tensorboard>=2.18", "trackio>=0.20", "wandb>=0.20"],
