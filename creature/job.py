@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, set_seed
 
 from configuration_creature import CreatureConfig
-from creature import checkpoints
+from creature import checkpoints, startup
 from creature.args import DataArguments, Settings
 from creature.callbacks import (
     ConsoleLog,
@@ -197,7 +197,9 @@ def build_trainer(
 ):
     """The Trainer with everything that watches the run."""
     throughput = Throughput(run["flops_per_token"], run["peak_flops"])
-    signals = StopSignals(parent_to_watch()).install()
+    with startup.signals_blocked():
+        startup.hand_over()
+        signals = StopSignals(parent_to_watch()).install()
     trainer = CreatureTrainer(
         model=model,
         args=args,
@@ -233,6 +235,8 @@ def train(trainer: CreatureTrainer, plan: Plan, config: CreatureConfig, checkpoi
             trainer.load_finished(checkpoint)  # only its end was lost
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step >= trainer.state.max_steps:
+            trainer.make_up_evaluation()
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
