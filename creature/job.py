@@ -156,7 +156,8 @@ def _refuse_horizon(old: dict, steps: int) -> None:
 def check_identity(old: dict, new: dict, accept: bool) -> None:
     """UserError when a resumed run would not go on as it began, with every difference; max_steps may grow."""
     ignored = {"max_steps", "decay_steps"}
-    before = {"separate_documents": False} | old["identity"]  # which runs of earlier versions do not say
+    unsaid = ("matrix_momentum", "adam_beta1", "adam_beta2", "adam_epsilon")  # by runs of earlier versions
+    before = {"separate_documents": False} | {key: new["identity"].get(key) for key in unsaid} | old["identity"]
     found = checkpoints.differences(
         {k: v for k, v in before.items() if k not in ignored},
         {k: v for k, v in new["identity"].items() if k not in ignored},

@@ -372,6 +372,8 @@ class CreatureTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self._keep_best(folder, name)
+            if (folder / checkpoints.RUN_FILE).is_file():
+                shutil.copyfile(folder / checkpoints.RUN_FILE, self._aside / name / checkpoints.RUN_FILE)
             checkpoints.seal_checkpoint(self._aside / name)
             _put_in_place(self._aside / name, folder / name)
             checkpoints.rotate(folder, limit, self.protected_steps | {self.state.best_global_step or -1})

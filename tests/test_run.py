@@ -142,8 +142,11 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_the_same_log(place, monke
         run(monkeypatch, "--max_steps", 12, "--output_dir", "broken")
     truncated = Path("broken/checkpoint-9")
     truncated.mkdir()
+    Path("broken/run.json").write_bytes(Path("broken/run.json").read_bytes()[:1000])
     run(monkeypatch, "--max_steps", 12, "--output_dir", "broken", "--resume")
-    assert "skipped checkpoint-9" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "skipped checkpoint-9" in output and "its copy in a checkpoint is read" in output
+    assert json.loads(Path("broken/run.json").read_text())["status"] == "finished"
     assert_same_weights("whole", "broken")
     assert curve("whole") == curve("broken")
 
@@ -170,6 +173,8 @@ def test_what_differs_from_the_run_to_resume_is_spelled_out(place, monkeypatch, 
     again = ("--max_steps", 12, "--output_dir", "a", "--resume")
     with pytest.raises(UserError, match="micro_batch was 2 and is now 1"):
         run(monkeypatch, *again, "--per_device_train_batch_size", 1)
+    with pytest.raises(UserError, match="adam_beta2 was 0.95 and is now 0.99; adam_epsilon was 1e-10 and is now 1e-08"):
+        run(monkeypatch, *again, "--adam_beta2", 0.99, "--adam_epsilon", 1e-8)
     with pytest.raises(UserError, match="learning_rate was 0.01 and is now 0.001.*--accept_changes"):
         run(monkeypatch, *again, "--learning_rate", 1e-3)
     with pytest.raises(UserError, match="another configuration: model.intermediate_size was 32 and is now 64"):
@@ -232,7 +237,6 @@ def test_two_processes_give_the_curve_of_one_with_twice_the_accumulation(place, 
         assert curve("one", key) == pytest.approx(curve("two", key), rel=1e-4), key
 
 
-@pytest.mark.skipif(os.name == "nt", reason="folders are locked on POSIX only")
 def test_of_two_runs_started_into_one_folder_one_is_refused(place):
     runs = [start("--max_steps", 12, "--output_dir", "out") for _ in range(2)]
     outputs = [process.communicate(timeout=200) for process in runs]
