@@ -63,8 +63,8 @@ def main() -> int | None:
     trainer = job.build_trainer(settings, data, run, args, model, splits, tokenizer, seconds_before)
     job.train(trainer, plan, config, checkpoint)
     job.finish(trainer, settings, data, run, splits)
-    trainer.signals.restore()
     trainer.accelerator.end_training()
+    trainer.signals.restore()
     return 0
 
 

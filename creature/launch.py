@@ -201,6 +201,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         run_main(lambda: _alone(main))
     except SystemExit as end:
+        if not end.code:
+            startup.ignore()
         launcher = find_launcher() if end.code else None
         if launcher is not None and "TORCHELASTIC_RUN_ID" in os.environ:
             print("(What follows is torchrun's report of the exit code.)", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 Nothing is imported here but the standard library, so that this is in force before anything that takes long to import.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -55,6 +56,13 @@ def release() -> None:
             signal.signal(number, handler)
 
 
+def ignore() -> None:
+    """From now on this process only ends: what a signal would do is spoil its exit code."""
+    with contextlib.suppress(ValueError):  # not the main thread
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def signals_blocked():
     """Keep signals waiting; a process that is started in here keeps its own until it calls `leave_on_signals`."""
@@ -73,7 +81,9 @@ def unblock_signals() -> None:
 
 
 def _on_signal(number: int, frame: object) -> None:
-    if not _asked:  # a second one, perhaps the same passed on, would only disturb the leaving
+    if not _asked:  # not because of a second one, perhaps the same passed on
+        atexit.register(ignore)
+        sys.unraisablehook = lambda unraisable: None  # from a destructor, nothing can be raised: `_watch` leaves then
         _say(number)
         sys.exit(0)
 
