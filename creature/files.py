@@ -76,10 +76,13 @@ def lock_folder(folder: str | os.PathLike) -> int | None:
     BlockingIOError where somebody else holds it; None on a file system that knows no locks. On Windows, where folders
     cannot be locked, a file LOCK_FILE in it is.
     """
-    if fcntl is not None:
-        descriptor = os.open(folder, os.O_RDONLY)
-    else:
-        descriptor = os.open(Path(folder, LOCK_FILE), os.O_RDWR | os.O_CREAT)
+    try:
+        if fcntl is not None:
+            descriptor = os.open(folder, os.O_RDONLY)
+        else:
+            descriptor = os.open(Path(folder, LOCK_FILE), os.O_RDWR | os.O_CREAT)
+    except PermissionError:  # a folder that can only be read
+        return None
     try:
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
