@@ -256,8 +256,12 @@ def _is_metric(value: Any) -> bool:
 
 
 def rewind_metrics(folder: str | os.PathLike, step: int) -> list[dict]:
-    """Forget the metrics after `step`, which a resumed run computes again; returns the lines that stay."""
-    entries = [entry for entry in read_metrics(folder) if entry["step"] <= step]
+    """
+    Forget the metrics after `step`, which a resumed run computes again, and all but the last of those that were written
+    more than once, as an evaluation that was made up and then lost; returns the lines that stay.
+    """
+    kept = {(entry["step"], "loss" in entry): entry for entry in read_metrics(folder) if entry["step"] <= step}
+    entries = list(kept.values())
     with replace_file(Path(folder) / METRICS_FILE, "w") as file:
         file.writelines(json.dumps(entry) + "\n" for entry in entries)
     return entries

@@ -125,10 +125,12 @@ def test_differences_are_spelled_out_and_noise_is_not():
 
 def test_metrics_are_rewound_and_a_cut_line_is_left_out(tmp_path):
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
+    evaluated = json.dumps({"step": 2, "eval_loss": 2.0})
+    lines[2:2] = [evaluated, evaluated]  # made up by a resumed run that was killed before it had saved
     (tmp_path / checkpoints.METRICS_FILE).write_text("\n".join(lines) + '\n{"step": 4, "lo')
-    assert [entry["step"] for entry in checkpoints.read_metrics(tmp_path)] == [1, 2, 3]
+    assert [entry["step"] for entry in checkpoints.read_metrics(tmp_path)] == [1, 2, 2, 2, 3]
     checkpoints.rewind_metrics(tmp_path, 2)
-    assert (tmp_path / checkpoints.METRICS_FILE).read_text() == "\n".join(lines[:2]) + "\n"
+    assert (tmp_path / checkpoints.METRICS_FILE).read_text() == "\n".join(lines[:3]) + "\n"
 
 
 def ask(folder, dry_run=False, resume=False, overwrite=False):

@@ -151,6 +151,34 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_the_same_log(place, monke
     assert curve("whole") == curve("broken")
 
 
+def test_a_signal_in_the_last_step_costs_neither_the_evaluation_nor_the_model(place, monkeypatch):
+    from creature.callbacks import StopSignals
+    from creature.trainer import CreatureTrainer
+
+    run(monkeypatch, "--max_steps", 6, "--output_dir", "whole")
+    original = StopSignals.on_step_end
+
+    def signal_at_the_end(self, args, state, control, **kwargs):
+        self.requested = "SIGTERM" if state.global_step == 6 else ""
+        return original(self, args, state, control, **kwargs)
+
+    def leave(self):
+        raise SystemExit(143)  # as a second signal would
+
+    monkeypatch.setattr(StopSignals, "on_step_end", signal_at_the_end)
+    run(monkeypatch, "--max_steps", 6, "--output_dir", "stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(CreatureTrainer, "make_up_evaluation", leave)
+        with pytest.raises(SystemExit):
+            run(patch, "--max_steps", 6, "--output_dir", "twice")
+    assert not curve("twice", "eval_loss") and not Path("twice/model.safetensors").exists()
+    run(monkeypatch, "--max_steps", 6, "--output_dir", "twice", "--resume")
+    for folder in ("stopped", "twice"):
+        assert checkpoints.read_run(folder)["status"] == "finished"
+        assert curve(folder, "eval_loss") == curve("whole", "eval_loss") and curve(folder) == curve("whole")
+        assert_same_weights(folder, "whole")
+
+
 def test_a_finished_run_is_extended_as_if_it_had_been_longer_from_the_start(place, monkeypatch):
     run(monkeypatch, "--max_steps", 12, "--output_dir", "short", "--logging_steps", 1)
     with pytest.raises(UserError, match="has its 12 steps already"):
