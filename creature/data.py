@@ -22,13 +22,14 @@ from creature.blocks import (
 )
 from creature.corpus import manifest_path, tokenize_corpus
 from creature.errors import UserError
-from creature.files import replace_file
+from creature.files import one_at_a_time, replace_file
 from creature.readers import load_arrow_folder, load_hub
 from creature.sources import TOKEN_FILES, Source, find_sources, is_arrow_folder, is_hub_name
 from creature.tokenizer import gpt2_hash, load_tokenizer, tokenizer_hash
 
 TOKEN_TYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")  # that a manifest may name
 FEWEST_BOUNDARIES = 256  # of documents in a batch, ends included; more of them that are empty cost attention little
+TRIES = 10  # to open a corpus that is being replaced
 VALIDATION_ENDINGS = (".valid", "_valid", ".validation", "_validation", ".val", "_val")
 
 
@@ -65,6 +66,8 @@ def load_splits(
     None. Only the last, short block of each split is left out. `info` has path, tokens, validation_tokens (before
     cutting into blocks), dtype, data_hash and tokenizer_hash (None when no manifest tells).
 
+    A corpus that another process replaces meanwhile is opened as it was or as it is then, never some of both.
+
     Raises UserError, naming the file and the remedy, for a source that is missing, empty, damaged, of another
     tokenizer, shorter than one block, or has ids that are negative or >= `vocab_size`.
     """
@@ -72,6 +75,52 @@ def load_splits(
         raise UserError(f"block_size {block_size} is too small: a block needs at least 2 tokens, 2048 is usual")
     if not 0 <= validation_fraction < 1:
         raise UserError(f"validation_fraction {validation_fraction} is not in [0, 1): a usual value is 0.005")
+    path = Path(os.path.expanduser(source))
+    for _ in range(TRIES):
+        mark = _mark(path)
+        try:
+            splits = _open_splits(
+                source, block_size, vocab_size, tokenizer_name, validation_fraction, cache_dir, text_column, progress
+            )
+        except (UserError, OSError):
+            if _mark(path) == mark:
+                raise
+        else:
+            if _mark(path) == mark:
+                return splits
+    raise UserError(f"{source} is replaced again and again while it is opened: wait until whoever does that is done")
+
+
+def _mark(path: Path) -> list[tuple]:
+    """
+    What tells whether the corpus at `path` has been replaced: its folder or files, as the system knows them.
+
+    Whoever replaces one holds a lock meanwhile (`creature.corpus`), so none of them is missing here.
+    """
+    within = path if path.is_dir() and not is_arrow_folder(path) else path.parent
+    if not within.is_dir():
+        return []
+    with one_at_a_time(within):
+        if within == path:
+            found = [file for file in path.iterdir() if file.suffix.lower() in (*TOKEN_FILES, ".json")]
+        elif path.is_dir():
+            found = [path]
+        else:
+            found = [file for file in within.iterdir() if file.name.startswith(path.stem) and file.is_file()]
+        states = [(file.name, file.stat()) for file in sorted(found)]
+    return [(name, state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states]
+
+
+def _open_splits(
+    source: str,
+    block_size: int,
+    vocab_size: int,
+    tokenizer_name: str,
+    validation_fraction: float,
+    cache_dir: str,
+    text_column: str,
+    progress: bool,
+) -> Splits:
     train, validation, manifest = _find_streams(
         source, block_size, tokenizer_name, validation_fraction, Path(cache_dir), text_column, progress
     )

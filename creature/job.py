@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from configuration_creature import CreatureConfig
-from creature import checkpoints
+from creature import checkpoints, startup
 from creature.args import DataArguments, Settings
 from creature.callbacks import (
     ConsoleLog,
@@ -185,8 +185,9 @@ def _refuse_horizon(old: dict, steps: int) -> None:
 def check_identity(old: dict, new: dict, accept: bool) -> None:
     """UserError when a resumed run would not go on as it began, with every difference; max_steps may grow."""
     ignored = {"max_steps", "decay_steps"}
-    # What runs of earlier versions do not say:
-    before = {"separate_documents": False, "batch_warmup_steps": 0} | old["identity"]
+    unsaid = ("matrix_momentum", "adam_beta1", "adam_beta2", "adam_epsilon")  # by runs of earlier versions
+    before = {"separate_documents": False, "batch_warmup_steps": 0}
+    before |= {key: new["identity"].get(key) for key in unsaid} | old["identity"]
     found = checkpoints.differences(
         {k: v for k, v in before.items() if k not in ignored},
         {k: v for k, v in new["identity"].items() if k not in ignored},
@@ -232,7 +233,9 @@ def build_trainer(
     """The Trainer with everything that watches the run."""
     tokenizer.model_max_length = model.config.max_position_embeddings  # saved with it, and what `truncation=True` means
     throughput = Throughput(run["flops_per_token"], run["peak_flops"])
-    signals = StopSignals(parent_to_watch()).install()
+    with startup.signals_blocked():
+        startup.hand_over()
+        signals = StopSignals(parent_to_watch()).install()
     trainer = CreatureTrainer(
         model=model,
         args=args,
@@ -268,6 +271,8 @@ def train(trainer: CreatureTrainer, plan: Plan, config: CreatureConfig, checkpoi
             trainer.load_finished(checkpoint)  # only its end was lost
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step >= trainer.state.max_steps:
+            trainer.make_up_evaluation()
     except Exception as error:
         tracker = type(error).__module__.partition(".")[0]
         if tracker in trainer.args.report_to:

@@ -20,6 +20,7 @@ _POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+MOMENTUM = 0.9  # of Muon
 # Peak learning rates of AdamW at width 512, beside Muon and alone (docs/log.md).
 _RATE_BESIDE_MUON, _RATE_ALONE, _RATE_WIDTH = 8e-3, 2e-3, 512
 
@@ -134,7 +135,7 @@ class MuonAdamW(torch.optim.Optimizer):
             "lr": lr,
             "weight_decay": weight_decay,
             "muon": False,
-            "momentum": 0.9,
+            "momentum": MOMENTUM,
             "beta2": 0.95,
             "betas": (0.8, 0.98),
             "eps": 1e-10,

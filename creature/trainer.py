@@ -29,6 +29,7 @@ from streams_creature import STREAMS, count_targets
 # What a batch may hold to be divided by rows: what senses bring counts by present ticks.
 HALVED_INPUTS = {"input_ids", "labels", "position_ids", "cu_seq_lens_q"}
 _DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+LOG_HISTORY = 1000  # logs that stay in memory and in every trainer_state.json; metrics.jsonl has all of them
 
 
 class CreatureTrainer(Trainer):
@@ -67,7 +68,7 @@ class CreatureTrainer(Trainer):
         self.finite_guard = FiniteGuard(self._keep_batch)
         # input_ids of two steps: of a step on a GPU, the guard knows in the next one.
         self._recent: deque[tuple[int, list[torch.Tensor]]] = deque(maxlen=2)
-        for callback in (self.throughput, self.signals, _TrainBegin(self._restore_window, self._make_up_evaluation)):
+        for callback in (self.throughput, self.signals, _TrainBegin(self._restore_window, self._resume_evaluation)):
             self.add_callback(callback)
         self.compute_metrics = self.compute_metrics or self._text_metrics
         self._byte_lengths = np.ones(model.config.vocab_size, np.int64) if byte_lengths is None else byte_lengths
@@ -195,6 +196,7 @@ class CreatureTrainer(Trainer):
             if self.args.device.type == "cuda":
                 logs["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.args.device)
         super().log(logs, start_time)
+        del self.state.log_history[:-LOG_HISTORY]
 
     def floating_point_ops(self, inputs: dict) -> int:
         """FLOPs of a micro-batch as the run counts them; the Trainer would look through all parameters each time."""
@@ -292,14 +294,25 @@ class CreatureTrainer(Trainer):
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """The Trainer's, but the training draws the same random numbers whether it takes place or not."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
+        prepared = len(self.accelerator._dataloaders)  # accelerate would keep those of all evaluations
         # A DataLoader draws a seed for its workers, also where it has none.
         with self.throughput.paused(), torch.random.fork_rng(devices):
             try:
                 return super().evaluate(*args, **kwargs)
-            except StopEvaluation:
-                self.control.should_evaluate = False
-                self.control.should_save = self.control.should_training_stop = True
-                return {}
+            finally:
+                del self.accelerator._dataloaders[prepared:]
+
+    def _evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """The Trainer's, while it trains; without metrics where a signal cuts it short."""
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except StopEvaluation:
+            self.control.should_evaluate = False
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        return not metrics or super()._determine_best_metric(metrics=metrics, trial=trial)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(None, (token_losses [B, T-1], predictions [B, T-1]), labels [B, T]); the logits live in chunks only."""
@@ -364,13 +377,20 @@ class CreatureTrainer(Trainer):
                 self._stream_losses.copy_(torch.tensor(window["stream_losses"]))
                 self._stream_steps.copy_(torch.tensor(window["stream_steps"]))
 
-    def _make_up_evaluation(self) -> None:
+    def make_up_evaluation(self) -> None:
         """Evaluate where the run was stopped at a step at which it would have evaluated, had there been time."""
-        args, step = self.args, self.state.global_step
-        if not self._resumed_from or args.eval_strategy != IntervalStrategy.STEPS or step % self.state.eval_steps:
+        args, state = self.args, self.state
+        by_steps, last = args.eval_strategy == IntervalStrategy.STEPS, state.global_step >= state.max_steps
+        now, every = (state.global_step, state.eval_steps) if by_steps else (state.epoch or 0, 1)
+        due = args.eval_strategy != IntervalStrategy.NO and now > 0 and now >= args.eval_delay
+        if not due or (now % every and not last):
             return
-        if not any("eval_loss" in entry and entry["step"] == step for entry in self.state.log_history):
-            self.evaluate()
+        if not any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history):
+            self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+
+    def _resume_evaluation(self) -> None:
+        if self._resumed_from:
+            self.make_up_evaluation()
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         self._resumed_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
@@ -422,6 +442,8 @@ class CreatureTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self._keep_best(folder, name)
+            if (folder / checkpoints.RUN_FILE).is_file():
+                shutil.copyfile(folder / checkpoints.RUN_FILE, self._aside / name / checkpoints.RUN_FILE)
             checkpoints.seal_checkpoint(self._aside / name)
             _put_in_place(self._aside / name, folder / name)
             checkpoints.rotate(folder, limit, self.protected_steps | {self.state.best_global_step or -1})
