@@ -236,11 +236,11 @@ class CreatureMLP(nn.Module):
 
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Whether the fused kernel may stand for the modules: nobody has hooked, wrapped, quantized or split them."""
-        plain = matmul_fits(x, self.up_proj.out_features)
+        plain = True
         for module in (self.up_proj, self.down_proj):
             plain = plain and type(module) in (nn.Linear, ResidualProjection) and not module._forward_hooks
             plain = plain and not module._forward_pre_hooks and type(module.weight) is nn.Parameter
-        return plain
+        return plain and matmul_fits(x, self.up_proj.out_features)
 
 
 class CreatureDecoderLayer(GradientCheckpointingLayer):
@@ -444,6 +444,12 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         # The class name is in none of transformers' tables; without this the Trainer counts unshifted targets.
         self.loss_type = "ForCausalLM"
         self.post_init()
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers; in a process without this library, AutoModel then finds the backbone in the folder."""
+        backbone = f"{CreatureModel.__module__.rpartition('.')[2]}.{CreatureModel.__name__}"
+        self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | {"AutoModel": backbone}
+        return super().save_pretrained(*args, **kwargs)
 
     def train_only(self, senses=("internal_voice",), streams=("internal_text",)) -> None:
         """
