@@ -116,7 +116,9 @@ def sft_trainer(model, tokenizer, folder, **changes) -> SFTTrainer:
 
     changes = {"max_length": 64, "assistant_only_loss": True, "per_device_train_batch_size": 8} | changes
     data = Dataset.from_list(conversations())
-    return SFTTrainer(model, args=SFTConfig(**settings(folder, **changes)), train_dataset=data, processing_class=tokenizer)
+    return SFTTrainer(
+        model, args=SFTConfig(**settings(folder, **changes)), train_dataset=data, processing_class=tokenizer
+    )
 
 
 def test_only_the_creatures_turns_are_learned(tokenizer, tmp_path):
@@ -161,8 +163,8 @@ def test_the_programs_of_the_page_run(tokenizer, tmp_path, monkeypatch, capsys):
     Path("poems.txt").write_text("The sea is wide and the sea is old. " * 300, encoding="utf-8")
     lora, load, converse = programs()
     # What makes a tiny creature on a CPU learn as much in a second.
-    shorter = {"max_steps=60": "max_steps=10, use_cpu=True", "block_size=256": "block_size=32"}
-    quicker = {"learning_rate=1e-3": "learning_rate=3e-2", "max_steps=60": "max_steps=40, use_cpu=True"}
+    shorter = {"max_steps=60": "max_steps=10", "block_size=256": "block_size=32"}
+    quicker = {"learning_rate=1e-3": "learning_rate=3e-2", "max_steps=60": "max_steps=40"}
     spaces = []
     for program, changes in ((lora, shorter), (load, {}), (converse, quicker)):
         for old, new in changes.items():
