@@ -182,6 +182,7 @@ def report_documents(folder: Path, config, tokenizer, device, arguments: argpars
     block_size = arguments.block_size or context
     if block_size > context:
         raise UserError(f"--block_size {block_size:,} is more than the creature's context: {context:,} at most")
+    print(f"evaluating {folder} on {device.name}, windows of {block_size:,} tokens", file=sys.stderr)
     documents = whole_documents(arguments.data)
     model = load_model(folder, device.kind, torch.float32)
     half = device.kind == "cuda" and device.bf16

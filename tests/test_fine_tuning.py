@@ -111,14 +111,13 @@ def conversations() -> list[dict]:
     return [json.loads(line) for line in (DOCS / "conversations.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def sft_trainer(model, tokenizer, folder, **changes) -> SFTTrainer:
+def sft_trainer(model, tokenizer, folder, peft_config=None, **changes) -> SFTTrainer:
     from datasets import Dataset
 
     changes = {"max_length": 64, "assistant_only_loss": True, "per_device_train_batch_size": 8} | changes
     data = Dataset.from_list(conversations())
-    return SFTTrainer(
-        model, args=SFTConfig(**settings(folder, **changes)), train_dataset=data, processing_class=tokenizer
-    )
+    arguments = SFTConfig(**settings(folder, **changes))
+    return SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=peft_config)
 
 
 def test_only_the_creatures_turns_are_learned(tokenizer, tmp_path):
@@ -152,6 +151,20 @@ def test_packed_conversations_are_kept_apart(tokenizer, tmp_path):
             outputs = [model(**batch, fused_lm_head=True) for batch in batches]
         sums.append(sum(out.log_probs.sum() for out in outputs))
     torch.testing.assert_close(sums[1], sums[0], rtol=1e-5, atol=1e-3)
+
+
+def test_conversations_train_an_adapter(tokenizer, tmp_path):
+    model = micro_speaker()
+    own = {name: weight.clone() for name, weight in model.named_parameters()}
+    lora = LoraConfig(r=4, target_modules=LAYERS)
+    trainer = sft_trainer(model, tokenizer, tmp_path, lora, max_steps=2, packing=True, save_strategy="no")
+    trainer.train()
+    for name, weight in trainer.model.named_parameters():
+        assert weight.requires_grad == ("lora_" in name)
+        assert "lora_B" not in name or weight.abs().sum() > 0
+        if "lora_" not in name:
+            before = own[name.removeprefix("base_model.model.").replace(".base_layer", "")]
+            assert torch.equal(weight, before), name
 
 
 def test_the_programs_of_the_page_run(tokenizer, tmp_path, monkeypatch, capsys):

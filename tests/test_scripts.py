@@ -25,6 +25,7 @@ TOOLS = (
     "plot_run",
     "generate_text",
     "evaluate_text",
+    "export",
     "check_environment",
 )
 MICRO = {
