@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import DistributedType
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, set_seed
 
 from configuration_creature import CreatureConfig
@@ -30,7 +31,8 @@ from creature.errors import UserError, is_out_of_memory
 from creature.estimate import fit_micro_batch
 from creature.files import telling_of_failed_writes
 from creature.launch import parent_to_watch
-from creature.machine import Plan, training_values
+from creature.loading import load_model
+from creature.machine import Plan, sharded, training_values
 from creature.tokenizer import token_byte_lengths, tokenizer_hash
 from creature.trainer import CreatureTrainer, schedule_steps, way_on
 from creature.training_arguments import CreatureTrainingArguments
@@ -57,14 +59,13 @@ def build_arguments(settings: Settings, plan: Plan) -> CreatureTrainingArguments
         raise UserError(f"the training section is not valid: {error}") from error
     if args.max_steps <= 0 and "num_train_epochs" not in values:
         raise UserError("how long to train is not said: give --max_steps or --num_train_epochs")
-    if args.matrix_learning_rate and args.fsdp:
-        # Muon needs each matrix whole, and FSDP leaves every process a slice of it.
-        plan.notes.append(
-            f"Muon does not work on sharded matrices: all is trained by {args.optim}, as with FSDP always"
-        )
-        args.matrix_learning_rate = 0.0
     if args.matrix_learning_rate and "optim" in settings.given:
         raise UserError("--optim has no effect beside Muon: leave it out, or give --matrix_learning_rate 0")
+    alone = args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
+    if alone and sharded(settings.training):
+        raise UserError("accelerate shards a model over GPUs only, here it stays whole: use configs/accelerate/ddp.yaml")
+    if args.sample_steps and sharded(settings.training):
+        raise UserError("--sample_steps needs the whole model in one process, and FSDP spreads it: leave it out")
     if args.n_gpu > 1:
         # nn.DataParallel would count the batch differently; accelerate launch is the way to several GPUs.
         plan.notes.append(f"using 1 of {args.n_gpu} GPUs; `accelerate launch` without --num_processes uses all")
@@ -276,7 +277,7 @@ def finish(trainer: CreatureTrainer, settings: Settings, data: DataArguments, ru
     _publish(trainer, folder)
     if not trainer.is_world_process_zero():
         return
-    model = _plain_model(trainer)
+    model = _plain_model(trainer, folder)
     text = sample(model, trainer.processing_class, data.prompt)
     if settings.dry_run:
         check_saved(model, folder / f"checkpoint-{step}", splits.train)
@@ -309,8 +310,10 @@ def _publish(trainer: CreatureTrainer, folder: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def _plain_model(trainer: CreatureTrainer):
-    """The trained model without wrappers and autocast."""
+def _plain_model(trainer: CreatureTrainer, folder: Path):
+    """The trained model without wrappers and autocast; where FSDP has it in pieces, the one that was just published."""
+    if trainer.is_fsdp_enabled:
+        return load_model(folder, str(trainer.args.device))
     return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
 
 
