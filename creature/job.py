@@ -63,7 +63,7 @@ def build_arguments(settings: Settings, plan: Plan) -> CreatureTrainingArguments
         raise UserError("--optim has no effect beside Muon: leave it out, or give --matrix_learning_rate 0")
     alone = args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
     if alone and sharded(settings.training):
-        raise UserError("accelerate shards a model over GPUs only, here it stays whole: use configs/accelerate/ddp.yaml")
+        raise UserError("accelerate shards models over GPUs only, here it stays whole: use configs/accelerate/ddp.yaml")
     if args.sample_steps and sharded(settings.training):
         raise UserError("--sample_steps needs the whole model in one process, and FSDP spreads it: leave it out")
     if args.n_gpu > 1:

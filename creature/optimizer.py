@@ -195,8 +195,8 @@ class MuonAdamW(torch.optim.Optimizer):
             buffers = [self.state[param]["momentum_buffer"] for param in same]
             squares = [self.state[param]["mean_square"] for param in same]
             settings = group["weight_decay"], group["momentum"], group["beta2"]
-            # FSDP 2 leaves every process some rows of a matrix, and Muon needs it whole: all processes make the same step
-            # of it, and each keeps its rows.
+            # FSDP 2 leaves every process some rows of a matrix, and Muon needs it whole: all processes make the same
+            # step of it, and each keeps its rows.
             shards = [*same, *buffers]
             same, buffers, gradients = ([_whole(tensor) for tensor in some] for some in (same, buffers, gradients))
             self._muon_step(same, gradients, buffers, squares, lr, found_inf, *settings)
