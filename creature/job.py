@@ -1,6 +1,7 @@
 """The steps of the training job, each a function that `run_clm_creature.py` calls in order."""
 
 import copy
+import functools
 import os
 import shlex
 import shutil
@@ -33,7 +34,8 @@ from creature.files import telling_of_failed_writes
 from creature.launch import parent_to_watch
 from creature.loading import load_model
 from creature.machine import Plan, sharded, training_values
-from creature.tokenizer import token_byte_lengths, tokenizer_hash
+from creature.mixture import mix
+from creature.tokenizer import gpt2_hash, load_tokenizer, special_ids, token_byte_lengths, tokenizer_hash
 from creature.trainer import CreatureTrainer, schedule_steps, way_on
 from creature.training_arguments import CreatureTrainingArguments
 from modeling_creature import MultiModalCreature
@@ -43,11 +45,22 @@ DRY_RUN_EVAL_BLOCKS = 2
 
 def build_config(settings: Settings) -> CreatureConfig:
     """The model's configuration; UserError with every problem of its values."""
+    name = settings.data.get("tokenizer_name", "gpt2")
+    if name != "gpt2":
+        _follow_tokenizer(settings, load_tokenizer(name))
     try:
         return CreatureConfig(**settings.model)
     except (ValueError, TypeError) as error:
         text = str(error.__cause__ or error)
         raise UserError(f"the model section is not valid: {' '.join(text.split())}") from error
+
+
+def _follow_tokenizer(settings: Settings, tokenizer) -> None:
+    """Give the model the ids of a tokenizer that is not GPT-2's, but for those that flags name."""
+    if tokenizer_hash(tokenizer) == gpt2_hash():
+        return
+    ids = special_ids(tokenizer)
+    settings.model |= {name: value for name, value in ids.items() if name not in settings.given}
 
 
 def build_arguments(settings: Settings, plan: Plan) -> CreatureTrainingArguments:
@@ -78,15 +91,27 @@ def build_data(settings: Settings, plan: Plan, config: CreatureConfig, args) -> 
     """(the splits, the data section): opened, or made first where no data was named. The main process goes first."""
     (data,) = transformers.HfArgumentParser(DataArguments).parse_dict(settings.data)
     with args.main_process_first(desc="data"):
-        source = data.data or _sample_corpus(data, plan.notes)
-        splits = load_splits(
-            source,
+        load = functools.partial(
+            load_splits,
             block_size=plan.block_size,
             vocab_size=config.vocab_size,
             tokenizer_name=data.tokenizer_name,
             validation_fraction=data.validation_fraction,
             cache_dir=data.cache_dir,
+            text_column=data.text_column,
+            train_tokens=data.train_tokens,
         )
+        blocks = args.max_steps * plan.tokens_per_step // plan.block_size
+        splits = mix(data.data or _sample_corpus(data, plan.notes), load, blocks, args.data_seed)
+    if splits.ordered:
+        args.train_sampling_strategy = "sequential"
+        plan.notes += [
+            f"{part['path']} gives {part['share']:.4g} of the blocks: its {part['tokens']:,} tokens are seen "
+            f"{part['times_seen']:.3g} times"
+            for part in splits.info["parts"]
+        ]
+    if "vocab_size" not in settings.given and data.tokenizer_name != "gpt2":
+        plan.notes.append(f"vocab_size {config.vocab_size:,} and the special ids follow from {data.tokenizer_name}")
     limit = data.max_eval_blocks or (DRY_RUN_EVAL_BLOCKS if settings.dry_run else None)
     if splits.validation is None or not len(splits.validation):
         splits = replace(splits, validation=None)
