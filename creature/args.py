@@ -79,7 +79,7 @@ REFUSED = {
 class DataArguments:
     """What the creature learns from."""
 
-    data: str | list[str] | None = field(
+    data: None | str | list[str] = field(  # in the order that HfArgumentParser can read
         default=None,
         metadata={
             "help": "Token file (.bin, .npy, .pt), Arrow folder, text file or folder, or Hub dataset "
