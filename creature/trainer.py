@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -55,7 +56,13 @@ class CreatureTrainer(Trainer):
         self._model_class = type(model)
         super().__init__(*args, **kwargs)
         model.config.use_cache = use_cache  # the Trainer turns it off, and that would land in every checkpoint
-        refuse_shards(getattr(self.accelerator.state, "fsdp_plugin", None))
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        refuse_shards(plugin)
+        if getattr(plugin, "mixed_precision_policy", None) is not None:
+            # accelerate would have the losses rounded to bfloat16 on their way out, and gradients added up in it.
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+            )
         self.throughput = throughput or Throughput()
         self.signals = signals or StopSignals()
         self.finite_guard = FiniteGuard(self._keep_batch)

@@ -1,4 +1,4 @@
-"""One of several CPU processes that train under FSDP 2, then once more from a checkpoint in the middle.
+"""One of several CPU processes that train under FSDP 2, once more from a checkpoint in the middle, and in bfloat16.
 
 accelerate shards over GPUs only: of CPU processes it makes DDP, whatever its configuration says. Here it takes them for
 GPUs; the sharding itself is torch's, over gloo. Started by tests/test_scaling.py with accelerate's launcher:
@@ -41,6 +41,11 @@ def main() -> None:
     torch.distributed.barrier()
     sys.argv[sys.argv.index("--output_dir") + 1] = "resumed"
     sys.argv.append("--resume")
+    assert run_clm_creature.main() == 0
+    sys.argv[sys.argv.index("resumed")] = "half"
+    sys.argv[sys.argv.index("--resume")] = "--bf16"
+    sys.argv[sys.argv.index("--max_steps") + 1] = "1"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     assert run_clm_creature.main() == 0
 
 
