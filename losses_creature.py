@@ -70,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ):  # x: [chunk, hidden_size]
             x = x.to(dtype)
             losses, gradient, row_factor = _softmax_gradient(x, cast_weight, target)
-            loss = loss + losses @ factor
+            loss = loss + (losses * factor).sum()  # no product of matrices: autocast would round it to bfloat16
             # The weights of the targets meet the gradient where its rows are short: at hidden_size.
             factor = (factor if row_factor is None else factor * row_factor)[:, None]
             if need_hidden:

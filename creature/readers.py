@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from creature.errors import UserError, first_line
-from creature.sources import Source
+from creature.sources import Source, is_arrow_folder, split_name
 
 MARKER = "<|endoftext|>"
 CHUNK_BYTES = 1 << 18
@@ -454,14 +454,16 @@ def load_hub(name: str):
     """
     The rows of a Hub dataset as a stream, or of a folder that `save_to_disk` made.
 
-    `name` is owner/name[:configuration[:split]], with split "train" by default. Raises UserError when it cannot be had.
+    `name` is owner/name[:configuration[:split]], or a folder laid out as a dataset on the Hub in the owner's place,
+    with split "train" by default. Raises UserError when it cannot be had.
     """
-    if os.path.isdir(name):
+    name = os.path.expanduser(name)
+    if is_arrow_folder(Path(name)):
         return load_arrow_folder(name)["train"]
     import datasets
 
     try:
-        hub, configuration, split = (*name.split(":"), "", "")[:3]
+        hub, configuration, split = split_name(name)
         return datasets.load_dataset(hub, configuration or None, split=split or "train", streaming=True)
     except Exception as error:  # a dozen unrelated types, each of which means that the data cannot be had
         raise UserError(

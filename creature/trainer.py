@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
@@ -60,9 +62,16 @@ class CreatureTrainer(Trainer):
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
         model = kwargs.get("model") or args[0]
         use_cache = model.config.use_cache
+        self._model_class = type(model)
         super().__init__(*args, **kwargs)
         model.config.use_cache = use_cache  # the Trainer turns it off, and that would land in every checkpoint
-        refuse_shards(getattr(self.accelerator.state, "fsdp_plugin", None))
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        refuse_shards(plugin)
+        if getattr(plugin, "mixed_precision_policy", None) is not None:
+            # accelerate would have the losses rounded to bfloat16 on their way out, and gradients added up in it.
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+            )
         self.throughput = throughput or Throughput()
         self.signals = signals or StopSignals()
         self.finite_guard = FiniteGuard(self._keep_batch)
@@ -329,7 +338,7 @@ class CreatureTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Load the weights as `from_pretrained` does: it knows the names that parts of transformers are saved under."""
-        if self.is_fsdp_enabled:
+        if isinstance(self.model if model is None else model, FSDPModule):
             with _reading(resume_from_checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -397,6 +406,19 @@ class CreatureTrainer(Trainer):
         if self._resumed_from:
             _read_state(self._resumed_from)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The Trainer's, in which FSDP2 would save torch's own files as the model's code, and the tied table twice."""
+        if not self.is_fsdp_enabled:
+            return super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        state_dict = {n: value for n, value in state_dict.items() if n not in model.all_tied_weights_keys}
+        sharded = type(model)
+        try:
+            model.__class__ = self._model_class
+            super()._save(output_dir, state_dict)
+        finally:
+            model.__class__ = sharded
 
     def load_finished(self, checkpoint: Path) -> None:
         """Take weights and state from the checkpoint of the last step, where nothing is left to train."""
@@ -472,7 +494,12 @@ def halve_rows(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]
 
 
 def refuse_shards(fsdp_plugin) -> None:
-    """UserError where FSDP would write sharded checkpoints: torch opens their index as a pickle that may run code."""
+    """
+    UserError where FSDP would write sharded checkpoints, for torch opens their index as a pickle that may run code, and
+    for FSDP 1, which leaves no matrices to Muon.
+    """
+    if getattr(fsdp_plugin, "fsdp_version", 2) == 1:
+        raise UserError("FSDP 1 flattens the matrices that Muon trains: set fsdp_version: 2, as in configs/accelerate")
     if "SHARDED" in str(getattr(fsdp_plugin, "state_dict_type", "")):
         raise UserError(
             "sharded checkpoints cannot be read back safely, for their index is a pickle: set fsdp_state_dict_type: "

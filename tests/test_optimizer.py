@@ -91,6 +91,16 @@ def test_a_muon_step_is_orthogonal_and_as_large_as_the_rate():
     assert values.min() > 0.5 and values.max() < 1.3
 
 
+def test_no_gradient_is_no_step():
+    """torch takes such a step, at rate 0, before it loads a sharded state."""
+    parameter = torch.nn.Parameter(draw(8, 4))
+    before = parameter.detach().clone()
+    optimizer = MuonAdamW([{"params": [parameter], "lr": 0.02, "muon": True}])
+    parameter.grad = torch.zeros(8, 4)
+    optimizer.step()
+    assert torch.equal(parameter, before)
+
+
 def test_saving_and_loading_goes_on_bit_for_bit():
     model = micro_model()
     model.train_only()
