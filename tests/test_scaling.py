@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from test_run import MICRO
 
 import run_clm_creature
 from creature import checkpoints
+from creature.args import Settings
+from creature.errors import UserError
+from creature.machine import plan_run
 
 PROJECT = Path(run_clm_creature.__file__).parent
 SETTINGS = ["--config", "micro.yaml", "--data", "corpus.bin", "--use_cpu", "--max_steps", "8"]
@@ -99,9 +103,16 @@ def test_what_a_sharded_run_saved_is_a_plain_model_with_its_own_code(runs):
         assert "lm_head.weight" not in load_file(runs / folder / "model.safetensors")
 
 
-def test_fsdp_without_gpus_is_refused_instead_of_ignored(runs, monkeypatch):
-    from creature.errors import UserError
+def test_how_much_fits_is_not_guessed_for_shards(monkeypatch):
+    monkeypatch.setattr("creature.machine.fit_micro_batch", lambda *args, **kwargs: 0)
+    config = SimpleNamespace(max_position_embeddings=2048, hidden_size=512)
+    for sharded, words in ((False, "smaller configuration"), (True, "give --per_device_train_batch_size")):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", str(sharded))
+        with pytest.raises(UserError, match=words):
+            plan_run(Settings(training={"use_cpu": True, "max_steps": 50}), config)
 
+
+def test_fsdp_without_gpus_is_refused_instead_of_ignored(runs, monkeypatch):
     monkeypatch.chdir(runs)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setattr(sys, "argv", ["run_clm_creature.py", *SETTINGS, "--output_dir", "refused"])
