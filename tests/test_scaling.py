@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,3 +120,34 @@ def test_fsdp_without_gpus_is_refused_instead_of_ignored(runs, monkeypatch):
     with pytest.raises(UserError, match="over GPUs only"):
         run_clm_creature.main()
     assert not Path("refused").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_two_gpus_train_alike_whole_and_in_shards(tmp_path, compiled):
+    model = MICRO["model"] | {"attention_dropout": 0.0, "hidden_size": 128, "intermediate_size": 256}
+    training = MICRO["training"] | {"logging_steps": 1, "save_steps": 6, "eval_steps": 6}
+    (tmp_path / "micro.yaml").write_text(yaml.safe_dump({"model": model, "training": training}))
+    ids = np.random.default_rng(0).integers(0, 40, 2000).cumsum() % 300
+    ids.astype(np.uint16).tofile(tmp_path / "corpus.bin")
+    settings = ["--config", "micro.yaml", "--data", "corpus.bin", "--max_steps", "12", "--torch_compile", compiled]
+
+    def launch(config: str, *flags: str) -> None:
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--main_process_port", "0"]
+        launcher += ["--mixed_precision", "bf16", "--config_file", str(PROJECT / "configs" / "accelerate" / config)]
+        script = [str(PROJECT / "run_clm_creature.py"), *settings, *flags]
+        done = subprocess.run([*launcher, *script], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+    launch("ddp.yaml", "--output_dir", "ddp")
+    launch("fsdp2.yaml", "--output_dir", "fsdp2")
+    for key in ("loss", "eval_loss"):
+        assert curve(tmp_path / "ddp", key) == pytest.approx(curve(tmp_path / "fsdp2", key), rel=5e-3), key
+    before = load_file(tmp_path / "fsdp2" / "model.safetensors")
+    shutil.rmtree(tmp_path / "fsdp2" / "checkpoint-12")
+    checkpoints.update_run(tmp_path / "fsdp2", status="stopped")
+    launch("fsdp2.yaml", "--output_dir", "fsdp2", "--resume")
+    after = load_file(tmp_path / "fsdp2" / "model.safetensors")
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=2e-3)
