@@ -191,6 +191,11 @@ def _plan_batch(plan: Plan, settings: Settings, config, resumed: dict | None) ->
         micro = blocks // accumulation
     elif micro is None:
         fits = fit_micro_batch(config, block, plan.device, plan.precision, compiled=plan.compiled)
+        if fits < 1 and sharded(training):
+            raise UserError(
+                f"not one block of {block} tokens fits beside the whole model on {plan.device.name}, and how much room "
+                "FSDP makes is not known: give --per_device_train_batch_size"
+            )
         if fits < 1:
             raise UserError(
                 f"not one block of {block} tokens fits into the memory of {plan.device.name}: use a smaller "

@@ -442,12 +442,16 @@ def load_arrow_folder(folder: str | os.PathLike) -> dict:
             f"{folder} is not a whole Arrow dataset ({first_line(error)}): copy or make it again"
         ) from error
     splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-    for file in (entry["filename"] for split in splits.values() for entry in split.cache_files):
-        if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):
-            raise UserError(f"{folder} points to {file}, outside itself: copy the data into it, or make it again")
+    _refuse_outside(folder, [entry["filename"] for split in splits.values() for entry in split.cache_files])
     if "train" not in splits:
         raise UserError(f"{folder} has no split called train (there is: {', '.join(splits)}): rename one")
     return splits
+
+
+def _refuse_outside(folder: str | os.PathLike, files: list[str]) -> None:
+    for file in files:
+        if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):
+            raise UserError(f"{folder} points to {file}, outside itself: copy the data into it, or make it again")
 
 
 def load_hub(name: str):
@@ -464,7 +468,12 @@ def load_hub(name: str):
 
     try:
         hub, configuration, split = split_name(name)
+        if os.path.isdir(hub):
+            files = datasets.load_dataset_builder(hub, configuration or None).config.data_files or {}
+            _refuse_outside(hub, [file for of_split in files.values() for file in of_split])
         return datasets.load_dataset(hub, configuration or None, split=split or "train", streaming=True)
+    except UserError:
+        raise
     except Exception as error:  # a dozen unrelated types, each of which means that the data cannot be had
         raise UserError(
             f"{name} is neither a file or folder here nor a Hub dataset that can be reached ({first_line(error)}): "

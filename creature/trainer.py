@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
@@ -279,6 +280,8 @@ class CreatureTrainer(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(grad_norm, DTensor):  # under FSDP 2 every process knows but its part
+            grad_norm = grad_norm.full_tensor()
         # fp16 overflows by design: its gradient scaler skips such a step. Then only the loss must be finite.
         value = self._tr_loss if self.accelerator.scaler is not None else torch.as_tensor(grad_norm)
         self.finite_guard.check(value, self.state.global_step + 1, self.optimizer, self.args.output_dir)

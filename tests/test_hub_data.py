@@ -55,6 +55,10 @@ def test_a_folder_with_a_card_is_the_dataset_that_the_card_describes(repository)
     for name, words in (("stories::validation", "validation"), ("stories:french", "french")):
         with pytest.raises(UserError, match=words):
             tokenize(name)
+    datasets.Dataset.from_dict({"text": ["secret"]}).to_parquet(repository.parent / "secret.parquet")
+    (repository / "README.md").write_text(CARD.replace("tokens/*", "../secret.parquet"), encoding="utf-8")
+    with pytest.raises(UserError, match="secret.parquet, outside itself"):
+        tokenize("stories:tokens")
     (repository / "README.md").write_text("# Without a card\n")
     assert tokenize("stories/data")["documents"] == 65 and not is_dataset_name("stories")
 

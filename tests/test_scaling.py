@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,9 @@ from test_run import MICRO
 
 import run_clm_creature
 from creature import checkpoints
+from creature.args import Settings
+from creature.errors import UserError
+from creature.machine import plan_run
 
 PROJECT = Path(run_clm_creature.__file__).parent
 SETTINGS = ["--config", "micro.yaml", "--data", "corpus.bin", "--use_cpu", "--max_steps", "8"]
@@ -99,12 +104,50 @@ def test_what_a_sharded_run_saved_is_a_plain_model_with_its_own_code(runs):
         assert "lm_head.weight" not in load_file(runs / folder / "model.safetensors")
 
 
-def test_fsdp_without_gpus_is_refused_instead_of_ignored(runs, monkeypatch):
-    from creature.errors import UserError
+def test_how_much_fits_is_not_guessed_for_shards(monkeypatch):
+    monkeypatch.setattr("creature.machine.fit_micro_batch", lambda *args, **kwargs: 0)
+    config = SimpleNamespace(max_position_embeddings=2048, hidden_size=512)
+    for sharded, words in ((False, "smaller configuration"), (True, "give --per_device_train_batch_size")):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", str(sharded))
+        with pytest.raises(UserError, match=words):
+            plan_run(Settings(training={"use_cpu": True, "max_steps": 50}), config)
 
+
+def test_fsdp_without_gpus_is_refused_instead_of_ignored(runs, monkeypatch):
     monkeypatch.chdir(runs)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setattr(sys, "argv", ["run_clm_creature.py", *SETTINGS, "--output_dir", "refused"])
     with pytest.raises(UserError, match="over GPUs only"):
         run_clm_creature.main()
     assert not Path("refused").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_two_gpus_train_alike_whole_and_in_shards(tmp_path, compiled):
+    model = MICRO["model"] | {"attention_dropout": 0.0, "hidden_size": 128, "intermediate_size": 256}
+    training = MICRO["training"] | {"logging_steps": 1, "save_steps": 6, "eval_steps": 6}
+    (tmp_path / "micro.yaml").write_text(yaml.safe_dump({"model": model, "training": training}))
+    ids = np.random.default_rng(0).integers(0, 40, 2000).cumsum() % 300
+    ids.astype(np.uint16).tofile(tmp_path / "corpus.bin")
+    settings = ["--config", "micro.yaml", "--data", "corpus.bin", "--max_steps", "12", "--torch_compile", compiled]
+
+    def launch(config: str, *flags: str) -> None:
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--main_process_port", "0"]
+        launcher += ["--mixed_precision", "bf16", "--config_file", str(PROJECT / "configs" / "accelerate" / config)]
+        script = [str(PROJECT / "run_clm_creature.py"), *settings, *flags]
+        done = subprocess.run([*launcher, *script], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+    launch("ddp.yaml", "--output_dir", "ddp")
+    launch("fsdp2.yaml", "--output_dir", "fsdp2")
+    for key in ("loss", "eval_loss"):
+        assert curve(tmp_path / "ddp", key) == pytest.approx(curve(tmp_path / "fsdp2", key), rel=5e-3), key
+    before = load_file(tmp_path / "fsdp2" / "model.safetensors")
+    shutil.rmtree(tmp_path / "fsdp2" / "checkpoint-12")
+    checkpoints.update_run(tmp_path / "fsdp2", status="stopped")
+    launch("fsdp2.yaml", "--output_dir", "fsdp2", "--resume")
+    after = load_file(tmp_path / "fsdp2" / "model.safetensors")
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=2e-3)

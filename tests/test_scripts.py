@@ -20,6 +20,8 @@ from modeling_creature import MultiModalCreature
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 TOOLS = (
     "tokenize_corpus",
+    "train_tokenizer",
+    "collect_shards",
     "make_sample_corpus",
     "estimate",
     "plot_run",
