@@ -20,7 +20,7 @@ EXTRAS = {
     "export": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
     "notebooks": ["nbformat>=5.10", "nbclient>=0.10", "ipykernel>=6.29"],
     "track": ["tensorboard>=2.18", "trackio>=0.20", "wandb>=0.20"],
-    "data": ["datatrove>=0.6"],
+    "data": ["datatrove[io]>=0.10"],
 }
 
 setup(
