@@ -7,6 +7,7 @@ of them exists at a time, and is turned into its own gradient before the next on
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 try:
     from .kernels_creature import kernels_available, softmax_odds
@@ -69,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ):  # x: [chunk, hidden_size]
             x = x.to(dtype)
             losses, gradient, row_factor = _softmax_gradient(x, cast_weight, target)
-            loss = loss + losses @ factor
+            loss = loss + (losses * factor).sum()  # no product of matrices: autocast would round it to bfloat16
             # The weights of the targets meet the gradient where its rows are short: at hidden_size.
             factor = (factor if row_factor is None else factor * row_factor)[:, None]
             if need_hidden:
@@ -112,22 +113,25 @@ def linear_cross_entropy(
 
 @torch.no_grad()
 def linear_token_losses(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    hidden: torch.Tensor, head: torch.Tensor | nn.Module, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The cross entropy of every token and the likeliest id, chunk by chunk: for evaluation, without gradients.
 
     Args:
-        hidden: [N, hidden_size]. weight: [vocab_size, hidden_size]. targets: [N] ids, or -100.
+        hidden: [N, hidden_size]. head: its weight [vocab_size, hidden_size], or a module that makes the logits.
+        targets: [N] ids, or -100.
 
     Returns:
         losses [N] float32 in nats, 0 where the target is -100, and predictions [N] int64.
     """
     dtype, chunk = compute_dtype(hidden), chunk_tokens(hidden.device)
-    cast_weight = weight.to(dtype)
+    if not isinstance(head, nn.Module):
+        cast_weight = head.to(dtype).t()
     losses, predictions = [], []
     for x, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        logits = (x.to(dtype) @ cast_weight.t()).float()  # [chunk, vocab_size]
+        # [chunk, vocab_size]
+        logits = (head(x) if isinstance(head, nn.Module) else x.to(dtype) @ cast_weight).float()
         losses.append(F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="none"))
         predictions.append(logits.argmax(dim=-1))
     return torch.cat(losses), torch.cat(predictions)

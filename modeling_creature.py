@@ -274,11 +274,11 @@ class CreatureMLP(nn.Module):
 
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Whether the fused kernel may stand for the modules: nobody has hooked, wrapped, quantized or split them."""
-        plain = matmul_fits(x, self.up_proj.out_features)
+        plain = True
         for module in (self.up_proj, self.down_proj):
             plain = plain and type(module) in (nn.Linear, ResidualProjection) and not module._forward_hooks
             plain = plain and not module._forward_pre_hooks and type(module.weight) is nn.Parameter
-        return plain
+        return plain and matmul_fits(x, self.up_proj.out_features)
 
 
 class CreatureDecoderLayer(GradientCheckpointingLayer):
@@ -660,7 +660,7 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             logits = self.lm_head(_keep(hidden, logits_to_keep))
         elif labels is not None and not self.training:
             flat, predicted = linear_token_losses(
-                hidden[:, : labels.shape[1] - 1].flatten(0, 1), self.lm_head.weight, labels[:, 1:].flatten()
+                hidden[:, : labels.shape[1] - 1].flatten(0, 1), self._head(), labels[:, 1:].flatten()
             )
             token_losses, predictions = flat.view_as(labels[:, 1:]), predicted.view_as(labels[:, 1:])
         loss, losses = self._losses(hidden, senses, targets, num_items_in_batch, token_losses)
@@ -695,9 +695,7 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             # The head has run already, and without gradients its losses are all there is to know.
             sums["internal_text"] = (token_losses * text_target_weights(self.config, targets["labels"][:, 1:])).sum()
         elif weights["internal_text"] and targets["labels"] is not None:
-            # Spread over devices (a DTensor), the head's weight is whole only within the head's own forward.
-            head = self.lm_head if hasattr(self.lm_head.weight, "device_mesh") else self.lm_head.weight
-            sums["internal_text"] = text_loss(self.config, hidden, head, targets["labels"])
+            sums["internal_text"] = text_loss(self.config, hidden, self._head(), targets["labels"])
         if weights["external_text"] and targets["external_text_labels"] is not None:
             sums["external_text"] = self.streams.external_text.loss(hidden, table, targets["external_text_labels"])
         if weights["audio"] and targets["audio_labels"] is not None:
@@ -716,6 +714,14 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         losses = {name: value / counts[STREAMS.index(name)].clamp(min=1e-6) for name, value in sums.items()}
         loss = sum(weights[name] * value for name, value in losses.items())
         return loss, {name: value.detach() for name, value in losses.items()}
+
+    def _head(self) -> torch.Tensor | nn.Module:
+        """
+        The weight of the internal text's head, or the head itself where only its own forward knows the logits: with an
+        adapter around it, a quantized weight, or one that is spread over devices (a DTensor).
+        """
+        plain = type(self.lm_head) is nn.Linear and type(self.lm_head.weight) in (nn.Parameter, torch.Tensor)
+        return self.lm_head.weight if plain else self.lm_head
 
     def _pose(self, hidden: torch.Tensor, senses: dict) -> torch.Tensor:
         """The pose [B, T, joints, 4] that animation is a residual to."""

@@ -9,6 +9,11 @@ training; any field of any section is also a flag, with dashes or underscores: -
 --help lists them all. Ctrl+C or SIGTERM finishes the step, saves, and says how to resume.
 """
 
+if __name__ == "__main__":
+    from creature import startup
+
+    startup.leave_on_signals()  # before all that takes long to import
+
 from creature import checkpoints, launch
 from creature.args import parse_settings
 
@@ -58,8 +63,8 @@ def main() -> int | None:
     trainer = job.build_trainer(settings, data, run, args, model, splits, tokenizer, seconds_before)
     job.train(trainer, plan, config, checkpoint)
     job.finish(trainer, settings, data, run, splits)
-    trainer.signals.restore()
     trainer.accelerator.end_training()
+    trainer.signals.restore()
     return 0
 
 

@@ -103,6 +103,10 @@ class VisionSense(nn.Module):
             attn_implementation="eager" if config._attn_implementation == "eager" else "sdpa",
         )
         self.vit = ViTModel(vit, add_pooling_layer=False)
+        for module in self.vit.modules():
+            # Servers look for this flag: with one module that is not causal, vLLM takes the whole model for an encoder.
+            if hasattr(module, "is_causal"):
+                del module.is_causal
         self.proj = SenseProjection(config.vision_hidden_size, config)
 
     def forward(self, pixel_values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -116,7 +120,7 @@ class VisionSense(nn.Module):
         if pixels.shape[0] == 0:
             vectors = self.proj.weight.new_zeros(0, self.proj.out_features)
         else:
-            vectors = self.proj(self.vit(pixels).last_hidden_state[:, 0])
+            vectors = self.proj(self.vit(pixels, is_causal=False).last_hidden_state[:, 0])
         return scatter_present(mask, vectors)
 
 

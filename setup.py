@@ -16,11 +16,11 @@ EXTRAS = {
         "pydantic>=2",
         "gradio>=6.0",
         "torchao>=0.15",
-    ],  # fmt: skip
+    ],
     "export": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
     "notebooks": ["nbformat>=5.10", "nbclient>=0.10", "ipykernel>=6.29"],
     "track": ["tensorboard>=2.18", "trackio>=0.20", "wandb>=0.20"],
-    "data": ["datatrove>=0.6"],
+    "data": ["datatrove[io]>=0.10"],
 }
 
 setup(
@@ -46,7 +46,7 @@ setup(
     # `python -m creature_scripts.generate_text`.
     packages=["creature", "creature.configs", "creature_scripts"],
     package_dir={"creature.configs": "configs", "creature_scripts": "scripts"},
-    package_data={"creature.configs": ["*.yaml", "*.jinja", "accelerate/*.yaml"]},
+    package_data={"creature.configs": ["**/*.yaml", "**/*.jinja", "**/*.py"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17,<6",

@@ -44,7 +44,7 @@ def text_loss(
     weights = text_target_weights(config, targets)
     if isinstance(head, nn.Module):
         logits = head(hidden).flatten(0, 1).float()
-        return F.cross_entropy(logits, targets.clamp(min=0), reduction="none") @ weights
+        return (F.cross_entropy(logits, targets.clamp(min=0), reduction="none") * weights).sum()
     return linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets.clamp(min=0), weights)
 
 

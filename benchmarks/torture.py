@@ -113,6 +113,8 @@ class Run:
 
     def _start(self, *flags: str) -> tuple[int, list[int]]:
         """(what reads the output of all its processes, their ids)."""
+        from creature import startup
+
         count = self.options.processes
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -120,7 +122,10 @@ class Run:
         reader, writer = os.pipe()
         pids = []
         for rank in range(count):
-            pid = os.fork()
+            with startup.signals_blocked():  # as long as the run could not catch them
+                pid = os.fork()
+                if not pid:
+                    startup.leave_on_signals()
             if pid:
                 pids.append(pid)
                 continue
@@ -288,8 +293,8 @@ def _problem(attempt: Attempt, before: int, finished: bool) -> str | None:
         return f"did not go on from checkpoint-{before}"
     asked = attempt.kind in ("SIGTERM", "SIGINT")
     allowed = {"disk full": {0, 1}, None: {0}}.get(attempt.kind, {0, -signal.SIGKILL})
-    if asked:  # before the first step, there is nothing to save
-        allowed = {0} if attempt.steps else {0, -signal.SIGTERM, 130}
+    if asked:
+        allowed = {0}
     if not set(attempt.codes) <= allowed:
         return f"ended with {attempt.codes}"
     if attempt.kind is None and not finished or asked and attempt.lost:

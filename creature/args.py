@@ -36,6 +36,8 @@ OTHER_NAMES = {
     "context_length": "max_position_embeddings",
     "d_model": "hidden_size",
     "dataset": "data",
+    "dataset_config_name": "data",
+    "dataset_name": "data",
     "dropout": "attention_dropout",
     "ffn_dim": "intermediate_size",
     "ffn_hidden_size": "intermediate_size",
@@ -49,6 +51,7 @@ OTHER_NAMES = {
     "num_heads": "num_attention_heads",
     "num_layers": "num_hidden_layers",
     "steps": "max_steps",
+    "tokenizer": "tokenizer_name",
     "train_steps": "max_steps",
     "warmup_ratio": "warmup_steps",
 }
@@ -78,15 +81,25 @@ REFUSED = {
 class DataArguments:
     """What the creature learns from."""
 
-    data: str | None = field(
+    data: None | str | list[str] = field(  # in the order that HfArgumentParser can read
         default=None,
         metadata={
-            "help": "Token file (.bin, .npy, .pt), Arrow folder, text file or folder, or Hub name. Without it a small "
-            "sample corpus is made under data/."
+            "help": "Token file (.bin, .npy, .pt), Arrow folder, text file or folder, or Hub dataset "
+            "(owner/name:configuration:split); several make a mixture, with weights as in a.bin:0.7 b.bin:0.3. Without "
+            "it a small sample corpus is made under data/."
         },
     )
+    text_column: str = field(default="text", metadata={"help": "Where records of text data have their text."})
+    train_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Take only the first so many training tokens of the data; a Hub dataset is read no further."},
+    )
     tokenizer_name: str = field(
-        default="gpt2", metadata={"help": "gpt2 (from the installed package, no network), a folder, or a Hub name."}
+        default="gpt2",
+        metadata={
+            "help": "gpt2 (from the installed package, no network), a folder, or a Hub name. vocab_size and the "
+            "special ids follow it."
+        },
     )
     block_size: int | None = field(
         default=None, metadata={"help": "Tokens in a training sample; max_position_embeddings by default."}
@@ -465,7 +478,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 def _check_values(values: dict[str, Any], problems: list[str]) -> None:
     """Ranges that need no library to check."""
     for name in ("tokens_per_step", "per_device_train_batch_size", "gradient_accumulation_steps", "block_size",
-                 "sample_corpus_tokens", "max_eval_blocks", "save_steps", "logging_steps", "eval_steps"):  # fmt: skip
+                 "sample_corpus_tokens", "train_tokens", "max_eval_blocks", "save_steps", "logging_steps",
+                 "eval_steps"):  # fmt: skip
         value = values.get(name)
         if value is not None and not isinstance(value, str) and not 0 < value < float("inf"):
             problems.append(f"{name} must be greater than 0, not {value}")

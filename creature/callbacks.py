@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from transformers import ProgressCallback, TrainerCallback
 
-from creature.checkpoints import METRICS_FILE, list_checkpoints, read_run, update_run
+from creature.checkpoints import METRICS_FILE, newest_complete, read_run, update_run
 from creature.errors import UserError
 from creature.launch import say_waiting, seconds_since_launch
 from creature.terminal import give_terminal_back
@@ -108,6 +109,7 @@ class StopSignals(TrainerCallback):
         self.requested = ""
         self.stopped = False
         self.launcher_pid = launcher_pid
+        self.training = False
         self._when = 0.0
         self._previous: dict[int, object] = {}
         self._group = self._shared = self._work = None
@@ -142,7 +144,7 @@ class StopSignals(TrainerCallback):
                 os.write(2, text.encode())
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.stopped = False
+        self.stopped, self.training = False, True
         if args.world_size > 1 and self._group is None:
             self._group = torch.distributed.new_group(backend="gloo")
 
@@ -166,12 +168,21 @@ class StopSignals(TrainerCallback):
             control.should_evaluate = False
         return control
 
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """The Trainer comes here after a stop too: nothing is due then but a log, where the epoch is really over."""
+        if self.stopped:
+            control.should_log &= state.epoch == int(state.epoch)
+            control.should_save = control.should_log  # again, so that what is logged is not logged twice
+            control.should_evaluate = False
+        return control
+
     def on_prediction_step(self, args, state, control, **kwargs):
-        if self.poll():
+        if self.training and self.poll():  # when it is over, all is saved: the last evaluation is worth its time
             self.stopped = True
             raise StopEvaluation
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.training = False
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -220,8 +231,8 @@ class FiniteGuard(TrainerCallback):
 
     def _stop(self, step: int, output_dir: str, spared: bool) -> None:
         when = "before the weights changed" if spared else "before anything was saved"
-        kept = list_checkpoints(output_dir)
-        last = f"the last good checkpoint is {kept[-1].name}: --resume it" if kept else "no checkpoint yet: start again"
+        kept, _ = newest_complete(output_dir)
+        last = f"the last good checkpoint is {kept.name}: --resume it" if kept else "no checkpoint yet: start again"
         raise UserError(
             f"the gradient became NaN or infinite in step {step}, and the run stopped {when}{self.keep_batch(step)}; "
             f"{last} with a lower --learning_rate (and --accept_changes), or look at the data, and at fp16 if it is on"
@@ -264,8 +275,11 @@ class HealthAdvice(TrainerCallback):
         self.loss_limit, self.after_tokens, self.patience = loss_limit, after_tokens, patience
         self.min_samples_per_second = min_samples_per_second
         self.say = say or _say
-        self._losses: list[float] = []
+        self._losses: deque[float] = deque(maxlen=2 * patience)
         self._said: set[str] = set()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._losses.extend(entry["loss"] for entry in state.log_history if "loss" in entry)  # of a resumed run
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs or not state.is_world_process_zero:
@@ -277,16 +291,16 @@ class HealthAdvice(TrainerCallback):
                 f"the loss is still above {self.loss_limit:g} after {logs['tokens']:,} tokens: check that the data is "
                 "clean text in one language (decode some of it), and try a learning rate 3x lower or higher",
             )
-        recent = self._losses[-self.patience :]
+        recent = list(self._losses)[-self.patience :]
         if len(recent) == self.patience and loss > sum(recent) / len(recent) + 1:
             self.say(
                 f"advice: the loss jumped to {loss:.2f} at step {state.global_step} from {recent[-1]:.2f}: if it does "
                 "not come back, resume from the checkpoint before with a lower --learning_rate"
             )
         self._losses.append(loss)
-        if len(self._losses) >= 2 * self.patience and logs.get("learning_rate", 1) > 0:
-            before = self._losses[-2 * self.patience : -self.patience]
-            if sum(self._losses[-self.patience :]) > 0.999 * sum(before):
+        if len(self._losses) == 2 * self.patience and logs.get("learning_rate", 1) > 0:
+            losses = list(self._losses)
+            if sum(losses[self.patience :]) > 0.999 * sum(losses[: self.patience]):
                 self._once(
                     "still",
                     f"the loss has stood still at {loss:.2f} over the last {2 * self.patience} logs: the learning rate "

@@ -1,7 +1,7 @@
 """The folder of a run: which checkpoints are whole, what run.json says, who may write here.
 
 A checkpoint is written aside and renamed when it is whole; `complete.json`, its last file, lists every other file with
-its size and sha256. `run.json` describes the run; a resumed run must agree with it.
+its size and sha256. `run.json` describes the run; a resumed run must agree with it. Every checkpoint has a copy of it.
 """
 
 import contextlib
@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from creature.errors import UserError
-from creature.files import flush_folder, free_bytes, replace_file, require_writable, sha256_file
+from creature.files import (
+    LOCK_FILE,
+    flush_folder,
+    free_bytes,
+    lock_folder,
+    replace_file,
+    require_writable,
+    sha256_file,
+)
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -174,19 +182,29 @@ def update_run(folder: str | os.PathLike, **changes: Any) -> None:
 
 
 def read_run(folder: str | os.PathLike) -> dict | None:
-    """What run.json says, or None where there is none; UserError where it is not what this program wrote."""
+    """
+    What run.json says, or where it is lost or damaged its copy in the newest checkpoint that has one; None where there
+    is neither. UserError where it is not what this program wrote.
+    """
     path = Path(folder) / RUN_FILE
-    if not path.exists():
-        return None
-    run = _read_json(path)
-    if not isinstance(run, dict) or not isinstance(run.get("identity"), dict):
+    for place in (path, *(checkpoint / RUN_FILE for checkpoint in reversed(list_checkpoints(folder)))):
+        if run := _description(place):
+            return run
+    if path.exists():
         raise UserError(f"{path} is not readable as the description of a run: restore it, or use another --output_dir")
-    return run
+    return None
+
+
+def _description(path: Path) -> dict | None:
+    run = _read_json(path)
+    return run if isinstance(run, dict) and isinstance(run.get("identity"), dict) else None
 
 
 def read_resumed(folder: str | os.PathLike) -> dict:
     """What run.json says of a run to resume; UserError where it does not say what going on takes."""
     run = read_run(folder) or {"identity": {}}
+    if _description(Path(folder) / RUN_FILE) is None:
+        print(f"{Path(folder) / RUN_FILE} is lost or damaged: its copy in a checkpoint is read", flush=True)
     own, start = run["identity"], run.get("decay_start")
     whole = all(type(own.get(k)) is int and own[k] >= 0 for k in ("max_steps", "warmup_steps", "decay_steps"))
     whole = whole and type(own.get("micro_batch")) is int and own["micro_batch"] >= 1
@@ -238,8 +256,12 @@ def _is_metric(value: Any) -> bool:
 
 
 def rewind_metrics(folder: str | os.PathLike, step: int) -> list[dict]:
-    """Forget the metrics after `step`, which a resumed run computes again; returns the lines that stay."""
-    entries = [entry for entry in read_metrics(folder) if entry["step"] <= step]
+    """
+    Forget the metrics after `step`, which a resumed run computes again, and all but the last of those that were written
+    more than once, as an evaluation that was made up and then lost; returns the lines that stay.
+    """
+    kept = {(entry["step"], "loss" in entry): entry for entry in read_metrics(folder) if entry["step"] <= step}
+    entries = list(kept.values())
     with replace_file(Path(folder) / METRICS_FILE, "w") as file:
         file.writelines(json.dumps(entry) + "\n" for entry in entries)
     return entries
@@ -267,8 +289,8 @@ def check_output(folder: str | os.PathLike, *, dry_run: bool, resume: bool, over
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"the output folder {folder} is a file: choose another --output_dir")
-    content = os.listdir(folder) if folder.is_dir() else []
-    run = read_run(folder) if RUN_FILE in content and not (overwrite and not resume) else None
+    content = [name for name in os.listdir(folder) if name != LOCK_FILE] if folder.is_dir() else []
+    run = read_run(folder) if resume or (RUN_FILE in content and not overwrite) else None
     if resume:
         if run is None:
             raise UserError(f"there is no run in {folder} to resume: leave out --resume, or name its --output_dir")
@@ -302,28 +324,20 @@ _locks: dict[tuple[int, int], int] = {}  # the folders that this process holds, 
 def lock_output(folder: str | os.PathLike) -> None:
     """Hold the folder for this process, however it ends; UserError when another run is writing there.
 
-    POSIX only; a file system that knows no locks has none.
+    A file system that knows no locks has none.
     """
-    try:
-        import fcntl
-    except ImportError:
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    status = os.fstat(descriptor)
+    status = os.stat(folder)
     identity = (status.st_dev, status.st_ino)
-    if identity not in _locks:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _locks[identity] = descriptor
-            return
-        except BlockingIOError:
-            os.close(descriptor)
-            raise UserError(
-                f"another run is writing to {folder} right now: wait for it or stop it, or choose another --output_dir"
-            ) from None
-        except OSError:
-            pass
-    os.close(descriptor)
+    if identity in _locks:
+        return
+    try:
+        descriptor = lock_folder(folder)
+    except BlockingIOError:
+        raise UserError(
+            f"another run is writing to {folder} right now: wait for it or stop it, or choose another --output_dir"
+        ) from None
+    if descriptor is not None:
+        _locks[identity] = descriptor
 
 
 def unlock_inherited() -> None:
@@ -349,7 +363,7 @@ def claim_output(folder: str | os.PathLike, *, keep: bool) -> None:
     lock_output(folder)
     if not keep and (folder / RUN_FILE).exists():
         for path in folder.iterdir():
-            if path.name != RUN_FILE:
+            if path.name not in (RUN_FILE, LOCK_FILE):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         (folder / RUN_FILE).unlink()  # last: a folder without it would not be ours to delete
     shutil.rmtree(folder / WRITING_FOLDER, ignore_errors=True)  # what a killed writer left

@@ -352,6 +352,7 @@ def tokenize_corpus(
     workers: int | None = None,
     tokenizer_name: str = "gpt2",
     text_column: str = "text",
+    train_tokens: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict:
@@ -361,7 +362,8 @@ def tokenize_corpus(
     `output` ending in .bin: a stream of little-endian ids as nanoGPT reads it (uint16; uint32 for vocabularies beyond
     65,536, which the manifest says), with corpus.valid.bin and corpus.manifest.json beside it. Otherwise a folder for
     `datasets.load_from_disk`: train/, validation/ and manifest.json. `validation_fraction` of the documents, chosen
-    by hash and `seed`, go to validation. `workers` threads tokenize (default: all cores).
+    by hash and `seed`, go to validation. `workers` threads tokenize (default: all cores). With `train_tokens`, the
+    training stream ends after so many, perhaps within a document, and the input is read no further.
 
     Nothing is in place before everything is written. Raises UserError for bad input, an existing output without
     `overwrite`, a folder that cannot be written, a full disk. The returned dict has "seconds" beside what the file
@@ -369,6 +371,8 @@ def tokenize_corpus(
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(f"--validation_fraction {validation_fraction} is not in [0, 1): a usual value is 0.005")
+    if train_tokens is not None and train_tokens < 1:
+        raise UserError(f"--train_tokens {train_tokens} is less than 1: leave it out to take everything")
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers} is less than 1: leave it out to use all cores")
     sources, left_out = find_sources(inputs)
@@ -383,7 +387,8 @@ def tokenize_corpus(
 
     def tokens() -> Iterator[_Tokens]:
         with closing(_with_progress(sources, text_column, progress)) as texts:
-            for some in _in_order(coder, cutter.batches(texts), workers if coder.threads else 1):
+            done = _in_order(coder, cutter.batches(texts), workers if coder.threads else 1)
+            for some in done if train_tokens is None else _first(done, train_tokens, coder.end_of_text):
                 counts["documents"] += sum(some.documents)
                 counts["characters"] += some.characters
                 counts["text_bytes"] += some.text_bytes
@@ -412,6 +417,7 @@ def tokenize_corpus(
             "validation_fraction": validation_fraction,
             "seed": seed,
             "text_column": text_column,
+            "train_tokens": train_tokens,
             "empty_documents": cutter.empty,
             "forced_cuts": cutter.forced,
             "repaired_records": sum(source.repaired for source in sources),
@@ -434,6 +440,7 @@ def tokenize_corpus(
             workers=workers,
             tokenizer_name=tokenizer_name,
             text_column=text_column,
+            train_tokens=train_tokens,
             overwrite=overwrite,
             progress=progress,
         )
@@ -444,12 +451,40 @@ def tokenize_corpus(
     return {**result, "seconds": time.perf_counter() - began}
 
 
-def _with_progress(sources: list[Source], text_column: str, progress: bool) -> Iterator[tuple[str, bool]]:
+def _first(tokens: Iterator[_Tokens], limit: int, end_of_text: int) -> Iterator[_Tokens]:
+    """Batches up to where the training stream has `limit` ids; of the last one, the text that they stand for."""
+    with closing(tokens):
+        for some in tokens:
+            train = some.ids[0]
+            if len(train) < limit:
+                limit -= len(train)
+                yield some
+                continue
+            kept = (limit + len(some.ids[1])) / (len(train) + len(some.ids[1]))  # about: it says nothing but sizes
+            documents = [int((train[:limit] == end_of_text).sum()), some.documents[1]]
+            characters, text_bytes = round(some.characters * kept), round(some.text_bytes * kept)
+            yield _Tokens([train[:limit], some.ids[1]], documents, characters, text_bytes)
+            return
+
+
+def read_pieces(
+    inputs: list[str], text_column: str = "text", progress: bool = True, what: str = "tokenizing"
+) -> Iterator[list[tuple[str, bool]]]:
+    """The text of `inputs` in batches of (piece, whether it ends its document), cut where no pre-token is split."""
+    sources, _ = find_sources(inputs)
+    with closing(_with_progress(sources, text_column, progress, what)) as texts:
+        for batch in _Cutter(0, 0, PIECE).batches(texts):
+            yield [(text, ends) for text, ends, _ in batch.pieces]
+
+
+def _with_progress(
+    sources: list[Source], text_column: str, progress: bool, what: str = "tokenizing"
+) -> Iterator[tuple[str, bool]]:
     """All documents of all sources, under a progress bar in bytes of the files, with an ETA where sizes are known."""
     from tqdm import tqdm
 
     total = None if any(source.kind == "hub" for source in sources) else sum(source.size for source in sources)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc="tokenizing") as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc=what) as bar:
         for source in sources:
             done = 0
             for text, ends in read_documents(source, text_column):

@@ -22,13 +22,14 @@ from creature.blocks import (
 )
 from creature.corpus import manifest_path, tokenize_corpus
 from creature.errors import UserError
-from creature.files import replace_file
+from creature.files import one_at_a_time, replace_file
 from creature.readers import load_arrow_folder, load_hub
-from creature.sources import TOKEN_FILES, Source, find_sources, is_arrow_folder, is_hub_name
+from creature.sources import TOKEN_FILES, Source, find_sources, is_arrow_folder, is_dataset_name, split_name
 from creature.tokenizer import gpt2_hash, load_tokenizer, tokenizer_hash
 
 TOKEN_TYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")  # that a manifest may name
 FEWEST_BOUNDARIES = 256  # of documents in a batch, ends included; more of them that are empty cost attention little
+TRIES = 10  # to open a corpus that is being replaced
 VALIDATION_ENDINGS = (".valid", "_valid", ".validation", "_validation", ".val", "_val")
 
 
@@ -39,6 +40,7 @@ class Splits:
     train: datasets.Dataset
     validation: datasets.Dataset | None
     info: dict
+    ordered: bool = False  # whether the rows of `train` stand in the order to train on, or are to be shuffled
 
 
 def load_splits(
@@ -50,6 +52,7 @@ def load_splits(
     validation_fraction: float = 0.005,
     cache_dir: str = "data",
     text_column: str = "text",
+    train_tokens: int | None = None,
     progress: bool = True,
 ) -> Splits:
     """
@@ -57,13 +60,16 @@ def load_splits(
 
     `source` is a .bin stream (uint16, or what its manifest says), a 1-D integer .npy or .pt, a folder with train.bin
     and val.bin (or valid.bin, validation.bin), an Arrow folder (`save_to_disk`, or made by tokenize_corpus), or text:
-    files, a folder, a glob or a Hub dataset, tokenized once into `cache_dir` and reused as long as the input stays
-    the same (a Hub dataset: as long as the cached file is there).
+    files, a folder, a glob or a Hub dataset (or a folder laid out as one), tokenized once into `cache_dir` and reused
+    as long as the input stays the same (a Hub dataset: as long as the cached file is there). With `train_tokens`, only
+    the first so many tokens are trained on, and no more text is read than that takes.
 
     Validation is the corpus's own validation stream (corpus.valid.bin, val.bin, ...). Where there is none of at least
     one block, the last `validation_fraction` of the training blocks are held out, at least one; with 0, validation is
     None. Only the last, short block of each split is left out. `info` has path, tokens, validation_tokens (before
     cutting into blocks), dtype, data_hash and tokenizer_hash (None when no manifest tells).
+
+    A corpus that another process replaces meanwhile is opened as it was or as it is then, never some of both.
 
     Raises UserError, naming the file and the remedy, for a source that is missing, empty, damaged, of another
     tokenizer, shorter than one block, or has ids that are negative or >= `vocab_size`.
@@ -72,8 +78,63 @@ def load_splits(
         raise UserError(f"block_size {block_size} is too small: a block needs at least 2 tokens, 2048 is usual")
     if not 0 <= validation_fraction < 1:
         raise UserError(f"validation_fraction {validation_fraction} is not in [0, 1): a usual value is 0.005")
+    path = Path(os.path.expanduser(source))
+    for _ in range(TRIES):
+        mark = _mark(path)
+        try:
+            splits = _open_splits(
+                source,
+                block_size,
+                vocab_size,
+                tokenizer_name,
+                validation_fraction,
+                cache_dir,
+                text_column,
+                train_tokens,
+                progress,
+            )
+        except (UserError, OSError):
+            if _mark(path) == mark:
+                raise
+        else:
+            if _mark(path) == mark:
+                return splits
+    raise UserError(f"{source} is replaced again and again while it is opened: wait until whoever does that is done")
+
+
+def _mark(path: Path) -> list[tuple]:
+    """
+    What tells whether the corpus at `path` has been replaced: its folder or files, as the system knows them.
+
+    Whoever replaces one holds a lock meanwhile (`creature.corpus`), so none of them is missing here.
+    """
+    within = path if path.is_dir() and not is_arrow_folder(path) else path.parent
+    if not within.is_dir():
+        return []
+    with one_at_a_time(within):
+        if within == path:
+            found = [file for file in path.iterdir() if file.suffix.lower() in (*TOKEN_FILES, ".json")]
+        elif path.is_dir():
+            found = [path]
+        else:
+            found = [file for file in within.iterdir() if file.name.startswith(path.stem) and file.is_file()]
+        states = [(file.name, file.stat()) for file in sorted(found)]
+    return [(name, state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states]
+
+
+def _open_splits(
+    source: str,
+    block_size: int,
+    vocab_size: int,
+    tokenizer_name: str,
+    validation_fraction: float,
+    cache_dir: str,
+    text_column: str,
+    train_tokens: int | None,
+    progress: bool,
+) -> Splits:
     train, validation, manifest = _find_streams(
-        source, block_size, tokenizer_name, validation_fraction, Path(cache_dir), text_column, progress
+        source, block_size, tokenizer_name, validation_fraction, Path(cache_dir), text_column, progress, train_tokens
     )
     if manifest:
         _check_tokenizer(manifest, tokenizer_name, train.name)
@@ -95,6 +156,10 @@ def load_splits(
         blocks -= count
         validation_tokens = count * block_size
         tokens -= validation_tokens
+    if train_tokens is not None and train_tokens < tokens:
+        if train_tokens < block_size:
+            raise UserError(f"train_tokens {train_tokens:,} is less than one block of {block_size:,}: raise it")
+        tokens, blocks = train_tokens, min(blocks, train_tokens // block_size)
     info = {
         "path": train.name,
         "tokens": tokens,
@@ -166,7 +231,14 @@ def block_collator(tokenizer, separate_documents: bool) -> Callable[[list[dict]]
 
 
 def _find_streams(
-    source: str, block_size: int, tokenizer_name: str, validation_fraction: float, cache: Path, column: str, bar: bool
+    source: str,
+    block_size: int,
+    tokenizer_name: str,
+    validation_fraction: float,
+    cache: Path,
+    column: str,
+    bar: bool,
+    limit: int | None = None,
 ) -> tuple[TokenStream, TokenStream | None, dict | None]:
     path = Path(os.path.expanduser(source))
     if path.is_dir():
@@ -181,11 +253,11 @@ def _find_streams(
         if not path.is_file():
             raise UserError(f"{source} does not exist: check the path, or make it with scripts/tokenize_corpus.py")
         return _stream_files(path)
-    if is_hub_name(source):
-        tokens = _hub_tokens(source, cache)
+    if is_dataset_name(source):
+        tokens = _hub_tokens(source, cache, limit)
         if tokens:
             return tokens, None, None
-    return _stream_files(_tokenized(source, tokenizer_name, validation_fraction, cache, column, bar))
+    return _stream_files(_tokenized(source, tokenizer_name, validation_fraction, cache, column, bar, limit))
 
 
 def _main_stream(folder: Path, inside: list[Path]) -> Path:
@@ -285,15 +357,26 @@ def _flat_copy(batches: Iterable[np.ndarray], path: Path, dtype: str = "int32") 
     return TokenStream("bin", (str(path),), dtype)
 
 
-def _hub_tokens(name: str, cache: Path) -> TokenStream | None:
-    """The tokens of a Hub dataset that has a column input_ids; None when it has text."""
-    path = cache / f"hub-{hashlib.sha256(name.encode()).hexdigest()[:16]}.bin"
+def _hub_tokens(name: str, cache: Path, limit: int | None) -> TokenStream | None:
+    """The tokens, or the first `limit` of them, of a Hub dataset that has a column input_ids; None when it has text."""
+    facts = [name, *_folder_facts(name), *([limit] if limit else [])]
+    path = cache / f"hub-{hashlib.sha256(' '.join(map(str, facts)).encode()).hexdigest()[:16]}.bin"
     if path.is_file():
         return _flat_copy((), path)
     rows = load_hub(name)
     if "input_ids" not in (rows.column_names or next(iter(rows), {})):
         return None
-    return _flat_copy((np.asarray(row["input_ids"]) for row in rows), path)
+    return _flat_copy(_first_ids(rows, limit), path)
+
+
+def _first_ids(rows: Iterable[dict], limit: int | None) -> Iterator[np.ndarray]:
+    for row in rows:
+        ids = np.asarray(row["input_ids"])[:limit]
+        yield ids
+        if limit is not None:
+            limit -= len(ids)
+            if not limit:
+                return
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,17 +384,19 @@ def _hub_tokens(name: str, cache: Path) -> TokenStream | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _tokenized(name: str, tokenizer_name: str, fraction: float, cache: Path, column: str, bar: bool) -> Path:
+def _tokenized(
+    name: str, tokenizer_name: str, fraction: float, cache: Path, column: str, bar: bool, limit: int | None
+) -> Path:
     """The token stream of a text source, made now or by an earlier run."""
     sources, _ = find_sources([name])
-    facts = [tokenizer_name, fraction, column, *_input_facts(sources)]
+    facts = [tokenizer_name, fraction, column, *_input_facts(sources), *([limit] if limit else [])]
     key = hashlib.sha256(json.dumps(facts).encode("utf-8")).hexdigest()[:16]
     path = cache / f"corpus-{key}.bin"
     if path.is_file() and manifest_path(path).is_file():
         return path
     arguments = {"tokenizer_name": tokenizer_name, "text_column": column, "progress": bar, "overwrite": True}
     try:
-        tokenize_corpus([name], str(path), validation_fraction=fraction, **arguments)
+        tokenize_corpus([name], str(path), validation_fraction=fraction, train_tokens=limit, **arguments)
     except PermissionError:
         # Windows does not replace a file that another process of this run has mapped meanwhile: then it is there.
         if not (path.is_file() and manifest_path(path).is_file()):
@@ -319,12 +404,21 @@ def _tokenized(name: str, tokenizer_name: str, fraction: float, cache: Path, col
     return path
 
 
+def _folder_facts(name: str) -> list[str]:
+    """What tells the states of a dataset apart that is a folder here: nothing of one on the Hub."""
+    folder = Path(os.path.expanduser(name))
+    if is_arrow_folder(folder):
+        return [sampled_hash(file) for file in sorted(folder.rglob("state.json"))]
+    folder = Path(split_name(os.path.expanduser(name))[0])
+    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
+    return [f"{file.relative_to(folder).as_posix()} {sampled_hash(file)}" for file in files]
+
+
 def _input_facts(sources: list[Source]) -> Iterator[list]:
     """What has to stay the same for a cached corpus to be used again: content, or samples and date of large files."""
     for source in sources:
         if source.path is None:
-            states = sorted(Path(source.name).rglob("state.json")) if os.path.isdir(source.name) else []
-            yield [source.name, *map(sampled_hash, states)]
+            yield [source.name, *_folder_facts(source.name)]
         elif source.size <= HASHED_WHOLE:
             yield [source.path.name, sampled_hash(source.path)]
         else:

@@ -14,6 +14,15 @@ from typing import IO
 
 from creature.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
+LOCK_FILE = ".lock"
+
 
 @contextmanager
 def replace_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
@@ -60,31 +69,52 @@ def telling_of_failed_writes(path: str | os.PathLike, remedy: Callable[[], str])
         raise
 
 
+def lock_folder(folder: str | os.PathLike) -> int | None:
+    """
+    A descriptor that holds a folder against others until it is closed, or this process has ended, however it did.
+
+    BlockingIOError where somebody else holds it; None on a file system that knows no locks. On Windows, where folders
+    cannot be locked, a file LOCK_FILE in it is.
+    """
+    try:
+        if fcntl is not None:
+            descriptor = os.open(folder, os.O_RDONLY)
+        else:
+            descriptor = os.open(Path(folder, LOCK_FILE), os.O_RDWR | os.O_CREAT)
+    except PermissionError:  # a folder that can only be read
+        return None
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        return descriptor
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise BlockingIOError(error.errno, error.strerror, str(folder)) from None
+        return None
+
+
 @contextmanager
 def one_at_a_time(folder: str | os.PathLike) -> Iterator[None]:
     """Wait until no other process is in here for this folder; for what takes milliseconds.
 
-    POSIX only; a file system without locks has none. After ten seconds it goes on: then it is a run that holds the
-    folder, not another one in here.
+    A file system without locks has none. After ten seconds it goes on: then it is a run that holds the folder, not
+    another one in here.
     """
+    descriptor = None
+    for _ in range(100):
+        try:
+            descriptor = lock_folder(folder)
+            break
+        except BlockingIOError:
+            time.sleep(0.1)
     try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        for _ in range(100):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.1)
-            except OSError:
-                break
         yield
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def is_disk_full(error: OSError) -> bool:

@@ -1,6 +1,7 @@
 """The steps of the training job, each a function that `run_clm_creature.py` calls in order."""
 
 import copy
+import functools
 import os
 import shlex
 import shutil
@@ -11,11 +12,12 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
+from accelerate import DistributedType
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from configuration_creature import CreatureConfig
-from creature import checkpoints
+from creature import checkpoints, startup
 from creature.args import DataArguments, Settings
 from creature.callbacks import (
     ConsoleLog,
@@ -33,9 +35,11 @@ from creature.errors import UserError, first_line, is_out_of_memory
 from creature.estimate import fit_micro_batch
 from creature.files import telling_of_failed_writes
 from creature.launch import parent_to_watch
-from creature.machine import Plan, training_values
+from creature.loading import load_model
+from creature.machine import Plan, sharded, training_values
+from creature.mixture import mix, parse_parts
 from creature.sources import is_hub_name
-from creature.tokenizer import token_byte_lengths, tokenizer_hash
+from creature.tokenizer import gpt2_hash, load_tokenizer, special_ids, token_byte_lengths, tokenizer_hash
 from creature.trainer import CreatureTrainer, schedule_steps, way_on
 from creature.training_arguments import CreatureTrainingArguments
 from modeling_creature import MultiModalCreature
@@ -48,11 +52,22 @@ NOT_PUSHED = ["checkpoint-*", f"{checkpoints.REPLACED}-*", checkpoints.RUN_FILE,
 
 def build_config(settings: Settings) -> CreatureConfig:
     """The model's configuration; UserError with every problem of its values."""
+    name = settings.data.get("tokenizer_name", "gpt2")
+    if name != "gpt2":
+        _follow_tokenizer(settings, load_tokenizer(name))
     try:
         return CreatureConfig(**settings.model)
     except (ValueError, TypeError) as error:
         text = str(error.__cause__ or error)
         raise UserError(f"the model section is not valid: {' '.join(text.split())}") from error
+
+
+def _follow_tokenizer(settings: Settings, tokenizer) -> None:
+    """Give the model the ids of a tokenizer that is not GPT-2's, but for those that flags name."""
+    if tokenizer_hash(tokenizer) == gpt2_hash():
+        return
+    ids = special_ids(tokenizer)
+    settings.model |= {name: value for name, value in ids.items() if name not in settings.given}
 
 
 def build_arguments(settings: Settings, plan: Plan, old: dict | None = None) -> CreatureTrainingArguments:
@@ -72,14 +87,13 @@ def build_arguments(settings: Settings, plan: Plan, old: dict | None = None) -> 
     _check_trackers(args.report_to)
     if args.max_steps <= 0 and "num_train_epochs" not in values:
         raise UserError("how long to train is not said: give --max_steps or --num_train_epochs")
-    if args.matrix_learning_rate and args.fsdp:
-        # Muon needs each matrix whole, and FSDP leaves every process a slice of it.
-        plan.notes.append(
-            f"Muon does not work on sharded matrices: all is trained by {args.optim}, as with FSDP always"
-        )
-        args.matrix_learning_rate = 0.0
     if args.matrix_learning_rate and "optim" in settings.given:
         raise UserError("--optim has no effect beside Muon: leave it out, or give --matrix_learning_rate 0")
+    alone = args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
+    if alone and sharded(settings.training):
+        raise UserError("accelerate shards models over GPUs only, here it stays whole: use configs/accelerate/ddp.yaml")
+    if args.sample_steps and sharded(settings.training):
+        raise UserError("--sample_steps needs the whole model in one process, and FSDP spreads it: leave it out")
     if args.n_gpu > 1:
         # nn.DataParallel would count the batch differently; accelerate launch is the way to several GPUs.
         plan.notes.append(f"using 1 of {args.n_gpu} GPUs; `accelerate launch` without --num_processes uses all")
@@ -104,17 +118,30 @@ def build_data(settings: Settings, plan: Plan, config: CreatureConfig, args) -> 
     """(the splits, the data section): opened, or made first where no data was named. The main process goes first."""
     (data,) = transformers.HfArgumentParser(DataArguments).parse_dict(settings.data)
     with args.main_process_first(desc="data"):
-        source = data.data or _sample_corpus(data, plan.notes)
-        splits = load_splits(
-            source,
+        load = functools.partial(
+            load_splits,
             block_size=plan.block_size,
             vocab_size=config.vocab_size,
             tokenizer_name=data.tokenizer_name,
             validation_fraction=data.validation_fraction,
             cache_dir=data.cache_dir,
+            text_column=data.text_column,
+            train_tokens=data.train_tokens,
         )
-    # For the model card: the Hub name, or the name of a file or folder, without the way to it on this machine.
-    splits.info["source"] = source if is_hub_name(source) else Path(source).name
+        blocks = args.max_steps * plan.tokens_per_step // plan.block_size
+        splits = mix(data.data or _sample_corpus(data, plan.notes), load, blocks, args.data_seed)
+    if splits.ordered:
+        args.train_sampling_strategy = "sequential"
+        plan.notes += [
+            f"{part['path']} gives {part['share']:.4g} of the blocks: its {part['tokens']:,} tokens are seen "
+            f"{part['times_seen']:.3g} times"
+            for part in splits.info["parts"]
+        ]
+    if "vocab_size" not in settings.given and data.tokenizer_name != "gpt2":
+        plan.notes.append(f"vocab_size {config.vocab_size:,} and the special ids follow from {data.tokenizer_name}")
+    # For the model card: Hub names, and names of files and folders without the way to them on this machine.
+    names, _ = parse_parts(data.data or splits.info["path"])
+    splits.info["source"] = ", ".join(name if is_hub_name(name) else Path(name).name for name in names)
     limit = data.max_eval_blocks or (DRY_RUN_EVAL_BLOCKS if settings.dry_run else None)
     if splits.validation is None or not len(splits.validation):
         splits = replace(splits, validation=None)
@@ -185,8 +212,9 @@ def _refuse_horizon(old: dict, steps: int) -> None:
 def check_identity(old: dict, new: dict, accept: bool) -> None:
     """UserError when a resumed run would not go on as it began, with every difference; max_steps may grow."""
     ignored = {"max_steps", "decay_steps"}
-    # What runs of earlier versions do not say:
-    before = {"separate_documents": False, "batch_warmup_steps": 0} | old["identity"]
+    unsaid = ("matrix_momentum", "adam_beta1", "adam_beta2", "adam_epsilon")  # by runs of earlier versions
+    before = {"separate_documents": False, "batch_warmup_steps": 0}
+    before |= {key: new["identity"].get(key) for key in unsaid} | old["identity"]
     found = checkpoints.differences(
         {k: v for k, v in before.items() if k not in ignored},
         {k: v for k, v in new["identity"].items() if k not in ignored},
@@ -232,7 +260,9 @@ def build_trainer(
     """The Trainer with everything that watches the run."""
     tokenizer.model_max_length = model.config.max_position_embeddings  # saved with it, and what `truncation=True` means
     throughput = Throughput(run["flops_per_token"], run["peak_flops"])
-    signals = StopSignals(parent_to_watch()).install()
+    with startup.signals_blocked():
+        startup.hand_over()
+        signals = StopSignals(parent_to_watch()).install()
     trainer = CreatureTrainer(
         model=model,
         args=args,
@@ -268,6 +298,8 @@ def train(trainer: CreatureTrainer, plan: Plan, config: CreatureConfig, checkpoi
             trainer.load_finished(checkpoint)  # only its end was lost
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step >= trainer.state.max_steps:
+            trainer.make_up_evaluation()
     except Exception as error:
         tracker = type(error).__module__.partition(".")[0]
         if tracker in trainer.args.report_to:
@@ -317,7 +349,7 @@ def finish(trainer: CreatureTrainer, settings: Settings, data: DataArguments, ru
     _publish(trainer, folder)
     if not trainer.is_world_process_zero():
         return
-    model = _plain_model(trainer)
+    model = _plain_model(trainer, folder)
     samples = [sample(model, trainer.processing_class, data.prompt, 80, seed) for seed in range(SAMPLES)]
     if settings.dry_run:
         check_saved(model, folder / f"checkpoint-{step}", splits.train)
@@ -369,8 +401,10 @@ def _push(trainer: CreatureTrainer, folder: Path) -> None:
         print(f"pushed: {commit.commit_url}", flush=True)
 
 
-def _plain_model(trainer: CreatureTrainer):
-    """The trained model without wrappers and autocast."""
+def _plain_model(trainer: CreatureTrainer, folder: Path):
+    """The trained model without wrappers and autocast; where FSDP has it in pieces, the one that was just published."""
+    if trainer.is_fsdp_enabled:
+        return load_model(folder, str(trainer.args.device))
     return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
 
 

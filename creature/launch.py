@@ -20,6 +20,7 @@ from typing import NoReturn
 
 import yaml
 
+from creature import startup
 from creature.errors import UserError, run_main
 from creature.terminal import give_terminal_back, take_terminal
 
@@ -153,17 +154,24 @@ def start_cpu_processes() -> int | None:
     }
     print(f"starting {count} processes on the CPU", flush=True)
     ranks: list[subprocess.Popen] = []
+    passed: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:
+        passed.append(number)
         for process in ranks:
             if process.poll() is None:
                 process.send_signal(number)
 
-    for name in ("SIGINT", "SIGTERM"):
-        signal.signal(getattr(signal, name), pass_on)
+    with startup.signals_blocked():
+        startup.hand_over()
+        for number in startup.SIGNALS:
+            signal.signal(number, pass_on)
     for rank in range(count):
         settings = {key: str(value) for key, value in world.items()} | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        ranks.append(subprocess.Popen([sys.executable, *sys.argv], env=os.environ | settings))
+        with startup.signals_blocked():  # until the rank can take them
+            ranks.append(subprocess.Popen([sys.executable, *sys.argv], env=os.environ | settings))
+            for number in passed:
+                ranks[-1].send_signal(number)
     return _wait_for(ranks, launcher, pass_on)
 
 
@@ -186,12 +194,15 @@ def _wait_for(ranks: list[subprocess.Popen], launcher: Launcher, pass_on: Callab
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """`run_main`, with Ctrl+C for this process alone, and a word on the traceback accelerate prints below an error."""
+    startup.leave_on_signals()
     launcher = find_launcher()
     if launcher is not None:
         take_terminal(launcher.pid)
     try:
         run_main(lambda: _alone(main))
     except SystemExit as end:
+        if not end.code:
+            startup.ignore()
         launcher = find_launcher() if end.code else None
         if launcher is not None and "TORCHELASTIC_RUN_ID" in os.environ:
             print("(What follows is torchrun's report of the exit code.)", file=sys.stderr, flush=True)
@@ -204,6 +215,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         raise
     finally:
         give_terminal_back()
+        startup.release()
 
 
 def _alone(main: Callable[[], int | None]) -> int | None:

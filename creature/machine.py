@@ -51,9 +51,14 @@ def plan_run(settings: Settings, config, resumed: dict | None = None) -> Plan:
     _plan_batch(plan, settings, config, resumed)
     plan.threads = _set_threads(training, device, notes)
     if "learning_rate" not in training:
-        muon = training.get("matrix_learning_rate") != 0 and not training.get("fsdp")
+        muon = training.get("matrix_learning_rate") != 0
         training["learning_rate"] = width_learning_rate(config.hidden_size, muon)
     return plan
+
+
+def sharded(training: dict[str, Any]) -> bool:
+    """Whether accelerate's configuration or the training section asks for FSDP."""
+    return bool(training.get("fsdp")) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def training_values(settings: Settings, plan: Plan) -> dict[str, Any]:
@@ -186,6 +191,11 @@ def _plan_batch(plan: Plan, settings: Settings, config, resumed: dict | None) ->
         micro = blocks // accumulation
     elif micro is None:
         fits = fit_micro_batch(config, block, plan.device, plan.precision, compiled=plan.compiled)
+        if fits < 1 and sharded(training):
+            raise UserError(
+                f"not one block of {block} tokens fits beside the whole model on {plan.device.name}, and how much room "
+                "FSDP makes is not known: give --per_device_train_batch_size"
+            )
         if fits < 1:
             raise UserError(
                 f"not one block of {block} tokens fits into the memory of {plan.device.name}: use a smaller "

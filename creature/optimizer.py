@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
 from creature.compiling import or_eager
@@ -20,6 +21,7 @@ _POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+MOMENTUM = 0.9  # of Muon
 # Peak learning rates of AdamW at width 512, beside Muon and alone (docs/log.md).
 _RATE_BESIDE_MUON, _RATE_ALONE, _RATE_WIDTH = 8e-3, 2e-3, 512
 
@@ -86,7 +88,7 @@ def _muon_step(
     old_square = torch.stack(squares)[:, None]
     square = old_square.lerp(update.square().mean(dim=-2, keepdim=True), 1 - beta2)
     update = update * (square + 1e-10).rsqrt()
-    update = update * (length / update.norm(dim=(-2, -1), keepdim=True))
+    update = update * (length / update.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12))  # no gradient, no step
     # A step of equal size for every output, whatever the shape (Jordan et al. 2024; Bernstein 2025).
     longer = (update.shape[-1] / update.shape[-2]) ** 0.5
     bad = found_inf != 0
@@ -108,6 +110,11 @@ def _stack(matrices: list[torch.Tensor], tall: list[bool]) -> torch.Tensor:
     return torch.stack([matrix.mT if turn else matrix for matrix, turn in zip(matrices, tall, strict=True)])
 
 
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with the rows that other processes hold of it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """
     Muon (Jordan et al. 2024) where `group["muon"]` is true, AdamW (Loshchilov and Hutter 2019) elsewhere.
@@ -115,6 +122,8 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon replaces the momentum of a matrix by the nearest orthogonal one, so that every direction of the matrix learns
     at the same rate; it keeps one state per weight where AdamW keeps two. What it makes is evened out over the neurons
     by their running mean square (Li et al. 2025, "NorMuon").
+
+    Parameters may be sharded over processes (DTensors, as FSDP 2 makes them): a matrix is gathered for its step.
 
     As with torch's fused optimizers, a tensor set as `found_inf` that is not 0 makes the next step change nothing.
 
@@ -134,7 +143,7 @@ class MuonAdamW(torch.optim.Optimizer):
             "lr": lr,
             "weight_decay": weight_decay,
             "muon": False,
-            "momentum": 0.9,
+            "momentum": MOMENTUM,
             "beta2": 0.95,
             "betas": (0.8, 0.98),
             "eps": 1e-10,
@@ -169,11 +178,14 @@ class MuonAdamW(torch.optim.Optimizer):
     def _step_muon(self, group: dict, params: list[torch.Tensor]) -> None:
         stacks: dict[tuple | torch.Tensor, list[torch.Tensor]] = {}
         for param in params:
-            # On a CPU each matrix alone, which then stays in the cache with all that is made of it.
-            stacks.setdefault(param if param.device.type == "cpu" else tuple(sorted(param.shape)), []).append(param)
+            # On a CPU each matrix alone, which then stays in the cache with all that is made of it; a sharded one alone
+            # as well, for whole it is large.
+            alone = param.device.type == "cpu" or isinstance(param, DTensor)
+            stacks.setdefault(param if alone else tuple(sorted(param.shape)), []).append(param)
             if not self.state[param]:
                 buffer = torch.zeros_like(param, dtype=torch.float32)
-                square = buffer.new_zeros(max(param.shape))  # a neuron is a row, or a column of a wide matrix
+                # A neuron is a row, or a column of a wide matrix. Not sharded: every process knows all of them.
+                square = torch.zeros(max(param.shape), device=param.device)
                 self.state[param].update(momentum_buffer=buffer, mean_square=square)
         # Tensors, so that a new learning rate does not mean a new compilation.
         lr = torch.as_tensor(group["lr"], dtype=torch.float32)
@@ -184,7 +196,15 @@ class MuonAdamW(torch.optim.Optimizer):
             buffers = [self.state[param]["momentum_buffer"] for param in same]
             squares = [self.state[param]["mean_square"] for param in same]
             settings = group["weight_decay"], group["momentum"], group["beta2"]
+            # FSDP 2 leaves every process some rows of a matrix, and Muon needs it whole: all processes make the same
+            # step of it, and each keeps its rows.
+            shards = [*same, *buffers]
+            same, buffers, gradients = ([_whole(tensor) for tensor in some] for some in (same, buffers, gradients))
             self._muon_step(same, gradients, buffers, squares, lr, found_inf, *settings)
+            for shard, tensor in zip(shards, [*same, *buffers], strict=True):
+                if shard is not tensor:
+                    own = distribute_tensor(tensor, shard.device_mesh, shard.placements, src_data_rank=None)
+                    shard.copy_(own)
 
     def _step_adamw(self, group: dict, params: list[torch.Tensor]) -> None:
         for param in params:

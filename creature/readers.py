@@ -29,11 +29,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from creature.errors import UserError, first_line
-from creature.sources import Source
+from creature.sources import Source, is_arrow_folder, split_name
 
 MARKER = "<|endoftext|>"
 CHUNK_BYTES = 1 << 18
 MAX_RECORD = 32 << 20  # characters: a record has to be in memory whole, a text file does not
+MAX_DICTIONARY = 4 << 20  # bytes of a parquet column's dictionary up to which many rows are decoded together
+MAX_UNPACKED = 256 << 20  # bytes from which on a parquet column is not to be packed a hundredfold
 
 
 def read_documents(source: Source, text_column: str = "text") -> Iterator[tuple[str, bool]]:
@@ -353,13 +355,65 @@ def _read_parquet(source: Source, column: str) -> Iterator[tuple[str, bool]]:
                         f"{source.name} has no column {column!r} (there is: {', '.join(names)}): "
                         "name the column with --text_column"
                     )
+                kind, types = file.schema_arrow.field(column).type, pyarrow.types
+                texts = (types.is_string, types.is_large_string, types.is_dictionary, types.is_null)
+                if not any(fits(kind) for fits in texts):
+                    raise UserError(
+                        f"{source.name}: the column {column!r} is of type {kind}, not text; "
+                        "name the column that holds the text with --text_column"
+                    )
                 number = 0
-                for batch in file.iter_batches(batch_size=64, columns=[column]):
-                    for value in batch.column(0).to_pylist():
-                        number += 1
-                        yield _record_text(value, source, f"row {number:,}", column), True
+                for group in range(file.num_row_groups):
+                    rows = _rows_at_a_time(path, file.metadata.row_group(group), source, column)
+                    for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=[column]):
+                        for value in batch.column(0):  # one text at a time
+                            number += 1
+                            text = _record_text(value.as_py(), source, f"row {number:,}", column)
+                            if len(text) > MAX_RECORD:
+                                raise _too_long(source)
+                            yield text, True
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise UserError(f"{source.name} is not a whole parquet file ({first_line(error)}): get it anew") from error
+
+
+def _rows_at_a_time(path: Path, group, source: Source, column: str) -> int:
+    """
+    How many rows of a row group to decode together, so that they do not take much more memory than the file says.
+
+    64, but one where a text that is stored once may be meant by many rows: in a dictionary that is larger than writers
+    make them by themselves (1 MiB), or where every text is told by how it differs from the one before.
+    """
+    chunks = (group.column(i) for i in range(group.num_columns))
+    chunk = next((chunk for chunk in chunks if chunk.path_in_schema == column), None)
+    if chunk is None:
+        return 64
+    size = chunk.total_uncompressed_size
+    if size > MAX_UNPACKED and size > 100 * chunk.total_compressed_size:  # pages may be that large, too
+        raise UserError(
+            f"{source.name} unpacks {chunk.total_compressed_size:,} bytes to {size:,}, which no text does: "
+            "leave it out, or unpack it to .txt or .jsonl"
+        )
+    if "DELTA_BYTE_ARRAY" in chunk.encodings:
+        return 1
+    packed = any("DICTIONARY" in encoding for encoding in chunk.encodings)
+    return 1 if packed and _dictionary_bytes(path, chunk) > MAX_DICTIONARY else 64
+
+
+def _dictionary_bytes(path: Path, chunk) -> int:
+    """The size of a column's dictionary unpacked, as its page says: the second number of Thrift's compact protocol."""
+    numbers: list[int] = []
+    with open(path, "rb") as file:
+        file.seek(chunk.dictionary_page_offset or chunk.data_page_offset)
+        header = iter(file.read(16))
+    for byte in header:  # 0x15 (the next field is an i32), then the number in groups of 7 bits, the lowest first
+        if byte != 0x15:
+            break
+        shift, value, more = 0, 0, True
+        while more:
+            part = next(header, 0)
+            value, shift, more = value | (part & 0x7F) << shift, shift + 7, part >= 0x80
+        numbers.append(value >> 1)  # zigzag
+    return numbers[1] if len(numbers) > 1 else MAX_DICTIONARY + 1
 
 
 def _read_hub(source: Source, column: str) -> Iterator[tuple[str, bool]]:
@@ -388,27 +442,38 @@ def load_arrow_folder(folder: str | os.PathLike) -> dict:
             f"{folder} is not a whole Arrow dataset ({first_line(error)}): copy or make it again"
         ) from error
     splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-    for file in (entry["filename"] for split in splits.values() for entry in split.cache_files):
-        if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):
-            raise UserError(f"{folder} points to {file}, outside itself: copy the data into it, or make it again")
+    _refuse_outside(folder, [entry["filename"] for split in splits.values() for entry in split.cache_files])
     if "train" not in splits:
         raise UserError(f"{folder} has no split called train (there is: {', '.join(splits)}): rename one")
     return splits
+
+
+def _refuse_outside(folder: str | os.PathLike, files: list[str]) -> None:
+    for file in files:
+        if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):
+            raise UserError(f"{folder} points to {file}, outside itself: copy the data into it, or make it again")
 
 
 def load_hub(name: str):
     """
     The rows of a Hub dataset as a stream, or of a folder that `save_to_disk` made.
 
-    `name` is owner/name[:configuration[:split]], with split "train" by default. Raises UserError when it cannot be had.
+    `name` is owner/name[:configuration[:split]], or a folder laid out as a dataset on the Hub in the owner's place,
+    with split "train" by default. Raises UserError when it cannot be had.
     """
-    if os.path.isdir(name):
+    name = os.path.expanduser(name)
+    if is_arrow_folder(Path(name)):
         return load_arrow_folder(name)["train"]
     import datasets
 
     try:
-        hub, configuration, split = (*name.split(":"), "", "")[:3]
+        hub, configuration, split = split_name(name)
+        if os.path.isdir(hub):
+            files = datasets.load_dataset_builder(hub, configuration or None).config.data_files or {}
+            _refuse_outside(hub, [file for of_split in files.values() for file in of_split])
         return datasets.load_dataset(hub, configuration or None, split=split or "train", streaming=True)
+    except UserError:
+        raise
     except Exception as error:  # a dozen unrelated types, each of which means that the data cannot be had
         raise UserError(
             f"{name} is neither a file or folder here nor a Hub dataset that can be reached ({first_line(error)}): "

@@ -13,6 +13,7 @@ from creature.estimate import count_parameters, flops_per_token, tokens_per_seco
 from creature.hardware import attention_kernel, peak_flops
 from creature.launch import own_command
 from creature.machine import Plan
+from creature.optimizer import MOMENTUM
 from creature.trainer import halved_steps, schedule_steps
 
 # Times that a text can be seen before seeing it again stops helping (Muennighoff et al. 2023, "Scaling Data-Constrained
@@ -39,6 +40,10 @@ def identity(settings: Settings, plan: Plan, args, config, data_info: dict, step
         "optimizer": "muon + adamw" if args.matrix_learning_rate else str(getattr(args.optim, "value", args.optim)),
         "learning_rate": args.learning_rate,
         "matrix_learning_rate": args.matrix_learning_rate,
+        "matrix_momentum": MOMENTUM if args.matrix_learning_rate else None,
+        "adam_beta1": args.adam_beta1,
+        "adam_beta2": args.adam_beta2,
+        "adam_epsilon": args.adam_epsilon,
         "weight_decay": args.weight_decay,
         "max_grad_norm": args.max_grad_norm,
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),

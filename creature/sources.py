@@ -64,6 +64,38 @@ def find_sources(inputs: list[str]) -> tuple[list[Source], int]:
     return sources, left_out
 
 
+def split_name(name: str) -> tuple[str, str, str]:
+    """(dataset, configuration, split) of dataset[:configuration[:split]]; empty where they are not said."""
+    drive, rest = os.path.splitdrive(name)
+    dataset, configuration, split = (*rest.split(":", 2), "", "")[:3]
+    return drive + dataset, configuration, split
+
+
+def is_dataset_name(name: str) -> bool:
+    """Whether `datasets.load_dataset` is to open `name`: a dataset on the Hub, or a folder laid out as one."""
+    return is_hub_name(name) or is_hub_folder(name)
+
+
+def is_hub_folder(name: str) -> bool:
+    """
+    Whether `name` is a local copy of a Hub dataset: a folder whose README.md says so, or one with a :configuration or
+    :split behind it.
+    """
+    path = os.path.expanduser(name)
+    if os.path.exists(path):
+        return os.path.isdir(path) and _has_dataset_card(Path(path))
+    return split_name(path)[0] != path and os.path.isdir(split_name(path)[0])
+
+
+def _has_dataset_card(folder: Path) -> bool:
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    card = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
+    return bool(card and re.search(r"^(configs|dataset_info):", card[1], re.MULTILINE))
+
+
 def is_hub_name(name: str) -> bool:
     """Whether `name` reads like owner/dataset[:configuration[:split]] and names nothing on this disk."""
     looks = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]*){0,2}", name) is not None
@@ -85,7 +117,7 @@ def _expand(name: str) -> tuple[list[Path] | None, int]:
         if path.suffix.lower() in NO_TEXT:
             raise UserError(f"{name} holds tokens or weights, not text: train on it as it is, or name a text file")
         return [path], 0
-    if is_arrow_folder(path):
+    if is_arrow_folder(path) or is_hub_folder(name):
         return None, 0
     if path.is_dir():
         return _folder_files(path)

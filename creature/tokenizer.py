@@ -128,6 +128,23 @@ def byte_characters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(rest)) for byte in range(256)]
 
 
+def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """
+    What a model's configuration takes from its tokenizer: vocab_size and the ids of the special tokens.
+
+    NULL and padding get spare ids behind the tokenizer's own where it has no tokens for them; vocab_size is the next
+    multiple of 64, which is what matrix products are fast with.
+    """
+    vocabulary = tokenizer.get_vocab()
+    spare = max(vocabulary.values()) + 1
+    ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    ids = {name: tokenizer.eos_token_id if value is None else value for name, value in ids.items()}
+    for name, value in (("null_token_id", vocabulary.get(NULL_TOKEN)), ("pad_token_id", tokenizer.pad_token_id)):
+        ids[name] = spare if value is None else value
+        spare += value is None
+    return {"vocab_size": -(-spare // 64) * 64} | {name: value for name, value in ids.items() if value is not None}
+
+
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     """
     A sha256 that tells two vocabularies apart: over the sorted entries and the merges.

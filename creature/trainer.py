@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
@@ -29,6 +32,7 @@ from streams_creature import STREAMS, count_targets
 # What a batch may hold to be divided by rows: what senses bring counts by present ticks.
 HALVED_INPUTS = {"input_ids", "labels", "position_ids", "cu_seq_lens_q"}
 _DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+LOG_HISTORY = 1000  # logs that stay in memory and in every trainer_state.json; metrics.jsonl has all of them
 
 
 class CreatureTrainer(Trainer):
@@ -59,15 +63,22 @@ class CreatureTrainer(Trainer):
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
         model = kwargs.get("model") or args[0]
         use_cache = model.config.use_cache
+        self._model_class = type(model)
         super().__init__(*args, **kwargs)
         model.config.use_cache = use_cache  # the Trainer turns it off, and that would land in every checkpoint
-        refuse_shards(getattr(self.accelerator.state, "fsdp_plugin", None))
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        refuse_shards(plugin)
+        if getattr(plugin, "mixed_precision_policy", None) is not None:
+            # accelerate would have the losses rounded to bfloat16 on their way out, and gradients added up in it.
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+            )
         self.throughput = throughput or Throughput()
         self.signals = signals or StopSignals()
         self.finite_guard = FiniteGuard(self._keep_batch)
         # input_ids of two steps: of a step on a GPU, the guard knows in the next one.
         self._recent: deque[tuple[int, list[torch.Tensor]]] = deque(maxlen=2)
-        for callback in (self.throughput, self.signals, _TrainBegin(self._restore_window, self._make_up_evaluation)):
+        for callback in (self.throughput, self.signals, _TrainBegin(self._restore_window, self._resume_evaluation)):
             self.add_callback(callback)
         self.compute_metrics = self.compute_metrics or self._text_metrics
         self._byte_lengths = np.ones(model.config.vocab_size, np.int64) if byte_lengths is None else byte_lengths
@@ -195,6 +206,7 @@ class CreatureTrainer(Trainer):
             if self.args.device.type == "cuda":
                 logs["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.args.device)
         super().log(logs, start_time)
+        del self.state.log_history[:-LOG_HISTORY]
 
     def floating_point_ops(self, inputs: dict) -> int:
         """FLOPs of a micro-batch as the run counts them; the Trainer would look through all parameters each time."""
@@ -268,6 +280,8 @@ class CreatureTrainer(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(grad_norm, DTensor):  # under FSDP 2 every process knows but its part
+            grad_norm = grad_norm.full_tensor()
         # fp16 overflows by design: its gradient scaler skips such a step. Then only the loss must be finite.
         value = self._tr_loss if self.accelerator.scaler is not None else torch.as_tensor(grad_norm)
         self.finite_guard.check(value, self.state.global_step + 1, self.optimizer, self.args.output_dir)
@@ -292,14 +306,25 @@ class CreatureTrainer(Trainer):
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """The Trainer's, but the training draws the same random numbers whether it takes place or not."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
+        prepared = len(self.accelerator._dataloaders)  # accelerate would keep those of all evaluations
         # A DataLoader draws a seed for its workers, also where it has none.
         with self.throughput.paused(), torch.random.fork_rng(devices):
             try:
                 return super().evaluate(*args, **kwargs)
-            except StopEvaluation:
-                self.control.should_evaluate = False
-                self.control.should_save = self.control.should_training_stop = True
-                return {}
+            finally:
+                del self.accelerator._dataloaders[prepared:]
+
+    def _evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """The Trainer's, while it trains; without metrics where a signal cuts it short."""
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except StopEvaluation:
+            self.control.should_evaluate = False
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        return not metrics or super()._determine_best_metric(metrics=metrics, trial=trial)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(None, (token_losses [B, T-1], predictions [B, T-1]), labels [B, T]); the logits live in chunks only."""
@@ -316,7 +341,7 @@ class CreatureTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Load the weights as `from_pretrained` does: it knows the names that parts of transformers are saved under."""
-        if self.is_fsdp_enabled:
+        if isinstance(self.model if model is None else model, FSDPModule):
             with _reading(resume_from_checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -364,19 +389,39 @@ class CreatureTrainer(Trainer):
                 self._stream_losses.copy_(torch.tensor(window["stream_losses"]))
                 self._stream_steps.copy_(torch.tensor(window["stream_steps"]))
 
-    def _make_up_evaluation(self) -> None:
+    def make_up_evaluation(self) -> None:
         """Evaluate where the run was stopped at a step at which it would have evaluated, had there been time."""
-        args, step = self.args, self.state.global_step
-        if not self._resumed_from or args.eval_strategy != IntervalStrategy.STEPS or step % self.state.eval_steps:
+        args, state = self.args, self.state
+        by_steps, last = args.eval_strategy == IntervalStrategy.STEPS, state.global_step >= state.max_steps
+        now, every = (state.global_step, state.eval_steps) if by_steps else (state.epoch or 0, 1)
+        due = args.eval_strategy != IntervalStrategy.NO and now > 0 and now >= args.eval_delay
+        if not due or (now % every and not last):
             return
-        if not any("eval_loss" in entry and entry["step"] == step for entry in self.state.log_history):
-            self.evaluate()
+        if not any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history):
+            self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+
+    def _resume_evaluation(self) -> None:
+        if self._resumed_from:
+            self.make_up_evaluation()
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         self._resumed_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
         if self._resumed_from:
             _read_state(self._resumed_from)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The Trainer's, in which FSDP2 would save torch's own files as the model's code, and the tied table twice."""
+        if not self.is_fsdp_enabled:
+            return super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        state_dict = {n: value for n, value in state_dict.items() if n not in model.all_tied_weights_keys}
+        sharded = type(model)
+        try:
+            model.__class__ = self._model_class
+            super()._save(output_dir, state_dict)
+        finally:
+            model.__class__ = sharded
 
     def load_finished(self, checkpoint: Path) -> None:
         """Take weights and state from the checkpoint of the last step, where nothing is left to train."""
@@ -422,6 +467,8 @@ class CreatureTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self._keep_best(folder, name)
+            if (folder / checkpoints.RUN_FILE).is_file():
+                shutil.copyfile(folder / checkpoints.RUN_FILE, self._aside / name / checkpoints.RUN_FILE)
             checkpoints.seal_checkpoint(self._aside / name)
             _put_in_place(self._aside / name, folder / name)
             checkpoints.rotate(folder, limit, self.protected_steps | {self.state.best_global_step or -1})
@@ -450,7 +497,12 @@ def halve_rows(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]
 
 
 def refuse_shards(fsdp_plugin) -> None:
-    """UserError where FSDP would write sharded checkpoints: torch opens their index as a pickle that may run code."""
+    """
+    UserError where FSDP would write sharded checkpoints, for torch opens their index as a pickle that may run code, and
+    for FSDP 1, which leaves no matrices to Muon.
+    """
+    if getattr(fsdp_plugin, "fsdp_version", 2) == 1:
+        raise UserError("FSDP 1 flattens the matrices that Muon trains: set fsdp_version: 2, as in configs/accelerate")
     if "SHARDED" in str(getattr(fsdp_plugin, "state_dict_type", "")):
         raise UserError(
             "sharded checkpoints cannot be read back safely, for their index is a pickle: set fsdp_state_dict_type: "

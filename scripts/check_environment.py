@@ -36,7 +36,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", help="YAML file of the run (default configs/text_only_config.yaml)")
-    parser.add_argument("--data", help="what the run is to train on")
+    parser.add_argument("--data", nargs="+", help="what the run is to train on")
     parser.add_argument("--dry_run_dir", help="folder of the dry run to look at (default checkpoints/dry_run)")
     return parser.parse_known_args()
 
@@ -158,8 +158,8 @@ def check_configuration(arguments: argparse.Namespace, rest: list[str]) -> tuple
 
     flags = [*rest]
     for name in ("config", "data"):
-        if getattr(arguments, name):
-            flags += [f"--{name}", getattr(arguments, name)]
+        if value := getattr(arguments, name):
+            flags += [f"--{name}", *([value] if isinstance(value, str) else value)]
     settings = parse_settings(flags)
     from creature.estimate import count_parameters
     from creature.job import build_config
@@ -190,30 +190,34 @@ def check_data(settings, config) -> tuple[bool, str]:
     source = settings.data.get("data")
     if not source:
         raise UserError("none is named: make one with scripts/tokenize_corpus.py, and name it with --data")
+    from creature.data import load_splits
+    from creature.mixture import parse_parts
     from creature.sources import TOKEN_FILES
 
-    path = Path(source)
-    tokens = path.suffix in TOKEN_FILES or (
-        path.is_dir() and any(file.suffix in (*TOKEN_FILES, ".arrow") for file in path.rglob("*"))
-    )
-    if not tokens:
-        if not path.exists():
-            raise UserError(f"{source} is not here: check the path, or make it with scripts/tokenize_corpus.py")
-        return True, f"{source}, text; it is tokenized when the run begins"
-    from creature.data import load_splits
-
-    splits = load_splits(
-        source,
-        block_size=settings.data.get("block_size") or config.max_position_embeddings,
-        vocab_size=config.vocab_size,
-        tokenizer_name=settings.data.get("tokenizer_name", "gpt2"),
-    )
-    count = splits.info["tokens"]
+    names, _ = parse_parts(source)
+    count = 0
+    for name in names:
+        path = Path(name)
+        tokens = path.suffix in TOKEN_FILES or (
+            path.is_dir() and any(file.suffix in (*TOKEN_FILES, ".arrow") for file in path.rglob("*"))
+        )
+        if not tokens and not path.exists():
+            raise UserError(f"{name} is not here: check the path, or make it with scripts/tokenize_corpus.py")
+        if not tokens:
+            return True, f"{name}, text; it is tokenized when the run begins"
+        splits = load_splits(
+            name,
+            block_size=settings.data.get("block_size") or config.max_position_embeddings,
+            vocab_size=config.vocab_size,
+            tokenizer_name=settings.data.get("tokenizer_name", "gpt2"),
+            train_tokens=settings.data.get("train_tokens"),
+        )
+        count += splits.info["tokens"]
     advice = ""
     if count < TOKENS_RECOMMENDED:
         least = "the least to learn from is 10 M, " if count < TOKENS_MINIMUM else ""
         advice = f" ({least}100 M and more are recommended)"
-    return True, f"{source}, {count:,} tokens{advice}"
+    return True, f"{' '.join(names)}, {count:,} tokens{advice}"
 
 
 def check_output(settings) -> tuple[bool, str]:

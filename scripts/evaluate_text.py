@@ -4,10 +4,12 @@ examples:
   python scripts/evaluate_text.py --checkpoint checkpoints/text_only --data data/corpus.bin
   python scripts/evaluate_text.py --checkpoint checkpoints/text_only --data book.txt --block_size 512
   python scripts/evaluate_text.py --checkpoint checkpoints/text_only --data data/corpus.bin --all
+  python scripts/evaluate_text.py --checkpoint checkpoints/text_only --data books --documents
 
 --data is anything run_clm_creature.py trains on. Its validation split is evaluated where it has one, else all of it, in
 blocks; --split says otherwise. --all takes every complete checkpoint of a run: a table of the progression, a figure
-(RUN/evaluation.png) and a sample from each.
+(RUN/evaluation.png) and a sample from each. --documents takes text and gives a table of its documents: each is read
+from its first token to its last, in windows of the context, as lm_eval reads it.
 """
 
 import argparse
@@ -26,6 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, help="folder of a run, of a checkpoint or of a saved model")
     parser.add_argument("--data", required=True, help="token file, Arrow folder, text file or folder, or Hub name")
     parser.add_argument("--all", action="store_true", help="every complete checkpoint of the run")
+    parser.add_argument("--documents", action="store_true", help="a table with a line for each document of a text")
     parser.add_argument("--split", choices=("validation", "train"), help="default: validation where there is one")
     parser.add_argument("--block_size", type=int, help="tokens read at once (default: the creature's context)")
     parser.add_argument("--batch_size", type=int, help="blocks computed at once (default 16 on a GPU, 1 on a CPU)")
@@ -45,6 +48,10 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1")
     if arguments.output and not arguments.all:
         parser.error("--output is the figure of --all")
+    if arguments.documents:
+        for name in ("all", "split", "max_blocks", "separate_documents"):
+            if getattr(arguments, name) is not None and getattr(arguments, name) is not False:
+                parser.error(f"--documents reads every document of a text, each on its own: leave out --{name}")
     return arguments
 
 
@@ -62,6 +69,9 @@ def main() -> None:
     device = device_info(arguments.device)
     config = load_config(folders[0][1])
     tokenizer = load_own_tokenizer(folders[0][1])
+    if arguments.documents:
+        report_documents(folders[0][1], config, tokenizer, device, arguments)
+        return
     if arguments.separate_documents is None:
         arguments.separate_documents = trained_apart(folders[0][1])
     rows = open_data(arguments, config, tokenizer, folders[0][1])
@@ -159,6 +169,42 @@ def evaluate(folder: Path, rows, lengths, tokenizer, device, arguments) -> tuple
 
         sample = draw(model, tokenizer, arguments.prompt)
     return metrics.compute(), sample
+
+
+def report_documents(folder: Path, config, tokenizer, device, arguments: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from creature.evaluation import Score, score_documents, whole_documents
+    from creature.loading import load_model
+
+    context = config.max_position_embeddings
+    block_size = arguments.block_size or context
+    if block_size > context:
+        raise UserError(f"--block_size {block_size:,} is more than the creature's context: {context:,} at most")
+    print(f"evaluating {folder} on {device.name}, windows of {block_size:,} tokens", file=sys.stderr)
+    documents = whole_documents(arguments.data)
+    model = load_model(folder, device.kind, torch.float32)
+    half = device.kind == "cuda" and device.bf16
+    with torch.autocast(device.kind, dtype=torch.bfloat16, enabled=half):
+        scores = score_documents(
+            model,
+            tokenizer,
+            documents,
+            block_size=block_size,
+            batch_size=arguments.batch_size or (1 if device.kind == "cpu" else 16),
+            progress=lambda batches: tqdm(batches, unit="batch", file=sys.stderr, disable=None, leave=False),
+        )
+    total = Score()
+    for score in scores.values():
+        total.add(score)
+    names = {name: name if len(name) <= 40 else f"...{name[-37:]}" for name in scores}
+    width = max(len("document"), *map(len, names.values()))
+    header = f"{'document':<{width}}{'tokens':>12}{'bytes':>14}"
+    print(header + "".join(f"{label:>15}" for label in NAMES.values()))
+    for name, score in [*scores.items(), (f"all {len(scores):,}", total)]:
+        line = f"{names.get(name, name):<{width}}{score.tokens:>12,}{score.bytes:>14,}"
+        print(line + "".join(f"{getattr(score, metric):>15.4f}" for metric in NAMES))
 
 
 def report_progression(results: list[dict], arguments: argparse.Namespace) -> None:

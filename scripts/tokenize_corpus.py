@@ -4,11 +4,14 @@ examples:
   python scripts/tokenize_corpus.py --input books/ --output data/corpus.bin
   python scripts/tokenize_corpus.py --input a.txt "more/*.jsonl.zst" --text_column content --output data/corpus.bin
   python scripts/tokenize_corpus.py --input roneneldan/TinyStories --output data/tinystories
+  python scripts/tokenize_corpus.py --input HuggingFaceFW/fineweb-edu:sample-10BT --train_tokens 1000000000 \\
+      --output data/fineweb.bin
 
 Reads .txt, .md, .jsonl, .json, .csv, .tsv and .parquet files, plain or as .gz, .bz2, .xz, .zst, and datasets on the
-Hub. A file of plain text is one document, or several with lines that read <|endoftext|> between them; an end-of-text
-token follows each. Memory stays small whatever the size of the input. Writes corpus.bin (uint16 ids),
-corpus.valid.bin and corpus.manifest.json, or an Arrow folder.
+Hub (owner/name, owner/name:configuration:split, or a folder laid out as one), as a stream. A file of plain text is one
+document, or several with lines that read <|endoftext|> between them; an end-of-text token follows each. Memory stays
+small whatever the size of the input. Writes corpus.bin (uint16 ids), corpus.valid.bin and corpus.manifest.json, or an
+Arrow folder.
 """
 
 import argparse
@@ -23,7 +26,7 @@ from creature.errors import run_main  # noqa: E402
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="NAME", help="files, folders, globs, or Hub names (owner/name)")
+    add("--input", nargs="+", required=True, metavar="NAME", help="files, folders, globs, or Hub names")
     add("--output", required=True, help="a .bin file, or (without an ending) a folder for an Arrow dataset")
     add(
         *_spellings("validation_fraction"),
@@ -46,6 +49,12 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME",
         help="where records (jsonl, json, csv, parquet, Hub) have their text (default text)",
     )
+    add(
+        *_spellings("train_tokens"),
+        type=int,
+        metavar="N",
+        help="stop after so many training tokens, and read the input no further",
+    )
     add("--overwrite", action="store_true", help="replace an output that exists")
     return parser.parse_args()
 
@@ -66,6 +75,7 @@ def main() -> None:
         workers=arguments.workers,
         tokenizer_name=arguments.tokenizer_name,
         text_column=arguments.text_column,
+        train_tokens=arguments.train_tokens,
         overwrite=arguments.overwrite,
     )
     report(arguments, manifest)

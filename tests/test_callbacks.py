@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from creature import callbacks
+from creature import callbacks, checkpoints
 from creature.errors import UserError
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -111,8 +111,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_way_back(tmp_
     guard.check(torch.tensor(3.0), 4, None, str(tmp_path))
     with pytest.raises(UserError, match="in step 5.*no checkpoint yet"):
         guard.check(torch.tensor(value), 5, None, str(tmp_path))
-    (tmp_path / "checkpoint-4").mkdir()
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        (folder / "scheduler.pt").write_bytes(b"rates")
+        checkpoints.seal_checkpoint(folder)
     with pytest.raises(UserError, match="checkpoint-4: --resume it with a lower --learning_rate"):
+        guard.check(torch.tensor(value), 5, None, str(tmp_path))
+    (tmp_path / "checkpoint-4" / "scheduler.pt").write_bytes(b"rated")
+    with pytest.raises(UserError, match="checkpoint-2: --resume it"):  # the newest that is whole
         guard.check(torch.tensor(value), 5, None, str(tmp_path))
 
 
@@ -138,6 +146,15 @@ def test_each_ailment_is_told_once_with_what_to_look_at():
     assert len(slow) == 1 and "fewer than 5" in slow[0] and "GPU" in slow[0]
     spike = advise([3.0 - 0.01 * i for i in range(15)] + [6.0])
     assert len(spike) == 1 and "jumped" in spike[0] and "step 16" in spike[0]
+
+
+def test_a_jump_is_told_right_after_a_resume_too():
+    said = []
+    health = callbacks.HealthAdvice(say=said.append)
+    history = [{"loss": 3.0 - 0.01 * step, "step": step} for step in range(1, 12)] + [{"eval_loss": 2.9, "step": 11}]
+    health.on_train_begin(arguments(), state(global_step=11, log_history=history), TrainerControl())
+    health.on_log(arguments(), state(global_step=12), TrainerControl(), logs={"loss": 6.0})
+    assert len(said) == 1 and "jumped to 6.00 at step 12 from 2.89" in said[0]
 
 
 def test_a_loss_above_five_is_normal_early_on():

@@ -125,10 +125,12 @@ def test_differences_are_spelled_out_and_noise_is_not():
 
 def test_metrics_are_rewound_and_a_cut_line_is_left_out(tmp_path):
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
+    evaluated = json.dumps({"step": 2, "eval_loss": 2.0})
+    lines[2:2] = [evaluated, evaluated]  # made up by a resumed run that was killed before it had saved
     (tmp_path / checkpoints.METRICS_FILE).write_text("\n".join(lines) + '\n{"step": 4, "lo')
-    assert [entry["step"] for entry in checkpoints.read_metrics(tmp_path)] == [1, 2, 3]
+    assert [entry["step"] for entry in checkpoints.read_metrics(tmp_path)] == [1, 2, 2, 2, 3]
     checkpoints.rewind_metrics(tmp_path, 2)
-    assert (tmp_path / checkpoints.METRICS_FILE).read_text() == "\n".join(lines[:2]) + "\n"
+    assert (tmp_path / checkpoints.METRICS_FILE).read_text() == "\n".join(lines[:3]) + "\n"
 
 
 def ask(folder, dry_run=False, resume=False, overwrite=False):
@@ -171,6 +173,24 @@ def test_a_folder_that_is_not_a_run_is_never_taken(tmp_path):
         ask(tmp_path / "broken")
 
 
+def test_a_lost_run_json_is_found_again_in_the_newest_checkpoint_with_a_copy(tmp_path, capsys):
+    for step in (3, 5, 7):
+        make_checkpoint(tmp_path, step)
+        run = {"identity": {"max_steps": 10, "warmup_steps": 1, "decay_steps": 4, "micro_batch": step}}
+        (tmp_path / f"checkpoint-{step}" / "run.json").write_text(json.dumps(run | {"decay_start": None}))
+    (tmp_path / "checkpoint-7" / "run.json").write_text('{"identity": ')
+    for damage in ("", '{"identity": {"micro_b', "[]"):
+        (tmp_path / "run.json").write_text(damage)
+        ask(tmp_path, resume=True)
+        assert checkpoints.read_resumed(tmp_path)["identity"]["micro_batch"] == 5
+    (tmp_path / "run.json").unlink()
+    ask(tmp_path, resume=True)
+    assert checkpoints.read_resumed(tmp_path)["identity"]["micro_batch"] == 5
+    assert "lost or damaged" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds no run"):
+        ask(tmp_path, overwrite=True)  # only what is surely a run is deleted
+
+
 def test_claiming_clears_an_old_run_and_keeps_a_resumed_one(tmp_path):
     make_run(tmp_path)
     make_checkpoint(tmp_path, 3)
@@ -182,7 +202,6 @@ def test_claiming_clears_an_old_run_and_keeps_a_resumed_one(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(os.name == "nt", reason="folders are locked on POSIX only")
 def test_a_folder_that_another_process_writes_to_is_left_alone(tmp_path):
     (tmp_path / "run.json").write_text('{"identity": {}}')
     code = "import sys, creature.checkpoints as c; c.lock_output(sys.argv[1]); print('held', flush=True); input()"

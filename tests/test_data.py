@@ -405,3 +405,34 @@ def test_a_slip_in_a_path_does_not_ask_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
     with pytest.raises(UserError, match="books/nowhere does not exist"):
         open_blocks("books/nowhere")
+
+
+@pytest.mark.parametrize("output", ["out.bin", "folder"])
+@pytest.mark.parametrize("moment", ["_find_streams", "dataset_of_blocks"])
+def test_a_corpus_that_is_replaced_while_it_is_opened_is_the_new_one_whole(tmp_path, monkeypatch, output, moment):
+    for name in ("old", "new"):
+        documents = "\n".join(json.dumps({"text": f"{name} {number} " * 20}) for number in range(60))
+        (tmp_path / f"{name}.jsonl").write_text(documents)
+
+    def tokenize(name, output=output):
+        options = {"validation_fraction": 0.3, "overwrite": True, "progress": False, "workers": 1}
+        tokenize_corpus([str(tmp_path / f"{name}.jsonl")], str(tmp_path / output), **options)
+
+    tokenize("old")
+    tokenize("new", f"other_{output}")
+    real, waiting = getattr(data, moment), ["new"]
+
+    def replaced_meanwhile(*args, **kwargs):
+        found = real(*args, **kwargs)
+        if waiting:
+            tokenize(waiting.pop())
+        return found
+
+    monkeypatch.setattr(data, moment, replaced_meanwhile)
+    opened = open_blocks(tmp_path / output, 16)
+    expected = open_blocks(tmp_path / f"other_{output}", 16)
+    assert np.array_equal(rows(opened.train), rows(expected.train))
+    assert np.array_equal(rows(opened.validation), rows(expected.validation))
+    waiting += ["old", "new"] * 10
+    with pytest.raises(UserError, match="replaced again and again"):
+        open_blocks(tmp_path / output, 16)

@@ -12,12 +12,15 @@ from creature.errors import UserError
 from creature.files import (
     free_bytes,
     is_disk_full,
+    lock_folder,
     one_at_a_time,
     replace_file,
     require_writable,
     sha256_file,
     telling_of_failed_writes,
 )
+
+fcntl = files.fcntl  # None on Windows
 
 
 def names(folder):
@@ -88,8 +91,39 @@ def test_a_reader_during_a_write_sees_the_old_or_the_new_file(tmp_path):
     assert seen <= {"a" * 100_000, "b" * 100_000} and names(tmp_path) == ["state.json"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="folders are locked on POSIX only")
-def test_one_at_a_time(tmp_path):
+class Msvcrt:
+    """Stands in for Windows' module: a lock of a handle, which no other handle gets, not even of this process."""
+
+    LK_NBLCK = 2
+
+    @staticmethod
+    def locking(descriptor, mode, count):
+        assert mode == Msvcrt.LK_NBLCK and count == 1
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PermissionError(errno.EACCES, "Permission denied") from error
+
+
+@pytest.fixture(params=["own", "Windows"])
+def locks(request, monkeypatch):
+    """Locks as this system has them, and as on Windows."""
+    if request.param == "Windows" and fcntl is not None:
+        monkeypatch.setattr(files, "fcntl", None)
+        monkeypatch.setattr(files, "msvcrt", Msvcrt, raising=False)
+
+
+def test_a_folder_is_held_until_it_is_let_go(tmp_path, locks):
+    held = lock_folder(tmp_path)
+    with pytest.raises(BlockingIOError):
+        lock_folder(tmp_path)
+    (tmp_path / "other").mkdir()
+    os.close(lock_folder(tmp_path / "other"))
+    os.close(held)
+    os.close(lock_folder(tmp_path))
+
+
+def test_one_at_a_time(tmp_path, locks):
     inside = threading.Event()
 
     def enter():

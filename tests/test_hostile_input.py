@@ -16,16 +16,20 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from damage import BROKEN_JSON, answer, changed, damaged, dumped, examples, no_hang
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from creature import args
+from creature import args, readers
 from creature.corpus import tokenize_corpus
 from creature.data import load_splits
-from creature.errors import run_main
+from creature.errors import UserError, run_main
+from creature.readers import read_documents
+from creature.sources import find_sources
 
 TOKENS = np.random.default_rng(0).integers(0, 50257, 400).astype("<u2")
 
@@ -295,6 +299,23 @@ def test_any_command_line_is_taken_or_told(fields_once, argv):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        (["x" * 1001], "record of more than"),
+        (["some words " * 90] * 300, "unpacks .* bytes to .*, which no text does"),
+        ([b"bytes"], "the column 'text' is of type binary, not text; .*--text_column"),
+        ([["a", "b"]], "is of type list<.*>, not text"),
+    ],
+)
+def test_a_parquet_column_that_cannot_be_text_is_told_as_such(tmp_path, monkeypatch, column, words):
+    monkeypatch.setattr(readers, "MAX_RECORD", 1000)
+    monkeypatch.setattr(readers, "MAX_UNPACKED", 100_000)
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", use_dictionary=False, compression="zstd")
+    with pytest.raises(UserError, match=words):
+        list(read_documents(find_sources([str(tmp_path / "a.parquet")])[0][0]))
+
+
 def peak_of(work) -> int:
     """Bytes by which the memory of this process grew at most while `work` ran, whatever it ended with."""
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
@@ -334,7 +355,16 @@ def test_no_file_takes_more_than_twice_the_memory_of_a_good_one(tmp_path):
     (bad / "a.jsonl.gz").write_bytes(b"".join(gzip.compress(b"x" * (1 << 24), 1) for _ in range(16)))
     (bad / "a.yaml").write_text(LAUGHS + "model: {loss_weights: {internal_text: *i}}\n")
 
+    text = "some words " * 500_000
+    pq.write_table(pa.table({"text": [text] * 2}), good / "a.parquet")
+    packed = {"dictionary_pagesize_limit": 1 << 30}, {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY"}
+    for number, options in enumerate(packed):  # each text once in the file, however many rows mean it
+        pq.write_table(pa.table({"text": [*"abc", *[text] * 80]}), bad / f"{number}.parquet", **options)
+    pq.write_table(pa.table({"text": [text] * 80}), bad / "plain.parquet", use_dictionary=False, compression="zstd")
+
     def work(path):
+        if path.suffix == ".parquet":
+            return lambda: sum(len(text) for text, _ in read_documents(find_sources([str(path)])[0][0]))
         if path.suffix == ".gz":
             return lambda: tokenize_corpus([str(path)], str(tmp_path / "out.bin"), overwrite=True, progress=False)
         if path.suffix == ".yaml":

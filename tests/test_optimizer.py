@@ -5,6 +5,9 @@ import copy
 import pytest
 import torch
 from creatures import micro_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 
 from creature.optimizer import _POLAR_EXPRESS, MuonAdamW, orthogonalize, parameter_groups
 
@@ -91,6 +94,16 @@ def test_a_muon_step_is_orthogonal_and_as_large_as_the_rate():
     assert values.min() > 0.5 and values.max() < 1.3
 
 
+def test_no_gradient_is_no_step():
+    """torch takes such a step, at rate 0, before it loads a sharded state."""
+    parameter = torch.nn.Parameter(draw(8, 4))
+    before = parameter.detach().clone()
+    optimizer = MuonAdamW([{"params": [parameter], "lr": 0.02, "muon": True}])
+    parameter.grad = torch.zeros(8, 4)
+    optimizer.step()
+    assert torch.equal(parameter, before)
+
+
 def test_saving_and_loading_goes_on_bit_for_bit():
     model = micro_model()
     model.train_only()
@@ -102,6 +115,36 @@ def test_saving_and_loading_goes_on_bit_for_bit():
     take_steps(model, optimizer, 3, 2)
     take_steps(twin, resumed, 3, 2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.fixture
+def mesh():
+    """A process group of this process alone: tensors on it are sharded as on many."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_parameters_take_the_same_steps_and_none_that_is_not_finite(mesh):
+    model = micro_model()
+    model.train_only()
+    twin = copy.deepcopy(model)
+    fully_shard(twin, mesh=mesh)
+    optimizer, sharded = MuonAdamW(groups(model)), MuonAdamW(groups(twin))
+    for step in range(3):
+        finite = step != 1
+        optimizer.found_inf = sharded.found_inf = torch.tensor(0.0 if finite else 1.0)
+        pairs = list(zip(model.parameters(), twin.parameters(), strict=True))
+        before = [param.full_tensor().clone() for _, param in pairs]
+        for index, (plain, shard) in enumerate(pairs):
+            if plain.requires_grad:
+                plain.grad = draw(*plain.shape, seed=1000 * step + index)
+                shard.grad = distribute_tensor(plain.grad, mesh, shard.placements)
+        optimizer.step()
+        sharded.step()
+        changed = [not torch.equal(old, shard.full_tensor()) for old, (_, shard) in zip(before, pairs, strict=True)]
+        assert any(changed) == finite
+        assert all(torch.equal(plain, shard.full_tensor()) for plain, shard in pairs)
 
 
 def test_a_step_marked_as_not_finite_changes_nothing():

@@ -87,6 +87,8 @@ def test_loads_generates_and_saves_again_in_a_process_without_the_project(folder
     expected = load_file({str(folder.parent / "expected.safetensors")!r})
 
     def check(folder):
+        # First, while nothing but the folder tells AutoModel of the backbone: so servers load it.
+        assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "CreatureModel"
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         assert type(model).__name__ == "MultiModalCreature" and type(config).__name__ == "CreatureConfig"
@@ -102,7 +104,6 @@ def test_loads_generates_and_saves_again_in_a_process_without_the_project(folder
         # A config object of one load and the class of another: two modules of the same file.
         other = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
         assert other.num_parameters() == model.num_parameters()
-        assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "CreatureModel"
         # It is trainable here, too.
         model.train()(**batch).loss.backward()
         return model

@@ -142,10 +142,41 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_the_same_log(place, monke
         run(monkeypatch, "--max_steps", 12, "--output_dir", "broken")
     truncated = Path("broken/checkpoint-9")
     truncated.mkdir()
+    Path("broken/run.json").write_bytes(Path("broken/run.json").read_bytes()[:1000])
     run(monkeypatch, "--max_steps", 12, "--output_dir", "broken", "--resume")
-    assert "skipped checkpoint-9" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "skipped checkpoint-9" in output and "its copy in a checkpoint is read" in output
+    assert json.loads(Path("broken/run.json").read_text())["status"] == "finished"
     assert_same_weights("whole", "broken")
     assert curve("whole") == curve("broken")
+
+
+def test_a_signal_in_the_last_step_costs_neither_the_evaluation_nor_the_model(place, monkeypatch):
+    from creature.callbacks import StopSignals
+    from creature.trainer import CreatureTrainer
+
+    run(monkeypatch, "--max_steps", 6, "--output_dir", "whole")
+    original = StopSignals.on_step_end
+
+    def signal_at_the_end(self, args, state, control, **kwargs):
+        self.requested = "SIGTERM" if state.global_step == 6 else ""
+        return original(self, args, state, control, **kwargs)
+
+    def leave(self):
+        raise SystemExit(143)  # as a second signal would
+
+    monkeypatch.setattr(StopSignals, "on_step_end", signal_at_the_end)
+    run(monkeypatch, "--max_steps", 6, "--output_dir", "stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(CreatureTrainer, "make_up_evaluation", leave)
+        with pytest.raises(SystemExit):
+            run(patch, "--max_steps", 6, "--output_dir", "twice")
+    assert not curve("twice", "eval_loss") and not Path("twice/model.safetensors").exists()
+    run(monkeypatch, "--max_steps", 6, "--output_dir", "twice", "--resume")
+    for folder in ("stopped", "twice"):
+        assert checkpoints.read_run(folder)["status"] == "finished"
+        assert curve(folder, "eval_loss") == curve("whole", "eval_loss") and curve(folder) == curve("whole")
+        assert_same_weights(folder, "whole")
 
 
 def test_a_finished_run_is_extended_as_if_it_had_been_longer_from_the_start(place, monkeypatch):
@@ -170,6 +201,8 @@ def test_what_differs_from_the_run_to_resume_is_spelled_out(place, monkeypatch, 
     again = ("--max_steps", 12, "--output_dir", "a", "--resume")
     with pytest.raises(UserError, match="micro_batch was 2 and is now 1"):
         run(monkeypatch, *again, "--per_device_train_batch_size", 1)
+    with pytest.raises(UserError, match="adam_beta2 was 0.95 and is now 0.99; adam_epsilon was 1e-10 and is now 1e-08"):
+        run(monkeypatch, *again, "--adam_beta2", 0.99, "--adam_epsilon", 1e-8)
     with pytest.raises(UserError, match="learning_rate was 0.01 and is now 0.001.*--accept_changes"):
         run(monkeypatch, *again, "--learning_rate", 1e-3)
     with pytest.raises(UserError, match="another configuration: model.intermediate_size was 32 and is now 64"):
@@ -232,7 +265,6 @@ def test_two_processes_give_the_curve_of_one_with_twice_the_accumulation(place, 
         assert curve("one", key) == pytest.approx(curve("two", key), rel=1e-4), key
 
 
-@pytest.mark.skipif(os.name == "nt", reason="folders are locked on POSIX only")
 def test_of_two_runs_started_into_one_folder_one_is_refused(place):
     runs = [start("--max_steps", 12, "--output_dir", "out") for _ in range(2)]
     outputs = [process.communicate(timeout=200) for process in runs]

@@ -20,6 +20,8 @@ from modeling_creature import MultiModalCreature
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 TOOLS = (
     "tokenize_corpus",
+    "train_tokenizer",
+    "collect_shards",
     "make_sample_corpus",
     "estimate",
     "plot_run",
@@ -27,6 +29,7 @@ TOOLS = (
     "demo",
     "evaluate_text",
     "inspect_corpus",
+    "export",
     "check_environment",
 )
 MICRO = {
@@ -286,6 +289,27 @@ def test_evaluate_all(tool, run_folder, text_file, tmp_path):
     assert out.count("Once upon a time") == 3 and (tmp_path / "all.png").is_file()
 
 
+def test_evaluate_documents(tool, run_folder, text_file, tmp_path):
+    (tmp_path / "a.txt").write_text("A fox met a hen.\n<|endoftext|>\nThe hen ran — away.", encoding="utf-8")
+    (tmp_path / "b.txt").write_text(text_file.read_text(), encoding="utf-8")
+    code, out, err = tool("evaluate_text", "--checkpoint", run_folder, "--data", "*.txt", "--documents")
+    assert code == 0, err
+    header, *lines = [re.split(r"\s{2,}", line) for line in out.splitlines()]
+    assert header == ["document", "tokens", "bytes", "loss", "perplexity", "bits per byte", "accuracy"]
+    assert [line[0] for line in lines] == ["a.txt", "a.txt:2", "b.txt", "all 3"]
+    table = [[float(cell.replace(",", "")) for cell in line[1:]] for line in lines]
+    assert table[1][1] == len("The hen ran — away.".encode())
+    for column in (0, 1):
+        assert sum(row[column] for row in table[:3]) == table[3][column]
+    assert table[3][2] == pytest.approx(sum(row[0] * row[2] for row in table[:3]) / table[3][0], abs=1e-3)
+    for tokens, size, loss, perplexity, bits, _ in table:
+        assert perplexity == pytest.approx(2.718281828**loss, rel=1e-3)
+        assert bits == pytest.approx(loss * tokens / size / 0.693147, abs=1e-3)
+    short = tool("evaluate_text", "--checkpoint", run_folder, "--data", "b.txt", "--documents", "--block_size", 8)[1]
+    assert short.splitlines()[1].split()[1:3] == out.splitlines()[3].split()[1:3]
+    assert short.splitlines()[1].split()[3] != out.splitlines()[3].split()[3]  # less to read before each token
+
+
 def test_evaluate_refuses_in_words(tool, run_folder, text_file, tmp_path):
     def refusal(*arguments):
         code, out, err = tool("evaluate_text", *arguments)
@@ -296,6 +320,11 @@ def test_evaluate_refuses_in_words(tool, run_folder, text_file, tmp_path):
     assert "no folder missing" in refusal("--checkpoint", "missing", "--data", text_file)
     assert "figure of --all" in refusal("--checkpoint", run_folder, "--data", text_file, "--output", "x.png")
     assert "no validation split" in refusal("--checkpoint", run_folder, "--data", text_file, "--split", "validation")
+    documents = ("--checkpoint", run_folder, "--documents", "--data")
+    assert "holds tokens" in refusal(*documents, "corpus.bin")
+    assert "leave out --all" in refusal(*documents, text_file, "--all")
+    assert "leave out --separate_documents" in refusal(*documents, text_file, "--separate_documents")
+    assert "context: 64 at most" in refusal(*documents, text_file, "--block_size", 65)
     (tmp_path / "short.txt").write_text("too short")
     assert "block" in refusal("--checkpoint", run_folder, "--data", "short.txt")
 

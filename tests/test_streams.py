@@ -404,6 +404,16 @@ def test_chunked_cross_entropy_under_bf16_autocast(monkeypatch):
             assert (mine - true).norm() / true.norm() < 1e-2
 
 
+def test_autocast_rounds_the_logits_but_not_the_loss():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(600, 32).bfloat16().float(), torch.randn(64, 32).bfloat16().float()
+    targets, ones = torch.randint(0, 64, (600,)), torch.ones(600)
+    expected = F.cross_entropy((hidden @ weight.t()).bfloat16().float(), targets, reduction="sum")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_cross_entropy(hidden, weight, targets, ones)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)  # bfloat16 would be off by up to 4e-3
+
+
 def test_chunked_cross_entropy_of_frozen_parts():
     hidden, weight, *rest = random_head(dtype=torch.float32)
     expected = value_and_gradients(linear_cross_entropy, hidden, weight, *rest)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from creature import callbacks, checkpoints
+from creature import trainer as trainer_module
 from creature.callbacks import MetricsFile
 from creature.data import collate_blocks
 from creature.errors import UserError
@@ -232,30 +233,78 @@ def test_a_resumed_run_is_bit_equal_to_an_unbroken_one(tmp_path, stop):
         assert losses_of(unbroken, key) == losses_of(resumed, key), key
 
 
-class StopInstead(StopAt):
-    """Stops and saves at a step, as a signal does: without the evaluation that is due."""
+class AskToStop(TrainerCallback):
+    """What a signal during a step does."""
 
-    def on_step_end(self, args, state, control, **kwargs):
-        super().on_step_end(args, state, control, **kwargs)
-        control.should_evaluate &= state.global_step != self.step
+    def __init__(self, step):
+        self.step, self.signals = step, None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            self.signals.requested = "SIGTERM"
 
 
-def test_an_evaluation_that_a_stop_left_out_changes_nothing_and_is_made_up(tmp_path):
+def asked_to_stop(folder, step, **settings):
+    ask = AskToStop(step)
+    trainer = make_trainer(folder, callbacks=[ask], **settings)
+    ask.signals = trainer.signals
+    trainer.train()
+    assert trainer.state.global_step == step and trainer.signals.stopped
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("by", "stop"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 2}, 4),
+        ({"eval_strategy": "epoch", "logging_strategy": "epoch"}, 3),  # which would have been the end of an epoch of 6
+        ({"eval_strategy": "epoch", "logging_strategy": "epoch"}, 6),
+    ],
+)
+def test_an_evaluation_that_a_stop_left_out_changes_nothing_and_is_made_up(tmp_path, by, stop):
     def config():
         return micro_config(loss_weights=dict(TEXT_ONLY), attention_dropout=0.2)
 
-    settings = dict(eval_rows=Rows(5, seed=1), eval_strategy="steps", eval_steps=2)
+    settings = dict(eval_rows=Rows(5, seed=1), max_steps=9, **by)
     unbroken = make_trainer(tmp_path / "a", config=config(), **settings)
     unbroken.train()
-    make_trainer(tmp_path / "b", config=config(), callbacks=[StopInstead(4)], **settings).train()
+    broken = asked_to_stop(tmp_path / "b", stop, config=config(), **settings)
+    evaluated = {entry["step"] for entry in broken.state.log_history if "eval_loss" in entry}
+    assert stop not in evaluated
     resumed = make_trainer(tmp_path / "b", config=config(), **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-4"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{stop}"))
     assert_same(weights_of(unbroken), weights_of(resumed))
-    for key in ("loss", "eval_loss"):
+    for key in ("loss", "eval_loss", "step"):
         assert losses_of(unbroken, key) == losses_of(resumed, key) and losses_of(resumed, key), key
-    quiet = make_trainer(tmp_path / "c", config=config())
+    quiet = make_trainer(tmp_path / "c", config=config(), **(settings | {"eval_strategy": "no"}))
     quiet.train()
     assert_same(weights_of(unbroken), weights_of(quiet))
+
+
+def test_a_stop_in_the_last_step_saves_first_and_evaluates_then(tmp_path):
+    settings = dict(eval_rows=Rows(5, seed=1), eval_strategy="steps", eval_steps=4)
+    trainer = asked_to_stop(tmp_path, 6, **settings)
+    assert checkpoints.problem_with(tmp_path / "checkpoint-6") is None
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [4]
+    trainer.make_up_evaluation()  # as the job does
+    (loss,) = [entry["eval_loss"] for entry in trainer.state.log_history if entry["step"] == 6 and "eval_loss" in entry]
+    trainer.make_up_evaluation()
+    assert len(losses_of(trainer, "eval_loss")) == 2
+    killed_meanwhile = make_trainer(tmp_path, seed=99, **settings)
+    killed_meanwhile.load_finished(tmp_path / "checkpoint-6")
+    killed_meanwhile.make_up_evaluation()
+    assert losses_of(killed_meanwhile, "eval_loss")[-1] == loss
+
+
+def test_what_a_run_remembers_of_its_logs_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "LOG_HISTORY", 5)
+    trainer = make_trainer(tmp_path, eval_rows=Rows(3), eval_strategy="steps", eval_steps=1, save_steps=6)
+    trainer.add_callback(MetricsFile(tmp_path))
+    trainer.train()
+    assert len(trainer.state.log_history) == 5 and len(checkpoints.read_metrics(tmp_path)) == 12
+    saved = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in saved] == [4, 5, 5, 6, 6]
+    assert len(trainer.accelerator._dataloaders) == 1  # not those of all evaluations
 
 
 def test_settings_of_the_optimizer_come_from_the_run_and_not_from_the_checkpoint(tmp_path):

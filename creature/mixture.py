@@ -1,0 +1,142 @@
+"""Several sources as one: `--data a.bin:0.7 b.bin:0.3`, in these proportions from the first block to the last.
+
+Which part the n-th block comes from is fixed by the weights, so that at every step each part has given its share to
+within one block; which of its blocks follows from the seed. A part that is used up begins again, in another order. None
+of it depends on the length of the run: a longer or a resumed one sees the same blocks.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+
+import datasets
+import numpy as np
+
+from creature.data import Splits
+from creature.errors import UserError
+
+
+def parse_parts(data: str | list[str]) -> tuple[list[str], list[Fraction] | None]:
+    """
+    The names in `data` and their shares, which add up to 1; None where no weights are given.
+
+    One name alone is never cut. Raises UserError for weights that only some parts have, or that are not above 0.
+    """
+    if isinstance(data, str) or len(data) == 1:
+        return [data if isinstance(data, str) else str(data[0])], None
+    found = [re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", str(text)) for text in data]
+    if not any(found):
+        return [str(text) for text in data], None
+    if not all(found):
+        missing = next(text for text, match in zip(data, found, strict=True) if not match)
+        raise UserError(f"{missing} has no weight where others have: write NAME:WEIGHT for all parts, or for none")
+    weights = [Fraction(match[2]) for match in found]
+    if not all(weights):
+        raise UserError("a part of weight 0 gives nothing: leave it out, or raise its weight")
+    return [match[1] for match in found], [weight / sum(weights) for weight in weights]
+
+
+def mixture_pattern(shares: list[Fraction], count: int) -> np.ndarray:
+    """
+    Which part each of `count` blocks comes from, int64 [count]: shares kept to within one block in every prefix.
+
+    The rule for it is Tijdeman's (1980, "The chairman assignment problem"): of the parts that are behind, the one whose
+    block is due first.
+    """
+    period = math.lcm(*(share.denominator for share in shares))
+    due = [int(share * period) for share in shares]
+    slack = 2 * len(shares) - 2
+    behind = [0] * len(shares)  # blocks that a part is behind its share, times the period
+    chosen = []
+    for _ in range(min(period, count)):
+        behind = [owed + more for owed, more in zip(behind, due, strict=True)]
+        parts = [part for part, owed in enumerate(behind) if owed * slack >= period]
+        part = min(parts, key=lambda part: Fraction(period * (slack - 1) - slack * behind[part], due[part]))
+        behind[part] -= period
+        chosen.append(part)
+    return np.resize(np.array(chosen, dtype=np.int64), count)  # repeated as often as it takes
+
+
+def mixture_rows(sizes: list[int], shares: list[Fraction], count: int, seed: int) -> np.ndarray:
+    """The rows, int64 [count], of the parts' blocks laid end to end that a mixture of `count` blocks consists of."""
+    pattern, rows = mixture_pattern(shares, count), np.empty(count, dtype=np.int64)
+    for part, (size, first) in enumerate(zip(sizes, np.cumsum([0, *sizes]), strict=False)):
+        places = np.flatnonzero(pattern == part)
+        for again, start in enumerate(range(0, len(places), size)):
+            now = places[start : start + size]
+            rows[now] = first + np.random.default_rng([seed, part, again]).permutation(size)[: len(now)]
+    return rows
+
+
+def mix(data: str | list[str], load: Callable[[str], Splits], count: int, seed: int) -> Splits:
+    """
+    What `data` names, each part opened by `load`, as one Splits.
+
+    With weights: `count` blocks to train on, in their order (`ordered`), and validation blocks in the same proportions
+    up to where the first part has no more. Without: all blocks of all parts, for the sampler to shuffle. `info` then
+    has "parts", each with its path, tokens, share and the times that it is seen.
+    """
+    names, shares = parse_parts(data)
+    opened = [load(name) for name in names]
+    if len(opened) == 1:
+        return opened[0]
+    kinds = {str(splits.train.features["input_ids"].feature.dtype): splits.info["path"] for splits in opened}
+    if len(kinds) > 1:
+        told = ", ".join(f"{path} holds {dtype}" for dtype, path in kinds.items())
+        raise UserError(f"the parts of the mixture are stored in different ways ({told}): tokenize all of them alike")
+    sizes = [len(splits.train) for splits in opened]
+    train = datasets.concatenate_datasets([splits.train for splits in opened])
+    uses = np.array(sizes)
+    if shares:
+        if count < 1:
+            raise UserError("a mixture with weights has no epochs: say how long to train with --max_steps")
+        rows = mixture_rows(sizes, shares, count, seed)
+        uses = np.bincount(mixture_pattern(shares, count), minlength=len(sizes))
+        train = train.select(rows)
+    text = " ".join(
+        f"{s.info['path']}:{float(share):.3g}" if shares else s.info["path"]
+        for s, share in zip(opened, shares or opened, strict=True)
+    )
+    identity = " ".join([*(splits.info["data_hash"] for splits in opened), *map(str, shares or [])])
+    validation = _mix_validation([splits.validation for splits in opened], shares)
+    info = {
+        "path": text,
+        "tokens": sum(splits.info["tokens"] for splits in opened),
+        "validation_tokens": sum(splits.info["validation_tokens"] for splits in opened),
+        "dtype": opened[0].info["dtype"],
+        "data_hash": hashlib.sha256(identity.encode("ascii")).hexdigest(),
+        "tokenizer_hash": next((s.info["tokenizer_hash"] for s in opened if s.info["tokenizer_hash"]), None),
+        "parts": [
+            {
+                "path": splits.info["path"],
+                "tokens": splits.info["tokens"],
+                "share": round(float(share) if shares else size / sum(sizes), 6),
+                "times_seen": round(int(used) / size, 4) if shares else None,
+            }
+            for splits, share, size, used in zip(opened, shares or sizes, sizes, uses, strict=True)
+        ],
+    }
+    return replace(opened[0], train=train, validation=validation, info=info, ordered=bool(shares))
+
+
+def _mix_validation(parts: list[datasets.Dataset | None], shares: list[Fraction] | None) -> datasets.Dataset | None:
+    """The validation blocks of the parts that have some, in the proportions of the mixture, none of them twice."""
+    kept = [part for part, blocks in enumerate(parts) if blocks is not None and len(blocks)]
+    if not kept:
+        return None
+    blocks = datasets.concatenate_datasets([parts[part] for part in kept])
+    if not shares or len(kept) == 1:
+        return blocks
+    sizes = [len(parts[part]) for part in kept]
+    whole = sum(shares[part] for part in kept)
+    pattern = mixture_pattern([shares[part] / whole for part in kept], sum(sizes))
+    taken = [np.cumsum(pattern == part) for part in range(len(kept))]
+    enough = min(int(np.searchsorted(counts, size, side="right")) for counts, size in zip(taken, sizes, strict=True))
+    rows = np.empty(enough, dtype=np.int64)
+    for part, first in enumerate(np.cumsum([0, *sizes])[:-1]):
+        places = np.flatnonzero(pattern[:enough] == part)
+        rows[places] = first + np.arange(len(places))
+    return blocks.select(rows)

@@ -1,0 +1,53 @@
+"""One of several CPU processes that train under FSDP 2, once more from a checkpoint in the middle, and in bfloat16.
+
+accelerate shards over GPUs only: of CPU processes it makes DDP, whatever its configuration says. Here it takes them for
+GPUs; the sharding itself is torch's, over gloo. Started by tests/test_scaling.py with accelerate's launcher:
+
+    accelerate launch --config_file configs/accelerate/fsdp2.yaml tests/fsdp_on_cpu.py --use_cpu --output_dir whole ...
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+
+import run_clm_creature
+from creature import checkpoints
+
+real = PartialState.__init__
+
+
+def take_cpus_for_gpus(self, *args, **kwargs):
+    real(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+
+def main() -> None:
+    PartialState.__init__ = take_cpus_for_gpus
+    Accelerator.end_training = lambda self: None  # both runs use the one process group that torchrun has prepared
+    folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+    assert run_clm_creature.main() == 0
+    if os.environ["RANK"] == "0":
+        # As if the run had been stopped after the first checkpoint.
+        copied = folder.with_name("resumed")
+        shutil.copytree(folder, copied)
+        for later in checkpoints.list_checkpoints(copied)[1:]:
+            shutil.rmtree(later)
+        checkpoints.update_run(copied, status="stopped")
+    torch.distributed.barrier()
+    sys.argv[sys.argv.index("--output_dir") + 1] = "resumed"
+    sys.argv.append("--resume")
+    assert run_clm_creature.main() == 0
+    sys.argv[sys.argv.index("resumed")] = "half"
+    sys.argv[sys.argv.index("--resume")] = "--bf16"
+    sys.argv[sys.argv.index("--max_steps") + 1] = "1"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    assert run_clm_creature.main() == 0
+
+
+if __name__ == "__main__":
+    main()
