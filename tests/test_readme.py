@@ -26,6 +26,7 @@ from creature.stories import write_story_corpus
 README = PROJECT / "README.md"
 GUIDE = PROJECT / "docs" / "text_only_training.md"
 PAGES = (README, GUIDE)
+EVERY_PAGE = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")])
 CONFIGS = sorted(path.name for path in (PROJECT / "configs").glob("*.yaml"))
 
 TINY_MODEL = {
@@ -181,6 +182,20 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert f"\n{command}\n" in (PROJECT / ".ci" / "run").read_text(encoding="utf-8")
 
 
+def test_ci_tests_with_the_oldest_transformers_that_setup_allows():
+    (oldest,) = re.findall(r'"transformers>=([\d.]+),', (PROJECT / "setup.py").read_text(encoding="utf-8"))
+    assert f"pip install transformers=={oldest}.0\n" in (PROJECT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.name)
+def test_commands_need_no_more_for_powershell_than_docs_installing_says(page):
+    """Batch scripts apart: quotes around what PowerShell would take apart, and no variables, pipes or redirections."""
+    for block in re.findall(r"^```bash.*?\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S):
+        for command in commands(block) if not block.startswith("#!/") else ():
+            bare = re.sub(r'"[^"$`]*"', "", command)
+            assert not re.search(r"[$`|<>;(){}@,*]|^(export|set|if|for) ", bare), f"{page.name}: {command}"
+
+
 def test_powershell_blocks_say_what_the_shell_blocks_say():
     """Block by block the same commands; only line continuation, folders and making the environment differ."""
     shell, windows = blocks(GUIDE, "bash"), blocks(GUIDE, "powershell")
@@ -238,7 +253,7 @@ def test_the_errors_in_the_guide_are_those_that_the_code_prints():
             assert any(piece.strip(" :") in text for text in texts), f"no message has {piece!r}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         if target.startswith("http"):
