@@ -1,12 +1,14 @@
 """The wheel: everything is in it, and it works from an empty folder, without the project beside it."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
 
 import numpy as np
 import pytest
+import yaml
 
 from creature.args import CONFIGS, PROJECT, parse_settings
 
@@ -124,3 +126,14 @@ def test_a_configuration_of_the_project_is_found_from_anywhere(tmp_path, monkeyp
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "1b_config.yaml").write_text("model: {hidden_size: 64}\n", encoding="utf-8")
     assert parse_settings(["--config", "configs/1b_config.yaml"]).model == {"hidden_size": 64}  # its own comes first
+
+
+def test_every_place_that_names_the_version_names_the_same():
+    texts = {
+        name: (PROJECT / name).read_text(encoding="utf-8") for name in ("setup.py", "CITATION.cff", "CHANGELOG.md")
+    }
+    (version,) = re.findall(r'^ +version="([\d.]+)"', texts["setup.py"], re.M)
+    citation = yaml.safe_load(texts["CITATION.cff"])
+    assert citation["version"] == version and citation["license"] == "Apache-2.0" and citation["cff-version"] == "1.2.0"
+    assert re.search(rf"\b{re.escape(version)}\b", texts["CHANGELOG.md"].split("## [Unreleased]")[1])
+    assert f"creature-{version}-py3" in (PROJECT / "docs" / "installing.md").read_text(encoding="utf-8")
