@@ -37,6 +37,7 @@ setup(
         "generation_creature",
         "decoding_creature",
         "kernels_creature",
+        "layers_creature",
         "losses_creature",
         "senses_creature",
         "streams_creature",

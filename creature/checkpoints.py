@@ -207,6 +207,7 @@ def read_resumed(folder: str | os.PathLike) -> dict:
         print(f"{Path(folder) / RUN_FILE} is lost or damaged: its copy in a checkpoint is read", flush=True)
     own, start = run["identity"], run.get("decay_start")
     whole = all(type(own.get(k)) is int and own[k] >= 0 for k in ("max_steps", "warmup_steps", "decay_steps"))
+    whole = whole and type(own.get("batch_warmup_steps", 0)) is int and own.get("batch_warmup_steps", 0) >= 0
     whole = whole and type(own.get("micro_batch")) is int and own["micro_batch"] >= 1
     if not whole or type(start) is not (int if own.get("schedule") == "warmup_stable_decay" else type(None)):
         raise UserError(

@@ -120,15 +120,17 @@ class CreatureTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None, **kwargs) -> torch.Tensor:
         """The Trainer's; while the batch warms up, an update of the weights follows its first half, too."""
         half, self._micro_batch = self._micro_batches // 2, self._micro_batch + 1
+        rows = self.args.per_device_train_batch_size
         if not self._batch_is_halved(inputs) or num_items_in_batch is None:
-            return self._forward_and_backward(model, inputs, num_items_in_batch, **kwargs)
+            return self._forward_and_backward(model, inputs, rows, num_items_in_batch, **kwargs)
         # The mean over half a batch is divided by half its targets, and makes up half of the loss that is logged.
         self._loss_share, items = 0.5, num_items_in_batch / 2
         parts = [inputs] if self._micro_batches > 1 else halve_rows(inputs)
+        rows = rows if len(parts) == 1 else rows - rows // 2
         try:
             losses = []
             for part, last in zip(parts, [*[False] * (len(parts) - 1), True], strict=True):
-                losses.append(self._forward_and_backward(model, part, items, **kwargs) * self._loss_share)
+                losses.append(self._forward_and_backward(model, part, rows, items, **kwargs) * self._loss_share)
                 if not last or self._micro_batch == half:
                     self._update(model)
             return torch.stack(losses).sum()
@@ -157,12 +159,15 @@ class CreatureTrainer(Trainer):
         getattr(self.optimizer, "optimizer", self.optimizer).step()
         model.zero_grad()
 
-    def _forward_and_backward(self, model, inputs, *args, **kwargs) -> torch.Tensor:
-        """The Trainer's step; where torch.compile fails in the first one, that is undone and made without it."""
+    def _forward_and_backward(self, model, inputs, rows: int, *args, **kwargs) -> torch.Tensor:
+        """
+        The Trainer's step; where torch.compile fails in the first one, that is undone and made without it.
+
+        rows: of a full batch; compiled, a shorter one is filled up to it.
+        """
         if not self.args.torch_compile:
             return super().training_step(model, inputs, *args, **kwargs)
-        rows = self.args.per_device_train_batch_size
-        inputs, undo = fill_rows(inputs, rows if len(inputs["input_ids"]) > rows // 2 else rows // 2), None
+        inputs, undo = fill_rows(inputs, rows), None
         shape, fresh = inputs["input_ids"].shape, contextlib.nullcontext()
         if shape not in self._compiled_shapes and self._compiled_shapes:
             # It is compiled now, which is not what the rates are to tell; the steps before it are.

@@ -14,6 +14,7 @@ from transformers import CompileConfig, TrainerCallback
 
 import decoding_creature
 import kernels_creature
+import layers_creature
 import modeling_creature
 from creature.data import collate_blocks
 from creature.optimizer import MuonAdamW, parameter_groups
@@ -72,7 +73,7 @@ def test_norm_and_rotation_in_one_pass_are_the_plain_ones(head_dim, apart):
     exact, half = x.double().requires_grad_(), x.clone().requires_grad_()
     cos, sin = angles.cos(), angles.sin()
     normed = F.rms_norm(exact, (head_dim,), eps=1e-6).transpose(1, 2)
-    expected = modeling_creature.apply_rotary_pos_emb(normed, cos.double(), sin.double())
+    expected = layers_creature.apply_rotary_pos_emb(normed, cos.double(), sin.double())
     found = kernels_creature.rotary_norm(half, cos.bfloat16(), sin.bfloat16(), 1e-6).transpose(1, 2)
     direction = torch.randn(3, 4, 50, head_dim, device="cuda").bfloat16()  # strides unlike those of the forward pass
     expected.backward(direction.double())

@@ -180,11 +180,12 @@ def test_a_signal_in_the_last_step_costs_neither_the_evaluation_nor_the_model(pl
 
 
 def test_a_finished_run_is_extended_as_if_it_had_been_longer_from_the_start(place, monkeypatch):
-    run(monkeypatch, "--max_steps", 12, "--output_dir", "short", "--logging_steps", 1)
+    # Its first steps are those that a share of the shorter length says.
+    run(monkeypatch, "--max_steps", 12, "--output_dir", "short", "--logging_steps", 1, "--batch_warmup_steps", 0.25)
     with pytest.raises(UserError, match="has its 12 steps already"):
         run(monkeypatch, "--max_steps", 12, "--output_dir", "short", "--resume")
     run(monkeypatch, "--max_steps", 16, "--output_dir", "short", "--logging_steps", 1, "--resume")
-    run(monkeypatch, "--max_steps", 16, "--output_dir", "long", "--logging_steps", 1)
+    run(monkeypatch, "--max_steps", 16, "--output_dir", "long", "--logging_steps", 1, "--batch_warmup_steps", 3)
     assert_same_weights("short", "long")
     rates = curve("short", "learning_rate")
     assert rates == curve("long", "learning_rate")
@@ -201,7 +202,7 @@ def test_what_differs_from_the_run_to_resume_is_spelled_out(place, monkeypatch, 
     again = ("--max_steps", 12, "--output_dir", "a", "--resume")
     with pytest.raises(UserError, match="micro_batch was 2 and is now 1"):
         run(monkeypatch, *again, "--per_device_train_batch_size", 1)
-    with pytest.raises(UserError, match="adam_beta2 was 0.95 and is now 0.99; adam_epsilon was 1e-10 and is now 1e-08"):
+    with pytest.raises(UserError, match="adam_beta2 was 0.98 and is now 0.99; adam_epsilon was 1e-10 and is now 1e-08"):
         run(monkeypatch, *again, "--adam_beta2", 0.99, "--adam_epsilon", 1e-8)
     with pytest.raises(UserError, match="learning_rate was 0.01 and is now 0.001.*--accept_changes"):
         run(monkeypatch, *again, "--learning_rate", 1e-3)
@@ -312,8 +313,10 @@ def test_errors_end_in_one_sentence_and_exit_code_1(place):
     process = start("--max_steps", 10, "--data", "nowhere.bin")
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 1, errors
-    lines = [line for line in errors.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: ") and "nowhere.bin" in lines[0]
+    # Beside what other libraries say when they are loaded:
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "nowhere.bin" in lines[0]
+    assert "Traceback" not in errors
     assert not (place / "checkpoints").exists()
 
 

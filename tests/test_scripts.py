@@ -34,6 +34,7 @@ TOOLS = (
 )
 MICRO = {
     "hidden_size": 16,
+    "use_value_embeddings": True,  # as in the configuration that is the scripts' default
     "intermediate_size": 32,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
