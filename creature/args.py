@@ -392,7 +392,7 @@ def build_parser(fields: dict[str, FieldInfo]) -> argparse.ArgumentParser:
                      help="resume although the data, the batch or the model's settings changed")  # fmt: skip
     groups = {section: parser.add_argument_group(f"{section} (the {section}: section)") for section in SECTIONS}
     for name, info in fields.items():
-        options = [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
+        options = spellings(name)
         sentence = re.split(r"(?<=\.)\s", info.help)[0]
         shown = f" (default: {info.default})" if info.default not in ("", "None") else ""
         help_text = (sentence + shown.replace("%", "%%")).strip() or None
@@ -406,6 +406,11 @@ def build_parser(fields: dict[str, FieldInfo]) -> argparse.ArgumentParser:
                 *off, dest=name, action="store_const", const="false", help=argparse.SUPPRESS
             )
     return parser
+
+
+def spellings(name: str) -> list[str]:
+    """The ways of writing a flag: --text_column and --text-column."""
+    return [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
 
 
 def _is_switch(info: FieldInfo) -> bool:

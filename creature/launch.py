@@ -26,7 +26,7 @@ from creature.terminal import give_terminal_back, take_terminal
 
 # Set for the processes that this module starts: the command that started them all.
 COMMAND = "CREATURE_COMMAND"
-LAUNCH_WORDS = ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")
+LAUNCH_WORDS = ("launch", "accelerate-launch", "accelerate.commands.launch")
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ def find_launcher() -> Launcher | None:
         words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
         return None
-    names = [os.path.basename(word).removesuffix(".exe") for word in words]
+    names = [os.path.basename(word).removesuffix(".exe").removesuffix(".py") for word in words]
     # `accelerate launch`, `accelerate-launch`, `python -m accelerate.commands.launch` and the like
     begin = next((i for i, name in enumerate(names[:5]) if name in LAUNCH_WORDS), None)
     if begin is None or not any("accelerate" in word for word in words[:4]):
         return None
-    own = [os.path.basename(word) for word in sys.argv[:1]]
+    own = [os.path.basename(word).removesuffix(".py") for word in sys.argv[:1]]
     end = names.index(own[0]) if own and own[0] in names else len(words)  # what follows is for the script
-    options = words[begin + 1 : end]
+    options = [word for word in words[begin + 1 : end] if word not in ("-m", "--module")]
     return Launcher(os.getppid(), tuple(options), _count_processes(options))
 
 
@@ -158,6 +158,8 @@ def start_cpu_processes() -> int | None:
 
     def pass_on(number: int, frame: object) -> None:
         passed.append(number)
+        if os.name == "nt":
+            return  # the console sends Ctrl+C to the ranks itself
         for process in ranks:
             if process.poll() is None:
                 process.send_signal(number)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from creature.args import spellings  # noqa: E402
 from creature.errors import run_main  # noqa: E402
 
 
@@ -24,13 +25,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--input", required=True, metavar="FOLDER", help="where datatrove wrote its .ds files")
     add("--output", required=True, help="a .bin file")
     add(
-        *_spellings("tokenizer_name"),
+        *spellings("tokenizer_name"),
         default="gpt2",
         metavar="NAME",
         help="the tokenizer of the shards: gpt2, a folder, or a Hub name (default gpt2)",
     )
     add(
-        *_spellings("validation_fraction"),
+        *spellings("validation_fraction"),
         type=float,
         default=0.005,
         metavar="F",
@@ -39,10 +40,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="another seed gives another validation split (default 0)")
     add("--overwrite", action="store_true", help="replace an output that exists")
     return parser.parse_args()
-
-
-def _spellings(name: str) -> tuple[str, str]:
-    return f"--{name}", f"--{name.replace('_', '-')}"
 
 
 def main() -> None:

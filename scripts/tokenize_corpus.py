@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from creature.args import spellings  # noqa: E402
 from creature.errors import run_main  # noqa: E402
 
 
@@ -29,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--input", nargs="+", required=True, metavar="NAME", help="files, folders, globs, or Hub names")
     add("--output", required=True, help="a .bin file, or (without an ending) a folder for an Arrow dataset")
     add(
-        *_spellings("validation_fraction"),
+        *spellings("validation_fraction"),
         type=float,
         default=0.005,
         metavar="F",
@@ -38,29 +39,25 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="another seed gives another validation split (default 0)")
     add("--workers", type=int, metavar="N", help="threads (default: all cores)")
     add(
-        *_spellings("tokenizer_name"),
+        *spellings("tokenizer_name"),
         default="gpt2",
         metavar="NAME",
         help="gpt2 (needs no network), a folder with a saved tokenizer, or a Hub name (default gpt2)",
     )
     add(
-        *_spellings("text_column"),
+        *spellings("text_column"),
         default="text",
         metavar="NAME",
         help="where records (jsonl, json, csv, parquet, Hub) have their text (default text)",
     )
     add(
-        *_spellings("train_tokens"),
+        *spellings("train_tokens"),
         type=int,
         metavar="N",
         help="stop after so many training tokens, and read the input no further",
     )
     add("--overwrite", action="store_true", help="replace an output that exists")
     return parser.parse_args()
-
-
-def _spellings(name: str) -> tuple[str, str]:
-    return f"--{name}", f"--{name.replace('_', '-')}"
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from creature.args import spellings  # noqa: E402
 from creature.errors import run_main  # noqa: E402
 
 
@@ -26,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--input", nargs="+", required=True, metavar="NAME", help="files, folders, globs, or Hub names")
     add("--output", required=True, metavar="FOLDER", help="a new folder for the tokenizer")
     add(
-        *_spellings("vocab_size"),
+        *spellings("vocab_size"),
         type=int,
         default=8192,
         metavar="N",
@@ -34,23 +35,19 @@ def parse_arguments() -> argparse.Namespace:
         "(default 8192)",
     )
     add(
-        *_spellings("text_column"),
+        *spellings("text_column"),
         default="text",
         metavar="NAME",
         help="where records (jsonl, json, csv, parquet, Hub) have their text (default text)",
     )
     add(
-        *_spellings("train_characters"),
+        *spellings("train_characters"),
         type=int,
         metavar="N",
         help="learn from about the first so many characters; 1 to 10 billion are plenty (default: all)",
     )
     add("--overwrite", action="store_true", help="replace a tokenizer that exists")
     return parser.parse_args()
-
-
-def _spellings(name: str) -> tuple[str, str]:
-    return f"--{name}", f"--{name.replace('_', '-')}"
 
 
 def main() -> None:

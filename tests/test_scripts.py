@@ -58,6 +58,8 @@ def run_folder(tmp_path_factory):
     for name in ("checkpoint-5", "checkpoint-10", "."):
         place = folder / name
         model = MultiModalCreature(CreatureConfig(**MICRO))
+        with torch.no_grad():  # so that what is read changes what is said
+            model.model.layers[0].self_attn.o_proj.weight.mul_(50)
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
         if name != ".":
