@@ -65,6 +65,13 @@ setup(
     extras_require=EXTRAS
     | {
         "all": [package for packages in EXTRAS.values() for package in packages],
-        "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.6", "nbformat>=5.10", "setuptools>=70.1"],
+        "test": [
+            "pytest>=8.0",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "nbformat>=5.10",
+            "setuptools>=70.1",
+        ],
     },
 )
