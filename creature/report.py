@@ -49,7 +49,7 @@ def identity(settings: Settings, plan: Plan, args, config, data_info: dict, step
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "warmup_steps": warmup,
         "decay_steps": decay,
-        "batch_warmup_steps": halved_steps(args, steps),
+        "batch_warmup_steps": halved_steps(args, steps) if plan.micro_batch * plan.accumulation > 1 else 0,
         "max_steps": steps,
         "model": json.loads(json.dumps(config.to_dict(), default=str)),  # as it will be read back
     }
