@@ -152,7 +152,13 @@ def test_a_prompt_as_long_as_the_context(model, decoded, how):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_key_value_heads": 2}, {"tie_word_embeddings": True}, {"attn_implementation": "eager"}]
+    "changes",
+    [
+        {"num_key_value_heads": 2},
+        {"tie_word_embeddings": True},
+        {"attn_implementation": "eager"},
+        {"use_value_embeddings": True},
+    ],
 )
 def test_other_architectures(prompt, decoded, how, changes):
     model = micro_model(**{"tie_word_embeddings": False, **changes})

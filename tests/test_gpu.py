@@ -113,7 +113,9 @@ def stock(model, ids, **settings):
 @pytest.fixture
 def speaker():
     """A creature in float32 whose texts are not one token for ever, a prompt of three rows and its padding."""
-    model = micro_model(tie_word_embeddings=False, hidden_size=64, num_attention_heads=2).cuda()
+    model = micro_model(
+        tie_word_embeddings=False, hidden_size=64, num_attention_heads=2, use_value_embeddings=True
+    ).cuda()
     mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] * 8 + [1]], device="cuda")
     ids = torch.randint(0, 120, (3, 9), generator=torch.Generator().manual_seed(3)).cuda()
     return model, ids.masked_fill(mask == 0, 127), mask
