@@ -71,6 +71,7 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.6",
             "nbformat>=5.10",
+            "playwright>=1.45",  # drives a chromium that is there; it needs none of its own
             "setuptools>=70.1",
         ],
     },
