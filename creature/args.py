@@ -408,6 +408,22 @@ def build_parser(fields: dict[str, FieldInfo]) -> argparse.ArgumentParser:
     return parser
 
 
+# What several scripts that read text ask for.
+CORPUS_FLAGS: dict[str, dict[str, Any]] = {
+    "validation_fraction": {
+        "type": float,
+        "default": 0.005,
+        "metavar": "F",
+        "help": "share of the documents that goes to validation, chosen by a hash of each (default 0.005; 0: none)",
+    },
+    "text_column": {
+        "default": "text",
+        "metavar": "NAME",
+        "help": "where records (jsonl, json, csv, parquet, Hub) have their text (default text)",
+    },
+}
+
+
 def spellings(name: str) -> list[str]:
     """The ways of writing a flag: --text_column and --text-column."""
     return [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])

@@ -46,6 +46,7 @@ from modeling_creature import MultiModalCreature
 
 DRY_RUN_EVAL_BLOCKS = 2
 SAMPLES = 3  # of the model card
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50}
 # What stays here when a run is pushed: what only a resume needs, and the ways to files on this machine.
 NOT_PUSHED = ["checkpoint-*", f"{checkpoints.REPLACED}-*", checkpoints.RUN_FILE, ".*"]
 
@@ -250,7 +251,7 @@ def build_model(config: CreatureConfig, args) -> MultiModalCreature:
     # Saved as generation_config.json: a small model that always takes the likeliest token goes round in circles, and
     # servers use the temperature of a request only where the model samples.
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = transformers.GenerationConfig(**ids, do_sample=True, temperature=0.8, top_k=50)
+    model.generation_config = transformers.GenerationConfig(**ids, **SAMPLING)
     return model
 
 
@@ -330,9 +331,11 @@ def sample(model, tokenizer, prompt: str, max_new_tokens: int = 40, seed: int = 
     with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed)
         ids = model.eval().generate(
-            **inputs, max_new_tokens=max(1, min(max_new_tokens, room)), do_sample=True, temperature=0.8, top_k=50,
+            **inputs,
+            **SAMPLING,
+            max_new_tokens=max(1, min(max_new_tokens, room)),
             pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+        )
     model.train(training)
     return " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
 

@@ -117,6 +117,19 @@ def load_model(folder: str | Path, device: str, dtype: "torch.dtype | None" = No
     return model.to(device).eval()
 
 
+def load_to_generate(folder: Path, wanted: str | None = None):
+    """(the model in half precision where the device computes in it, its Device): on a GPU if there is one."""
+    import torch
+    import transformers
+
+    from creature.hardware import device_info
+
+    transformers.utils.logging.disable_progress_bar()
+    device = device_info(wanted)
+    half = device.kind == "cuda" and device.bf16
+    return load_model(folder, device.kind, torch.bfloat16 if half else torch.float32), device
+
+
 def load_own_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer saved with a model, or with the run around a checkpoint, or GPT-2's where none was saved."""
     # AutoTokenizer looks at the configuration too, and asks for trust in remote code where it does not know the type.

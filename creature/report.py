@@ -12,7 +12,7 @@ from creature.callbacks import format_seconds
 from creature.estimate import count_parameters, flops_per_token, tokens_per_second
 from creature.hardware import attention_kernel, peak_flops
 from creature.launch import own_command
-from creature.machine import Plan
+from creature.machine import Plan, sharded
 from creature.optimizer import MOMENTUM
 from creature.trainer import halved_steps, schedule_steps
 
@@ -49,10 +49,15 @@ def identity(settings: Settings, plan: Plan, args, config, data_info: dict, step
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "warmup_steps": warmup,
         "decay_steps": decay,
-        "batch_warmup_steps": halved_steps(args, steps) if plan.micro_batch * plan.accumulation > 1 else 0,
+        "batch_warmup_steps": halved_steps(args, steps) if _can_halve(settings, plan) else 0,
         "max_steps": steps,
         "model": json.loads(json.dumps(config.to_dict(), default=str)),  # as it will be read back
     }
+
+
+def _can_halve(settings: Settings, plan: Plan) -> bool:
+    """Whether a batch can be two updates here: see `CreatureTrainer._batch_is_halved`."""
+    return plan.micro_batch * plan.accumulation > 1 and plan.precision != "fp16" and not sharded(settings.training)
 
 
 def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, steps: int) -> dict:

@@ -84,7 +84,6 @@ class CreatureTrainer(Trainer):
         self._byte_lengths = np.ones(model.config.vocab_size, np.int64) if byte_lengths is None else byte_lengths
         self._stream_losses = torch.zeros(len(STREAMS), device=self.args.device)
         self._stream_steps = torch.zeros(len(STREAMS), device=self.args.device)
-        self._has_compiled = False
         self._compiled_shapes: set[tuple] = set()
         self._loss_share = 1.0  # of the part of a batch under way, in what is logged of the step
         self._micro_batch = self._micro_batches = 0
@@ -169,13 +168,12 @@ class CreatureTrainer(Trainer):
             return super().training_step(model, inputs, *args, **kwargs)
         inputs, undo = fill_rows(inputs, rows), None
         shape, fresh = inputs["input_ids"].shape, contextlib.nullcontext()
-        if shape not in self._compiled_shapes and self._compiled_shapes:
+        if self._compiled_shapes and shape not in self._compiled_shapes:
             # It is compiled now, which is not what the rates are to tell; the steps before it are.
             if self.args.device.type == "cuda":
                 torch.cuda.synchronize(self.args.device)
             fresh = self.throughput.paused()
-        self._compiled_shapes.add(shape)
-        if not self._has_compiled:
+        if not self._compiled_shapes:
             states, stream_losses = _random_states(self.args.device), self._stream_losses.clone()
 
             def undo() -> None:
@@ -185,7 +183,7 @@ class CreatureTrainer(Trainer):
 
         with fresh:
             loss = or_eager(super().training_step, model, inputs, *args, undo=undo, **kwargs)
-        self._has_compiled = True
+        self._compiled_shapes.add(shape)
         return loss
 
     def _stream_log(self) -> dict[str, float]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from creature.args import spellings  # noqa: E402
+from creature.args import CORPUS_FLAGS, spellings  # noqa: E402
 from creature.errors import run_main  # noqa: E402
 
 
@@ -30,13 +30,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME",
         help="the tokenizer of the shards: gpt2, a folder, or a Hub name (default gpt2)",
     )
-    add(
-        *spellings("validation_fraction"),
-        type=float,
-        default=0.005,
-        metavar="F",
-        help="share of the documents that goes to validation, chosen by a hash of each (default 0.005; 0: none)",
-    )
+    add(*spellings("validation_fraction"), **CORPUS_FLAGS["validation_fraction"])
     add("--seed", type=int, default=0, help="another seed gives another validation split (default 0)")
     add("--overwrite", action="store_true", help="replace an output that exists")
     return parser.parse_args()

@@ -30,18 +30,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from creature.loading import find_model, load_model, load_own_tokenizer
+    from creature.loading import find_model, load_own_tokenizer, load_to_generate
 
     folder = find_model(arguments.checkpoint)
-    import torch
-    import transformers
-
-    from creature.hardware import device_info
-
-    transformers.utils.logging.disable_progress_bar()
-    device = device_info(arguments.device)
-    half = device.kind == "cuda" and device.bf16
-    model = load_model(folder, device.kind, torch.bfloat16 if half else torch.float32)
+    model, _ = load_to_generate(folder, arguments.device)
     page = build_page(model, load_own_tokenizer(folder), folder)
     print(f"the page is at {launch(page, arguments.host, arguments.port)} until Ctrl+C", flush=True)
     page.block_thread()

@@ -53,18 +53,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from creature.loading import find_model, load_model, load_own_tokenizer
+    from creature.loading import find_model, load_own_tokenizer, load_to_generate
 
     folder = find_model(arguments.checkpoint)
     import torch
     import transformers
 
-    from creature.hardware import device_info
-
-    transformers.utils.logging.disable_progress_bar()
-    device = device_info(arguments.device)
-    half = device.kind == "cuda" and device.bf16
-    model = load_model(folder, device.kind, torch.bfloat16 if half else torch.float32)
+    model, device = load_to_generate(folder, arguments.device)
     tokenizer = load_own_tokenizer(folder)
     ids = tokenizer(arguments.prompt, add_special_tokens=False)["input_ids"] or [model.config.bos_token_id]
     context = model.config.max_position_embeddings

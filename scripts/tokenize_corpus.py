@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from creature.args import spellings  # noqa: E402
+from creature.args import CORPUS_FLAGS, spellings  # noqa: E402
 from creature.errors import run_main  # noqa: E402
 
 
@@ -29,13 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="NAME", help="files, folders, globs, or Hub names")
     add("--output", required=True, help="a .bin file, or (without an ending) a folder for an Arrow dataset")
-    add(
-        *spellings("validation_fraction"),
-        type=float,
-        default=0.005,
-        metavar="F",
-        help="share of the documents that goes to validation, chosen by a hash of each (default 0.005; 0: none)",
-    )
+    add(*spellings("validation_fraction"), **CORPUS_FLAGS["validation_fraction"])
     add("--seed", type=int, default=0, help="another seed gives another validation split (default 0)")
     add("--workers", type=int, metavar="N", help="threads (default: all cores)")
     add(
@@ -44,12 +38,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME",
         help="gpt2 (needs no network), a folder with a saved tokenizer, or a Hub name (default gpt2)",
     )
-    add(
-        *spellings("text_column"),
-        default="text",
-        metavar="NAME",
-        help="where records (jsonl, json, csv, parquet, Hub) have their text (default text)",
-    )
+    add(*spellings("text_column"), **CORPUS_FLAGS["text_column"])
     add(
         *spellings("train_tokens"),
         type=int,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from creature.args import spellings  # noqa: E402
+from creature.args import CORPUS_FLAGS, spellings  # noqa: E402
 from creature.errors import run_main  # noqa: E402
 
 
@@ -34,12 +34,7 @@ def parse_arguments() -> argparse.Namespace:
         help="ids, with the special tokens, rounded up to a multiple of 64; up to 65,536 a token takes 2 bytes on disk "
         "(default 8192)",
     )
-    add(
-        *spellings("text_column"),
-        default="text",
-        metavar="NAME",
-        help="where records (jsonl, json, csv, parquet, Hub) have their text (default text)",
-    )
+    add(*spellings("text_column"), **CORPUS_FLAGS["text_column"])
     add(
         *spellings("train_characters"),
         type=int,
