@@ -103,11 +103,15 @@ class ZeroProjection(nn.Linear):
     """A matrix that begins at zero, as it makes what is added to something there already."""
 
 
+class ValueTable(nn.Embedding):
+    """A row of values for every token; a class of its own for its initial scale."""
+
+
 class CreatureAttention(nn.Module):
     """
     Causal grouped-query attention with rotary positions and normalized queries and keys (Henry et al. 2020).
 
-    The values of the first layer are added to those of the deeper half, which then say only what the ticks around have
+    The values of the first layer are added to those of all others, which then say only what the ticks around have
     added (Zhou et al. 2024, "Value Residual Learning"). In the last layer a table of values by token may join them,
     weighed head by head (Jordan et al. 2024, "modded-nanogpt"). Gains are in docs/log.md.
     """
@@ -123,7 +127,7 @@ class CreatureAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.eps = float(config.rms_norm_eps)
         self.is_causal = True
-        self.adds_first_values = layer_idx >= max(1, config.num_hidden_layers // 2)
+        self.adds_first_values = layer_idx > 0
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
@@ -219,16 +223,15 @@ class CreatureDecoderLayer(GradientCheckpointingLayer):
     """
     Attention and MLP, each on a normalized copy of the residual stream.
 
-    Before them, the stream is scaled by a learned number, and in the layers of the first half behind the first one the
-    backbone's input is added to it, scaled by another: so the layers can still see the ticks as they arrived (Jordan et
-    al. 2024, "modded-nanogpt"; gain in docs/log.md).
+    Before them, the stream is scaled by a learned number, and behind the first layer the backbone's input is added to
+    it, scaled by another: so the layers can still see the ticks as they arrived, and take from the stream what is no
+    longer wanted of them (Jordan et al. 2024, "modded-nanogpt"; gain in docs/log.md).
     """
 
     def __init__(self, config: CreatureConfig, layer_idx: int):
         super().__init__()
         self.residual_scale = nn.Parameter(torch.ones(1))
-        sees_input = 1 <= layer_idx <= config.num_hidden_layers // 2
-        self.input_scale = nn.Parameter(torch.zeros(1)) if sees_input else None
+        self.input_scale = nn.Parameter(torch.zeros(1)) if layer_idx else None
         self.input_layernorm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = CreatureAttention(config, layer_idx)
         self.post_attention_layernorm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -28,6 +28,7 @@ try:
         CreatureRMSNorm,
         CreatureRotaryEmbedding,
         ResidualProjection,
+        ValueTable,
         ZeroProjection,
     )
     from .losses_creature import IGNORE_INDEX, linear_token_losses
@@ -43,6 +44,7 @@ except ImportError:
         CreatureRMSNorm,
         CreatureRotaryEmbedding,
         ResidualProjection,
+        ValueTable,
         ZeroProjection,
     )
     from losses_creature import IGNORE_INDEX, linear_token_losses
@@ -108,6 +110,8 @@ class CreaturePreTrainedModel(PreTrainedModel):
         # By classes of the matrices themselves: of a class from outside, transformers skips modules without weights.
         if isinstance(module, SenseProjection | ZeroProjection):
             init.zeros_(module.weight)  # a sense that is connected changes nothing until it is trained
+        elif isinstance(module, ValueTable):
+            init.normal_(module.weight, mean=0.0, std=2.5 * std)  # no norm behind it: near the size of other values
         elif isinstance(module, VoiceCopy):
             init.normal_(module.code_table, mean=0.0, std=std)
         elif isinstance(module, CreatureDecoderLayer):
@@ -130,7 +134,7 @@ class CreatureModel(CreaturePreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_values = None
         if config.use_value_embeddings:
-            self.embed_values = nn.Embedding(config.vocab_size, config.num_key_value_heads * config.head_dim)
+            self.embed_values = ValueTable(config.vocab_size, config.num_key_value_heads * config.head_dim)
         self.layers = nn.ModuleList(CreatureDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.embed_norm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -159,7 +159,7 @@ def memory_parts(
 
     Args:
         precision: "bf16" or "fp16" (autocast over fp32 master weights), or "fp32".
-        optimizer: "muon" (one fp32 state for the body's matrices, AdamW's two for the rest) or "adamw" (two).
+        optimizer: "muon" (one fp32 state for the matrices and the tables, AdamW's two for the rest) or "adamw" (two).
         compiled: torch.compile fuses the element-wise work and recomputes it in the backward pass.
         accumulating: whether gradients of earlier micro-batches are there while the next one is computed.
 
@@ -178,7 +178,8 @@ def memory_parts(
     inventory = _inventory(config)
     tokens = micro_batch * block_size
     wide = PRECISION_BYTES[precision]
-    states = 8 * inventory.trainable - (4 * inventory.body_matrices if optimizer == "muon" else 0)
+    tables = inventory.token_table + inventory.value_table
+    states = 8 * inventory.trainable - (4 * (inventory.body_matrices + tables) if optimizer == "muon" else 0)
     per_layer = layer_bytes_per_token(config, precision, device_kind, compiled)
     layers = config.num_hidden_layers
     if activation_checkpointing:
@@ -220,6 +221,8 @@ def memory_parts(
     # The fused AdamW works in place.
     stack = inventory.largest_matrix if device_kind == "cpu" else inventory.largest_stack
     parts["optimizer_step"] = MUON_TEMPORARIES[device_kind] * stack if optimizer == "muon" else 0
+    if optimizer == "muon" and device_kind == "cpu":  # a copy of the gradient of a table
+        parts["optimizer_step"] = max(parts["optimizer_step"], 4 * inventory.token_table)
     in_step = lasting + parts["gradients"] + parts["optimizer_step"]
     parts["peak"] = max(at_loss, in_backward, after_backward, in_step)
     return {name: int(size) for name, size in parts.items()}
@@ -392,10 +395,12 @@ def ideal_seconds(
     # added; of the table, its gradient of each chunk of the head added in fp32, and five passes over that.
     chunks = -(-tokens // _chunk_tokens("cuda"))
     weights = accumulation * (20 * inventory.body_matrices + table * (12 * chunks + 40))
-    # Per step: clipping reads twice and writes once; AdamW reads four and writes three numbers of each weight.
+    # Per step: clipping reads twice and writes once; AdamW reads four and writes three numbers of each weight, by rows
+    # the gradient is read twice and there is no second moment.
     weights += 12 * inventory.trainable
     if optimizer == "muon":
-        weights += muon_bytes + 28 * (inventory.trainable - inventory.body_matrices)
+        tables = inventory.token_table + inventory.value_table
+        weights += muon_bytes + 28 * (inventory.trainable - inventory.body_matrices) - 4 * tables
     else:
         muon_flops = 0.0
         weights += 28 * inventory.trainable

@@ -1,4 +1,4 @@
-"""Muon for the matrices of the body, AdamW for everything else, as one optimizer object.
+"""Muon for the matrices of the body, Adam by rows for the tables, AdamW for the rest, as one optimizer object.
 
 One object, so that the scheduler, gradient clipping, the checkpoint and accelerate see an ordinary optimizer.
 """
@@ -22,8 +22,10 @@ _POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 MOMENTUM = 0.9  # of Muon
+_CACHED = 2**18  # numbers of a table that a CPU's core keeps near while it steps them
 # Peak learning rates of AdamW at width 512, beside Muon and alone (docs/log.md).
 _RATE_BESIDE_MUON, _RATE_ALONE, _RATE_WIDTH = 8e-3, 2e-3, 512
+VALUE_TABLE_RATE, SCALE_RATE = 12.5, 2.5  # times AdamW's: 0.1 and 0.02 beside 8e-3
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -110,30 +112,62 @@ def _stack(matrices: list[torch.Tensor], tall: list[bool]) -> torch.Tensor:
     return torch.stack([matrix.mT if turn else matrix for matrix, turn in zip(matrices, tall, strict=True)])
 
 
+def _row_step(
+    param: torch.Tensor,
+    gradient: torch.Tensor,
+    average: torch.Tensor,
+    square: torch.Tensor,
+    step: torch.Tensor,
+    lr: torch.Tensor,
+    found_inf: torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """The `step`th step of Adam with one second moment for each row, in place; none where `found_inf` is not 0."""
+    good = found_inf == 0
+    gradient = torch.where(good, gradient, average)  # on its way to itself, the average stays
+    average.lerp_(gradient, 1 - beta1)
+    fresh = torch.linalg.vector_norm(gradient, dim=1, keepdim=True).square() / gradient.shape[1]
+    square.lerp_(torch.where(good, fresh, square), 1 - beta2)
+    taken = step.clamp(min=1)
+    divisor = (square / (1 - beta2**taken)).sqrt() + eps
+    param.addcmul_(average, lr * good / ((1 - beta1**taken) * divisor), value=-1)
+
+
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with the rows that other processes hold of it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The rows of the tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """
-    Muon (Jordan et al. 2024) where `group["muon"]` is true, AdamW (Loshchilov and Hutter 2019) elsewhere.
+    Muon (Jordan et al. 2024) where `group["muon"]` is true, Adam by rows where `group["by_row"]` is, AdamW (Loshchilov
+    and Hutter 2019) elsewhere.
 
     Muon replaces the momentum of a matrix by the nearest orthogonal one, so that every direction of the matrix learns
     at the same rate; it keeps one state per weight where AdamW keeps two. What it makes is evened out over the neurons
     by their running mean square (Li et al. 2025, "NorMuon").
+
+    By rows, the tokens of a table: one second moment for all of a row (Zhang et al. 2024, "Adam-mini"), as what tells
+    the gradients of a table apart is how often a token comes. It takes half the memory.
 
     Parameters may be sharded over processes (DTensors, as FSDP 2 makes them): a matrix is gathered for its step.
 
     As with torch's fused optimizers, a tensor set as `found_inf` that is not 0 makes the next step change nothing.
 
     Args:
-        params: parameter groups, each with "muon" (bool) and its own "lr"; "weight_decay", "betas", "eps", "momentum"
-            where the defaults do not fit. Muon groups hold 2-D parameters.
-        compiled: compile the Muon update; worth it on a GPU, where it is otherwise hundreds of small kernels.
+        params: parameter groups, each with "muon" or "by_row" (bool) and its own "lr"; "weight_decay" (none by rows),
+            "betas", "eps", "momentum" where the defaults do not fit. Muon and rows want 2-D parameters.
+        compiled: compile Muon and the rows' steps; worth it on a GPU, where they are otherwise hundreds of kernels.
 
     Raises:
-        ValueError: for a Muon parameter that is not a matrix.
+        ValueError: for a Muon parameter, or one by rows, that is not a matrix.
     """
 
     skips_found_inf = True
@@ -143,6 +177,7 @@ class MuonAdamW(torch.optim.Optimizer):
             "lr": lr,
             "weight_decay": weight_decay,
             "muon": False,
+            "by_row": False,
             "momentum": MOMENTUM,
             "beta2": 0.95,
             "betas": (0.8, 0.98),
@@ -152,11 +187,13 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
         for group in self.param_groups:
             for param in group["params"]:
-                if group["muon"] and param.dim() != 2:
-                    raise ValueError(f"Muon updates matrices; a parameter of shape {tuple(param.shape)} goes to AdamW.")
-        self._muon_step = _muon_step
+                if (group["muon"] or group["by_row"]) and param.dim() != 2:
+                    what = "Muon updates matrices" if group["muon"] else "Rows are those of matrices"
+                    raise ValueError(f"{what}; a parameter of shape {tuple(param.shape)} goes to AdamW.")
+        self._muon_step, self._row_step = _muon_step, _row_step
         if compiled:
             self._muon_step = partial(or_eager, torch.compile(_muon_step, dynamic=False, fullgraph=True))
+            self._row_step = partial(or_eager, torch.compile(_row_step, dynamic=False, fullgraph=True))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -171,6 +208,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 continue
             if group["muon"]:
                 self._step_muon(group, params)
+            elif group["by_row"]:
+                self._step_rows(group, params)
             else:
                 self._step_adamw(group, params)
         return loss
@@ -187,10 +226,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 # A neuron is a row, or a column of a wide matrix. Not sharded: every process knows all of them.
                 square = torch.zeros(max(param.shape), device=param.device)
                 self.state[param].update(momentum_buffer=buffer, mean_square=square)
-        # Tensors, so that a new learning rate does not mean a new compilation.
-        lr = torch.as_tensor(group["lr"], dtype=torch.float32)
-        found_inf = getattr(self, "found_inf", None)
-        found_inf = torch.zeros(()) if found_inf is None else found_inf
+        lr, found_inf = self._scalars(group)
         for same in stacks.values():
             gradients = [param.grad for param in same]
             buffers = [self.state[param]["momentum_buffer"] for param in same]
@@ -205,6 +241,26 @@ class MuonAdamW(torch.optim.Optimizer):
                 if shard is not tensor:
                     own = distribute_tensor(tensor, shard.device_mesh, shard.placements, src_data_rank=None)
                     shard.copy_(own)
+
+    def _scalars(self, group: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """The group's learning rate and `found_inf`; tensors, so that another rate is not another compilation."""
+        found_inf = getattr(self, "found_inf", None)
+        return torch.as_tensor(group["lr"], dtype=torch.float32), torch.zeros(()) if found_inf is None else found_inf
+
+    def _step_rows(self, group: dict, params: list[torch.Tensor]) -> None:
+        lr, found_inf = self._scalars(group)
+        for param in params:
+            state = self.state[param]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+                state["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
+                state["mean_square"] = torch.zeros_like(param[:, :1], dtype=torch.float32)
+            state["step"].add_(found_inf == 0)
+            # FSDP 2 shards by rows, and each is stepped alone. On a CPU, as many at a time as stay in the cache.
+            tensors = [_own(x) for x in (param, param.grad, state["exp_avg"], state["mean_square"])]
+            rows = len(tensors[0]) if param.is_cuda else max(1, _CACHED // param.shape[1])
+            for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
+                self._row_step(*parts, state["step"], lr, found_inf, *group["betas"], group["eps"])
 
     def _step_adamw(self, group: dict, params: list[torch.Tensor]) -> None:
         for param in params:
@@ -251,23 +307,31 @@ def parameter_groups(
     eps: float = 1e-10,
 ) -> list[dict]:
     """
-    The trainable parameters of a creature in two groups: everything else, for AdamW, and the body's matrices, for Muon.
-
-    A gate's few rows are no matrix to be made orthogonal: they go to AdamW.
+    The trainable parameters of a creature in groups: the tables, for Adam by rows; the body's matrices, for Muon; the
+    rest, for AdamW. A gate's few rows are no matrix to be made orthogonal: they belong to the rest.
 
     Args:
-        learning_rate, betas, eps: AdamW's, of the tables, the norms, the scales and the gates.
+        learning_rate, betas, eps: of the token table; the values' table learns VALUE_TABLE_RATE times as fast, and
+            norms, scales and gates SCALE_RATE times.
         matrix_learning_rate: of the matrices of the body.
         weight_decay: of the matrices of the body; nothing else decays.
     """
-    matrices, others = [], []
+    tables = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    kinds: dict[str, list[torch.Tensor]] = {"others": [], "tables": [], "values": [], "matrices": []}
     for name, param in model.named_parameters():
-        if param.requires_grad:
-            matrix = param.dim() == 2 and ".layers." in name and "gate" not in name
-            (matrices if matrix else others).append(param)
+        if not param.requires_grad:
+            continue
+        if id(param) in tables:
+            kind = "values" if tables[id(param)].endswith("embed_values") else "tables"
+        else:
+            kind = "matrices" if param.dim() == 2 and ".layers." in name and "gate" not in name else "others"
+        kinds[kind].append(param)
+    adam = {"lr": learning_rate, "weight_decay": 0.0, "muon": False, "betas": betas, "eps": eps}
     groups = [
         # First, so that the rate that the Trainer logs is `learning_rate`.
-        {"params": others, "lr": learning_rate, "weight_decay": 0.0, "muon": False, "betas": betas, "eps": eps},
-        {"params": matrices, "lr": matrix_learning_rate, "weight_decay": weight_decay, "muon": True},
+        {"params": kinds["tables"], **adam, "by_row": True},
+        {"params": kinds["values"], **adam, "by_row": True, "lr": VALUE_TABLE_RATE * learning_rate},
+        {"params": kinds["others"], **adam, "lr": SCALE_RATE * learning_rate},
+        {"params": kinds["matrices"], "lr": matrix_learning_rate, "weight_decay": weight_decay, "muon": True},
     ]
     return [group for group in groups if group["params"]]

@@ -24,7 +24,7 @@ class CreatureTrainingArguments(TrainingArguments):
     learning_rate: float = field(
         default=8e-3,
         metadata={
-            "help": "Peak learning rate of AdamW: token table, norms, scales. Left out, it follows from hidden_size."
+            "help": "Peak learning rate of the token table, which norms and scales follow. Left out, hidden_size gives it."
         },
     )
     matrix_learning_rate: float = field(
@@ -40,7 +40,7 @@ class CreatureTrainingArguments(TrainingArguments):
         default=0.01, metadata={"help": "Steps of linear warm-up, or below 1 the share of all steps."}
     )
     decay_steps: float = field(
-        default=0.4, metadata={"help": "Last steps of falling rate, or below 1 their share (warmup_stable_decay)."}
+        default=0.6, metadata={"help": "Last steps of falling rate, or below 1 their share (warmup_stable_decay)."}
     )
     weight_decay: float = field(default=0.05, metadata={"help": "Decay of the matrices of the body, of nothing else."})
     adam_beta1: float = field(default=0.8, metadata={"help": "Decay of the first moment."})

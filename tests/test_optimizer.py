@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from creature.optimizer import _POLAR_EXPRESS, MuonAdamW, orthogonalize, parameter_groups
+from creature.optimizer import _POLAR_EXPRESS, SCALE_RATE, VALUE_TABLE_RATE, MuonAdamW, orthogonalize, parameter_groups
 
 
 def draw(*shape, seed=0):
@@ -56,15 +56,15 @@ def test_orthogonalize_is_five_polar_express_iterations(shape):
     assert error < 0.03
 
 
-def test_what_is_not_a_matrix_of_the_body_is_plain_adamw():
+def test_what_is_neither_a_table_nor_a_matrix_of_the_body_is_plain_adamw():
     model = micro_model()
     model.train_only()
     twin = copy.deepcopy(model)
     optimizer = MuonAdamW(groups(model))
-    rest = optimizer.param_groups[0]
+    rest = next(group for group in optimizer.param_groups if not (group["muon"] or group["by_row"]))
     names = {id(p): name for name, p in model.named_parameters()}
     table = [p for name, p in twin.named_parameters() if name in {names[id(p)] for p in rest["params"]}]
-    adamw = torch.optim.AdamW(table, lr=0.01, betas=rest["betas"], eps=rest["eps"], weight_decay=0.0)
+    adamw = torch.optim.AdamW(table, lr=0.01 * SCALE_RATE, betas=rest["betas"], eps=rest["eps"], weight_decay=0.0)
     for step in range(3):
         take_steps(model, optimizer, step, 1)
         for parameter in table:
@@ -83,6 +83,33 @@ def test_groups_hold_every_trainable_parameter_once_and_frozen_ones_never():
     matrices = next(group for group in groups(model) if group["muon"])["params"]
     assert len(matrices) == 6 * model.config.num_hidden_layers  # q, k, v, o, up, down
     assert not any(p is model.model.embed_tokens.weight for p in matrices)
+
+
+def test_tables_are_stepped_by_rows_and_the_values_faster():
+    model = micro_model(use_value_embeddings=True)
+    model.train_only()
+    by_row = {id(p): group["lr"] for group in groups(model) if group.get("by_row") for p in group["params"]}
+    tables = model.model.embed_tokens.weight, model.model.embed_values.weight
+    assert [by_row.pop(id(table)) for table in tables] == [0.01, 0.01 * VALUE_TABLE_RATE]
+    assert not by_row
+
+
+def test_by_rows_a_row_has_one_second_moment():
+    table = torch.nn.Parameter(draw(5, 4))
+    expected, average, square = table.detach().clone(), torch.zeros(5, 4), torch.zeros(5, 1)
+    optimizer = MuonAdamW([{"params": [table], "by_row": True, "lr": 0.1, "betas": (0.8, 0.9)}])
+    optimizer.found_inf = torch.ones(())
+    table.grad = torch.full((5, 4), float("nan"))
+    optimizer.step()  # nothing yet, not even a count
+    optimizer.found_inf = torch.zeros(())
+    for step in range(1, 4):
+        table.grad = draw(5, 4, seed=step) * torch.tensor([[1.0], [1e-3], [10.0], [1.0], [0.0]])
+        optimizer.step()
+        average = 0.8 * average + 0.2 * table.grad
+        square = 0.9 * square + 0.1 * table.grad.square().mean(1, keepdim=True)
+        expected -= 0.1 * (average / (1 - 0.8**step)) / ((square / (1 - 0.9**step)).sqrt() + 1e-10)
+        torch.testing.assert_close(table.detach(), expected)
+    assert optimizer.state[table]["mean_square"].shape == (5, 1)
 
 
 def test_a_muon_step_is_orthogonal_and_as_large_as_the_rate():
@@ -105,7 +132,7 @@ def test_no_gradient_is_no_step():
 
 
 def test_saving_and_loading_goes_on_bit_for_bit():
-    model = micro_model()
+    model = micro_model(use_value_embeddings=True)
     model.train_only()
     optimizer = MuonAdamW(groups(model))
     take_steps(model, optimizer, 0, 3)
@@ -126,7 +153,7 @@ def mesh():
 
 
 def test_sharded_parameters_take_the_same_steps_and_none_that_is_not_finite(mesh):
-    model = micro_model()
+    model = micro_model(use_value_embeddings=True)
     model.train_only()
     twin = copy.deepcopy(model)
     fully_shard(twin, mesh=mesh)
@@ -163,9 +190,10 @@ def test_a_step_marked_as_not_finite_changes_nothing():
         assert all(torch.equal(state[name], value) for name, value in states[index].items())
 
 
-def test_a_vector_for_muon_is_refused():
+@pytest.mark.parametrize("kind", ["muon", "by_row"])
+def test_a_vector_for_muon_or_rows_is_refused(kind):
     with pytest.raises(ValueError, match="matrices"):
-        MuonAdamW([{"params": [torch.nn.Parameter(torch.zeros(3))], "muon": True}])
+        MuonAdamW([{"params": [torch.nn.Parameter(torch.zeros(3))], kind: True}])
 
 
 def test_neurons_with_small_steps_catch_up_with_the_others():

@@ -310,7 +310,7 @@ def test_what_a_run_remembers_of_its_logs_is_bounded(tmp_path, monkeypatch):
 def test_settings_of_the_optimizer_come_from_the_run_and_not_from_the_checkpoint(tmp_path):
     first = make_trainer(tmp_path, callbacks=[StopAt(3)])
     first.train()
-    changed = make_trainer(tmp_path, learning_rate=1e-3, weight_decay=0.3)
+    changed = make_trainer(tmp_path, learning_rate=1e-3, weight_decay=0.3, decay_steps=2)
     changed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert losses_of(changed, "learning_rate")[3] == pytest.approx(1e-3)
     assert {group["weight_decay"] for group in changed.optimizer.param_groups} == {0.3, 0.0}
