@@ -268,7 +268,9 @@ def test_evaluate_equals_the_loss_of_the_model(tool, run_folder, text_file):
 
 def test_evaluate_keeps_documents_apart_as_the_run_did(tool, run_folder, tmp_path):
     stories = tmp_path / "stories.txt"
-    stories.write_text("A fox met a hen.\n<|endoftext|>\n" * 100, encoding="utf-8")
+    animals = ("fox", "hen", "heron", "wolf", "crab", "moth", "goat")
+    texts = (f"{animal} {animal} and {animal}.\n<|endoftext|>\n" for animal in animals)
+    stories.write_text("".join(texts) * 20, encoding="utf-8")
     arguments = ("--checkpoint", run_folder, "--data", stories)
     code, out, err = tool("evaluate_text", *arguments, "--separate_documents")
     assert code == 0 and "blocks, documents kept apart" in err

@@ -45,7 +45,6 @@ def tracked(tmp_path_factory):
         ids.astype(np.uint16).tofile(folder / "corpus.bin")
         for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(folder)}.items():
             patch.setenv(name, value)
-        patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
         patch.setattr(job, "block_collator", lambda *_: collate_aloud)
         throughput = job.Throughput
         patch.setattr(job, "Throughput", lambda flops, peak: throughput(flops, 1e12))
