@@ -24,7 +24,7 @@ class CreatureTrainingArguments(TrainingArguments):
     learning_rate: float = field(
         default=8e-3,
         metadata={
-            "help": "Peak learning rate of the token table, which norms and scales follow. Left out, hidden_size gives it."
+            "help": "Peak rate of the token table, which norms and scales follow. Left out, hidden_size gives it."
         },
     )
     matrix_learning_rate: float = field(
