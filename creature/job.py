@@ -38,9 +38,10 @@ from creature.launch import parent_to_watch
 from creature.loading import load_model
 from creature.machine import Plan, sharded, training_values
 from creature.mixture import mix, parse_parts
+from creature.saving import way_on
 from creature.sources import is_hub_name
 from creature.tokenizer import gpt2_hash, load_tokenizer, special_ids, token_byte_lengths, tokenizer_hash
-from creature.trainer import CreatureTrainer, schedule_steps, way_on
+from creature.trainer import CreatureTrainer, schedule_steps
 from creature.training_arguments import CreatureTrainingArguments
 from modeling_creature import MultiModalCreature
 

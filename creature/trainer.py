@@ -1,12 +1,9 @@
-"""CreatureTrainer: the Hugging Face Trainer with per-stream losses, true numbers and whole checkpoints."""
+"""CreatureTrainer: the Hugging Face Trainer with per-stream losses, true numbers and whole checkpoints (saving.py)."""
 
 import contextlib
-import copy
 import dataclasses
 import functools
-import json
 import os
-import shutil
 import signal
 from collections import deque
 from pathlib import Path
@@ -14,19 +11,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from creature import checkpoints
 from creature.callbacks import FiniteGuard, StopEvaluation, StopSignals, Throughput
 from creature.compiling import fill_rows, or_eager
-from creature.errors import UserError, first_line, is_out_of_memory
-from creature.files import flush_folder, replace_file, telling_of_failed_writes
-from creature.loading import check_weights
+from creature.errors import UserError, first_line
+from creature.files import replace_file
 from creature.metrics import text_metrics
 from creature.optimizer import MuonAdamW, parameter_groups
+from creature.saving import WholeCheckpoints, read_state, refuse_shards
 from streams_creature import STREAMS, count_targets
 
 # What a batch may hold to be divided by rows: what senses bring counts by present ticks.
@@ -35,7 +31,7 @@ _DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 LOG_HISTORY = 1000  # logs that stay in memory and in every trainer_state.json; metrics.jsonl has all of them
 
 
-class CreatureTrainer(Trainer):
+class CreatureTrainer(WholeCheckpoints, Trainer):
     """
     A Trainer for MultiModalCreature.
 
@@ -264,23 +260,6 @@ class CreatureTrainer(Trainer):
             args.lr_scheduler_kwargs = {"decay_type": "linear", **given, "num_decay_steps": decay}
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the states, but keep the settings of this run: a checkpoint's would override them in silence."""
-        settings = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups]
-        rates = list(getattr(self.lr_scheduler, "base_lrs", []))
-        with _reading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not hasattr(self.lr_scheduler, "lr_lambdas"):
-            return
-        self.lr_scheduler.base_lrs = rates
-        step = self.lr_scheduler.last_epoch
-        for group, kept, rate, factor in zip(
-            self.optimizer.param_groups, settings, rates, self.lr_scheduler.lr_lambdas, strict=True
-        ):
-            group.update(kept)
-            group["lr"] = rate * factor(step)
-        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if isinstance(grad_norm, DTensor):  # under FSDP 2 every process knows but its part
@@ -340,57 +319,7 @@ class CreatureTrainer(Trainer):
         token_losses, predictions = prediction.predictions
         return text_metrics(token_losses, predictions, prediction.label_ids, self._byte_lengths)
 
-    # ---- Checkpoints ----
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Load the weights as `from_pretrained` does: it knows the names that parts of transformers are saved under."""
-        if isinstance(self.model if model is None else model, FSDPModule):
-            with _reading(resume_from_checkpoint):
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        target = self.model if model is None else model
-        with _reading(resume_from_checkpoint):
-            check_weights(resume_from_checkpoint)
-            loaded, info = type(target).from_pretrained(
-                resume_from_checkpoint,
-                config=copy.deepcopy(target.config),
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                use_safetensors=True,
-            )
-        if names := sorted(str(name) for kind in info.values() for name in kind):
-            raise UserError(
-                f"{resume_from_checkpoint} is of another configuration ({names[0]} and {len(names) - 1} more differ): "
-                "resume it with the configuration it was trained with"
-            )
-        target.load_state_dict(loaded.state_dict())
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """With the random state, every rank saves the logging window it is in: a resumed run logs the same means."""
-        super()._save_rng_state(output_dir)
-        window = {
-            "since": self._globalstep_last_logged,
-            "loss": self._tr_loss.item(),
-            "stream_losses": self._stream_losses.tolist(),
-            "stream_steps": self._stream_steps.tolist(),
-        }
-        Path(output_dir, f"log_window_{self.args.process_index}.json").write_text(json.dumps(window), encoding="utf-8")
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint):
-            super()._load_rng_state(checkpoint)
-
-    def _restore_window(self) -> None:
-        path = Path(self._resumed_from or "", f"log_window_{self.args.process_index}.json")
-        self._stream_losses.zero_()
-        self._stream_steps.zero_()
-        if self._resumed_from and path.is_file():
-            with _reading(self._resumed_from):
-                window = json.loads(path.read_text(encoding="utf-8"))
-                self._globalstep_last_logged = int(window["since"])
-                self._tr_loss.fill_(window["loss"])
-                self._stream_losses.copy_(torch.tensor(window["stream_losses"]))
-                self._stream_steps.copy_(torch.tensor(window["stream_steps"]))
+    # ---- Resuming, and the Hub ----
 
     def make_up_evaluation(self) -> None:
         """Evaluate where the run was stopped at a step at which it would have evaluated, had there been time."""
@@ -410,26 +339,8 @@ class CreatureTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, **kwargs):
         self._resumed_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
         if self._resumed_from:
-            _read_state(self._resumed_from)
+            read_state(self._resumed_from)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The Trainer's, in which FSDP2 would save torch's own files as the model's code, and the tied table twice."""
-        if not self.is_fsdp_enabled:
-            return super()._save(output_dir, state_dict)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        state_dict = {n: value for n, value in state_dict.items() if n not in model.all_tied_weights_keys}
-        sharded = type(model)
-        try:
-            model.__class__ = self._model_class
-            super()._save(output_dir, state_dict)
-        finally:
-            model.__class__ = sharded
-
-    def load_finished(self, checkpoint: Path) -> None:
-        """Take weights and state from the checkpoint of the last step, where nothing is left to train."""
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = _read_state(str(checkpoint))
 
     def init_hf_repo(self, *args, **kwargs) -> None:
         """Make the repository of --push_to_hub ready; UserError before the training where that cannot be."""
@@ -440,50 +351,6 @@ class CreatureTrainer(Trainer):
                 f"--push_to_hub finds no way to a repository ({first_line(error)}): log in with `hf auth login` and "
                 "look at --hub_model_id, or leave it out and push the finished folder later (docs/hub.md)"
             ) from error
-
-    def _get_output_dir(self, trial) -> str:
-        return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """Write the checkpoint aside, seal it, and put it in place in one step; then delete what is too old."""
-        args, folder = self.args, Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        self.finite_guard.settle(args.output_dir)
-        limit, args.save_total_limit = args.save_total_limit, None
-        self._aside = folder / checkpoints.WRITING_FOLDER
-        with self.throughput.paused():
-            try:
-                with telling_of_failed_writes(folder / name, lambda: way_on(folder)):
-                    self._write_checkpoint(model, trial, folder, name, limit)
-            except Exception:
-                if args.should_save:
-                    shutil.rmtree(self._aside, ignore_errors=True)  # it would keep the disk full
-                raise
-            finally:
-                args.save_total_limit, self._aside = limit, None
-
-    def _write_checkpoint(self, model, trial, folder: Path, name: str, limit: int | None) -> None:
-        if self.args.should_save:
-            shutil.rmtree(self._aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self._keep_best(folder, name)
-            if (folder / checkpoints.RUN_FILE).is_file():
-                shutil.copyfile(folder / checkpoints.RUN_FILE, self._aside / name / checkpoints.RUN_FILE)
-            checkpoints.seal_checkpoint(self._aside / name)
-            _put_in_place(self._aside / name, folder / name)
-            checkpoints.rotate(folder, limit, self.protected_steps | {self.state.best_global_step or -1})
-        self.accelerator.wait_for_everyone()
-
-    def _keep_best(self, folder: Path, name: str) -> None:
-        """Correct the path of the best checkpoint, which the Trainer thinks is the folder aside."""
-        if self.state.best_global_step:
-            best = folder / f"checkpoint-{self.state.best_global_step}"
-            if best.exists() or best.name == name:
-                self.state.best_model_checkpoint = str(best)
-                self.state.save_to_json(str(self._aside / name / "trainer_state.json"))
 
 
 def halve_rows(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
@@ -497,48 +364,6 @@ def halve_rows(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]
         else:
             halves[0][name], halves[1][name] = tensor[:rows], tensor[rows:]
     return halves
-
-
-def refuse_shards(fsdp_plugin) -> None:
-    """
-    UserError where FSDP would write sharded checkpoints, for torch opens their index as a pickle that may run code, and
-    for FSDP 1, which leaves no matrices to Muon.
-    """
-    if getattr(fsdp_plugin, "fsdp_version", 2) == 1:
-        raise UserError("FSDP 1 flattens the matrices that Muon trains: set fsdp_version: 2, as in configs/accelerate")
-    if "SHARDED" in str(getattr(fsdp_plugin, "state_dict_type", "")):
-        raise UserError(
-            "sharded checkpoints cannot be read back safely, for their index is a pickle: set fsdp_state_dict_type: "
-            "FULL_STATE_DICT in accelerate's configuration, as configs/accelerate/fsdp2.yaml does"
-        )
-
-
-@contextlib.contextmanager
-def _reading(checkpoint: str | None):
-    """Whatever a checkpoint that is not what we wrote makes other libraries raise, as one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if checkpoint is None or is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"{checkpoint} cannot be resumed ({first_line(error)}): name another, --resume RUN/checkpoint-N"
-        ) from error
-
-
-def _read_state(checkpoint: str) -> TrainerState:
-    """The trainer_state.json of a checkpoint; UserError where a field of it is not of its type."""
-    with _reading(checkpoint):
-        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-        usual = TrainerState(train_batch_size=1, best_metric=0.0, best_global_step=0, best_model_checkpoint="")
-        for name, example in vars(usual).items():
-            value, kinds = getattr(state, name), (int, float) if isinstance(example, int | float) else type(example)
-            unknown = value is None and name.startswith("best_")
-            if not (example is None or unknown or isinstance(value, kinds)):
-                raise TypeError(f"{name} in trainer_state.json is {value!r}")
-        return state
 
 
 def _shield_workers(loader):
@@ -590,17 +415,3 @@ def halved_steps(args, num_training_steps: int) -> int:
     """The first steps, in which each half of the batch is an update of its own; a value below 1 is a share of all."""
     given = args.batch_warmup_steps
     return min(int(given) if given >= 1 else round(given * num_training_steps), num_training_steps)
-
-
-def _put_in_place(written: Path, final: Path) -> None:
-    if final.exists():  # of a timeline that a resume left, or broken
-        final.rename(written.with_name("replaced"))
-    os.replace(written, final)
-    flush_folder(final.parent)
-    shutil.rmtree(written.parent, ignore_errors=True)
-
-
-def way_on(folder: Path) -> str:
-    """What to do after a failed save: resume from the newest whole checkpoint, where there is one."""
-    kept, _ = checkpoints.newest_complete(folder)
-    return f"--resume from {kept.name}, which is intact" if kept else "start again: no checkpoint was complete yet"

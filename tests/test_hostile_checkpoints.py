@@ -197,7 +197,7 @@ def test_weights_are_read_from_safetensors_only(trained, tmp_path):
 def test_sharded_checkpoints_with_their_pickled_index_are_refused_before_any_is_written(kind):
     from torch.distributed.fsdp import StateDictType
 
-    from creature.trainer import refuse_shards
+    from creature.saving import refuse_shards
 
     plugin = SimpleNamespace(state_dict_type=StateDictType[kind])
     assert (answer(refuse_shards, plugin) is None) == (kind == "FULL_STATE_DICT")
