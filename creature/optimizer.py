@@ -322,7 +322,7 @@ def parameter_groups(
         if not param.requires_grad:
             continue
         if id(param) in tables:
-            kind = "values" if tables[id(param)].endswith("embed_values") else "tables"
+            kind = "values" if "embed_values" in tables[id(param)] else "tables"
         else:
             kind = "matrices" if param.dim() == 2 and ".layers." in name and "gate" not in name else "others"
         kinds[kind].append(param)
