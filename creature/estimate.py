@@ -122,6 +122,7 @@ def _count(config_json: str, config_class: type) -> SimpleNamespace:
     return SimpleNamespace(
         token_table=table,
         value_table=values,
+        tables=table + values,
         body=body,
         body_matrices=total(parameter for parameter in layers if parameter.ndim == 2),
         matrices=dict(matrices),  # shape -> how many
@@ -178,8 +179,8 @@ def memory_parts(
     inventory = _inventory(config)
     tokens = micro_batch * block_size
     wide = PRECISION_BYTES[precision]
-    tables = inventory.token_table + inventory.value_table
-    states = 8 * inventory.trainable - (4 * (inventory.body_matrices + tables) if optimizer == "muon" else 0)
+    single = inventory.body_matrices + inventory.tables  # these have one state beside Muon
+    states = 8 * inventory.trainable - (4 * single if optimizer == "muon" else 0)
     per_layer = layer_bytes_per_token(config, precision, device_kind, compiled)
     layers = config.num_hidden_layers
     if activation_checkpointing:
@@ -218,11 +219,9 @@ def memory_parts(
     # pass hands over all of the body's at once, beside those that they are added to.
     fresh = 4 * inventory.body if compiled and accumulating else 0
     after_backward = lasting + parts["gradients"] + fresh + head_gradient + tokens * per_layer + working
-    # The fused AdamW works in place.
+    # The fused AdamW works in place, and so do the tables' rows, compiled or a few at a time.
     stack = inventory.largest_matrix if device_kind == "cpu" else inventory.largest_stack
     parts["optimizer_step"] = MUON_TEMPORARIES[device_kind] * stack if optimizer == "muon" else 0
-    if optimizer == "muon" and device_kind == "cpu":  # a copy of the gradient of a table
-        parts["optimizer_step"] = max(parts["optimizer_step"], 4 * inventory.token_table)
     in_step = lasting + parts["gradients"] + parts["optimizer_step"]
     parts["peak"] = max(at_loss, in_backward, after_backward, in_step)
     return {name: int(size) for name, size in parts.items()}
@@ -399,8 +398,7 @@ def ideal_seconds(
     # the gradient is read twice and there is no second moment.
     weights += 12 * inventory.trainable
     if optimizer == "muon":
-        tables = inventory.token_table + inventory.value_table
-        weights += muon_bytes + 28 * (inventory.trainable - inventory.body_matrices) - 4 * tables
+        weights += muon_bytes + 28 * (inventory.trainable - inventory.body_matrices) - 4 * inventory.tables
     else:
         muon_flops = 0.0
         weights += 28 * inventory.trainable

@@ -23,9 +23,9 @@ _POLAR_EXPRESS = (
 )
 MOMENTUM = 0.9  # of Muon
 _CACHED = 2**18  # numbers of a table that a CPU's core keeps near while it steps them
-# Peak learning rates of AdamW at width 512, beside Muon and alone (docs/log.md).
+# Peak learning rates at width 512: of the token table beside Muon, of everything under AdamW alone (docs/log.md).
 _RATE_BESIDE_MUON, _RATE_ALONE, _RATE_WIDTH = 8e-3, 2e-3, 512
-VALUE_TABLE_RATE, SCALE_RATE = 12.5, 2.5  # times AdamW's: 0.1 and 0.02 beside 8e-3
+VALUE_TABLE_RATE, SCALE_RATE = 12.5, 2.5  # times the token table's: 0.1 and 0.02 beside 8e-3
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -190,10 +190,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 if (group["muon"] or group["by_row"]) and param.dim() != 2:
                     what = "Muon updates matrices" if group["muon"] else "Rows are those of matrices"
                     raise ValueError(f"{what}; a parameter of shape {tuple(param.shape)} goes to AdamW.")
-        self._muon_step, self._row_step = _muon_step, _row_step
-        if compiled:
-            self._muon_step = partial(or_eager, torch.compile(_muon_step, dynamic=False, fullgraph=True))
-            self._row_step = partial(or_eager, torch.compile(_row_step, dynamic=False, fullgraph=True))
+        self._muon_step, self._row_step = (
+            partial(or_eager, torch.compile(step, dynamic=False, fullgraph=True)) if compiled else step
+            for step in (_muon_step, _row_step)
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -291,7 +291,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def width_learning_rate(hidden_size: int, muon: bool = True) -> float:
     """
-    The peak learning rate of AdamW for a model of this width, beside Muon or alone; it falls with the width's root.
+    The peak `learning_rate` for a model of this width, beside Muon or of AdamW alone; it falls with the width's root.
 
     Muon's own rate needs no such rule: an orthogonal step changes every output by the same amount at any width.
     """

@@ -39,7 +39,7 @@ class CreatureTrainer(WholeCheckpoints, Trainer):
         - every stream is divided by its own count of targets over the whole accumulated batch and all ranks, and logged
           as `loss_<stream>`;
         - evaluation is token-weighted and gives loss, perplexity, bits per byte and accuracy without holding logits;
-        - Muon trains the matrices of the body, AdamW the rest, and only those matrices decay;
+        - Muon trains the matrices of the body, Adam the rest, and only those matrices decay;
         - at first, each half of a batch is an update of its own (`batch_warmup_steps`);
         - warmup_stable_decay needs no keyword arguments;
         - tokens/s, samples/s and MFU are of the last logging window and exclude evaluation, saving and compiling;

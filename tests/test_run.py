@@ -363,7 +363,7 @@ def test_a_process_whose_partner_has_ended_says_that_alone(monkeypatch, capsys):
 )
 def test_bad_input_is_named_and_nothing_is_written(place, monkeypatch, flags, words):
     if "--use_cpu" in flags and (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        pytest.skip("there is a GPU")
+        pytest.skip("--use_cpu false is no bad input where there is a GPU")
     Path("empty.bin").write_bytes(b"")
     Path("odd.bin").write_bytes(b"\x01\x00\x02")
     np.array([1, 2, 3, 60000] * 100, dtype=np.uint16).tofile("large.bin")
