@@ -21,8 +21,9 @@ except ImportError:  # before torch 2.10
     varlen_attn = None
 
 TILE = (128, 256, 64)  # rows, columns and depth of a step of the matrix product
+FP8_TILE = (128, 128, 128)  # two programs share a multiprocessor: one multiplies while the other has its epilogue
 ROTARY_ROWS = 64
-FINISHED_ROWS = 16
+FINISHED_ROWS, FINISHED_PARTS = 16, 64
 
 
 def kernels_available(*tensors: torch.Tensor) -> bool:
@@ -54,11 +55,13 @@ if triton is not None:
         out,
         aux_ptr,
         sums_ptr,
+        scale_ptr,
         M,
         N,
         K: tl.constexpr,
         B_IS_TRANSPOSED: tl.constexpr,
         EPILOGUE: tl.constexpr,
+        MASKED: tl.constexpr,
         PROGRAMS: tl.constexpr,
         BM: tl.constexpr,
         BN: tl.constexpr,
@@ -68,8 +71,9 @@ if triton is not None:
         """
         Tiles [BM, BN] of a [M, K] @ b [K, N], each followed by the epilogue; a program makes every PROGRAMS-th of them.
 
-        "exp": exp(product - aux[row]), and the tile's row sums into sums [tiles of columns, M]. "relu2": relu squared.
-        "relu2_grad": the product times the derivative of relu squared, 2 sqrt(aux), aux [M, N] being its output.
+        "exp": exp(product - aux[row]), and the tile's row sums into sums [tiles of columns, M]. "scaled_exp": the same
+        of the product times scale[row]. "relu2": relu squared. "relu2_grad": the product times the derivative of relu
+        squared, 2 sqrt(aux), aux [M, N] being its output. MASKED: whether the last tile of columns ends beyond N.
         """
         tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
         # Flattened, the loads of the next tile run during the epilogue of this one.
@@ -90,10 +94,15 @@ if triton is not None:
                 product = tl.dot(a.load([row, k]), right, product)
 
             rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
-            if EPILOGUE == "exp":
+            if EPILOGUE == "exp" or EPILOGUE == "scaled_exp":
                 shift = tl.load(aux_ptr + rows, mask=rows < M, other=0.0) * LOG2_E
-                result = tl.exp2(tl.minimum(product * LOG2_E - shift[:, None], HIGHEST_LOG2))
-                result = tl.where(columns[None, :] < N, result, 0.0)
+                if EPILOGUE == "scaled_exp":
+                    product *= (tl.load(scale_ptr + rows, mask=rows < M, other=0.0) * LOG2_E)[:, None]
+                else:
+                    product *= LOG2_E
+                result = tl.exp2(tl.minimum(product - shift[:, None], HIGHEST_LOG2))
+                if MASKED:
+                    result = tl.where(columns[None, :] < N, result, 0.0)
                 tl.store(sums_ptr + tile_n * M + rows, tl.sum(result, 1), mask=rows < M)
             elif EPILOGUE == "relu2":
                 result = tl.maximum(product, 0.0)
@@ -126,8 +135,10 @@ if triton is not None:
         tl.store(start + target, (1.0 - row_total).to(logits_ptr.dtype.element_ty))
 
     @triton.jit
-    def _target_logits_kernel(x_ptr, weight_ptr, targets_ptr, out_ptr, K, BLOCK: tl.constexpr):
-        """One row a program: x [row] . weight [target of the row]."""
+    def _target_logits_kernel(
+        x_ptr, weight_ptr, targets_ptr, scale_ptr, out_ptr, K, SCALED: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """One row a program: x [row] . weight [target of the row], times scale [row]."""
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets_ptr + row)
         total = tl.zeros((BLOCK,), tl.float32)
@@ -135,16 +146,26 @@ if triton is not None:
             lane = first + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + row * K + lane, mask=lane < K, other=0.0).to(tl.float32)
             total += x * tl.load(weight_ptr + target * K + lane, mask=lane < K, other=0.0).to(tl.float32)
-        tl.store(out_ptr + row, tl.sum(total, 0))
+        logit = tl.sum(total, 0)
+        if SCALED:
+            logit *= tl.load(scale_ptr + row)
+        tl.store(out_ptr + row, logit)
 
     @triton.jit
-    def _finish_odds_kernel(odds_ptr, parts_ptr, targets_ptr, sums_ptr, rows, columns, parts, ROWS: tl.constexpr):
+    def _finish_odds_kernel(
+        odds_ptr, parts_ptr, targets_ptr, sums_ptr, rows, columns, parts, ROWS: tl.constexpr, PARTS: tl.constexpr
+    ):  # fmt: skip
         """sums [rows] of parts [parts, rows], and 1 - sum in place of the odds of each row's target, which are 1."""
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         inside = row < rows
-        total = tl.zeros((ROWS,), tl.float32)
-        for part in range(parts):
-            total += tl.load(parts_ptr + part * rows + row, mask=inside, other=0.0)
+        totals = tl.zeros((PARTS, ROWS), tl.float32)
+        for first in range(0, parts, PARTS):
+            part = first + tl.arange(0, PARTS)
+            mask = (part < parts)[:, None] & inside[None, :]
+            totals += tl.load(parts_ptr + part[:, None] * rows + row[None, :], mask=mask, other=0.0)
+        total = tl.sum(totals, 0)
+        # The target's own odds are 1, which tensor cores, adding up float8 in few bits, may miss. What is NaN stays so.
+        total = tl.where(total < 1.0, 1.0, total)
         target = tl.load(targets_ptr + row, mask=inside, other=0)
         tl.store(sums_ptr + row, total, mask=inside)
         place = odds_ptr + row.to(tl.int64) * columns + target
@@ -211,20 +232,28 @@ def matmul_fits(x: torch.Tensor, columns: int) -> bool:
 
 
 def _matmul(
-    a: torch.Tensor, b: torch.Tensor, aux: torch.Tensor, sums: torch.Tensor, epilogue: str, tile=TILE, stages=4
+    a: torch.Tensor,
+    b: torch.Tensor,
+    aux: torch.Tensor,
+    sums: torch.Tensor,
+    epilogue: str,
+    scale: torch.Tensor | None = None,
+    tile=TILE,
+    stages=4,
+    per_multiprocessor=1,
 ) -> torch.Tensor:
-    """Launch `_matmul_kernel` for a [M, K] and b [K, N], contiguous or its transpose is: [M, N] in the dtype of a."""
+    """Launch `_matmul_kernel` for a [M, K] and b [K, N], contiguous or its transpose is: [M, N] in half precision."""
     (m, k), n = a.shape, b.shape[1]
-    out = torch.empty((m, n), dtype=a.dtype, device=a.device)
+    out = torch.empty((m, n), dtype=torch.bfloat16 if a.dtype.itemsize == 1 else a.dtype, device=a.device)
     rows, columns, depth = tile
     transposed = b.stride(0) == 1
-    programs = _multiprocessors(a.device.index)
+    programs = per_multiprocessor * _multiprocessors(a.device.index)
     _matmul_kernel[(programs,)](
         TensorDescriptor.from_tensor(a, [rows, depth]),
         TensorDescriptor.from_tensor(b.t() if transposed else b, [columns, depth] if transposed else [depth, columns]),
         TensorDescriptor.from_tensor(out, [rows, columns // 2]),
-        aux, sums, m, n, K=k, B_IS_TRANSPOSED=transposed, EPILOGUE=epilogue, PROGRAMS=programs,
-        BM=rows, BN=columns, BK=depth, num_warps=8, num_stages=stages,
+        aux, sums, aux if scale is None else scale, m, n, K=k, B_IS_TRANSPOSED=transposed, EPILOGUE=epilogue,
+        MASKED=n % columns != 0, PROGRAMS=programs, BM=rows, BN=columns, BK=depth, num_warps=8, num_stages=stages,
     )  # fmt: skip
     return out
 
@@ -234,32 +263,56 @@ def _matmul(
 
 
 @torch.library.custom_op("creature::softmax_odds", mutates_args=())
-def softmax_odds(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def softmax_odds(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The odds of every token against the target, exp(logit - target's logit), without the logits ever being written.
 
     x [M, K], weight [N, K] of one half-precision dtype, targets [M] int64 -> odds [M, N] in that dtype, where 1 minus
     the row's sum stands in the target's place, and the sums [M] float32. odds / sums is the gradient of the cross
     entropy log(sums). Odds are cut off at 2^100, so a loss never shows as more than about 80 nats.
+
+    With scale [M] float32, x and weight are in float8_e4m3fn, the logits are scale times their product, the odds in
+    bfloat16; it takes what `matmul_fits` takes.
     """
     sums = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    if not matmul_fits(x, len(weight)):
+    if scale is None and not matmul_fits(x, len(weight)):
         odds = x @ weight.t()
         _odds_kernel[(len(x),)](odds, targets, sums, len(weight), BLOCK=4096, num_warps=8)
         return odds, sums
     target_logits = torch.empty_like(sums)
-    _target_logits_kernel[(len(x),)](x, weight, targets, target_logits, x.shape[1], BLOCK=512, num_warps=1)
-    parts = torch.empty((triton.cdiv(len(weight), TILE[1]), len(x)), dtype=torch.float32, device=x.device)
-    odds = _matmul(x, weight.t(), target_logits, parts, "exp")
+    factor = target_logits if scale is None else scale
+    _target_logits_kernel[(len(x),)](
+        x, weight, targets, factor, target_logits, x.shape[1], SCALED=scale is not None, BLOCK=512, num_warps=1
+    )
+    tile = TILE if scale is None else FP8_TILE
+    parts = torch.empty((triton.cdiv(len(weight), tile[1]), len(x)), dtype=torch.float32, device=x.device)
+    if scale is None:
+        odds = _matmul(x, weight.t(), target_logits, parts, "exp")
+    else:
+        odds = _matmul(x, weight.t(), target_logits, parts, "scaled_exp", scale, tile, stages=3, per_multiprocessor=2)
     _finish_odds_kernel[(triton.cdiv(len(x), FINISHED_ROWS),)](
-        odds, parts, targets, sums, *odds.shape, len(parts), ROWS=FINISHED_ROWS, num_warps=1
+        odds, parts, targets, sums, *odds.shape, len(parts), ROWS=FINISHED_ROWS, PARTS=FINISHED_PARTS, num_warps=4
     )
     return odds, sums
 
 
 @softmax_odds.register_fake
-def _(x, weight, targets):
-    return x.new_empty((len(x), len(weight))), x.new_empty(len(x), dtype=torch.float32)
+def _(x, weight, targets, scale=None):
+    dtype = x.dtype if scale is None else torch.bfloat16
+    return x.new_empty((len(x), len(weight)), dtype=dtype), x.new_empty(len(x), dtype=torch.float32)
+
+
+@torch.library.custom_op("creature::add_product", mutates_args=("total",))
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total [M, N] float32 += a.T @ b, never rounded in between; a [K, M], b [K, N] of one half-precision dtype."""
+    torch.addmm(total, a.t(), b, out_dtype=torch.float32, out=total)
+
+
+@add_product.register_fake
+def _(total, a, b):
+    return None
 
 
 @torch.library.custom_op("creature::matmul_relu2", mutates_args=())

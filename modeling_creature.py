@@ -255,6 +255,9 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         self.streams = CreatureStreams(config)
         # The class name is in none of transformers' tables; without this the Trainer counts unshifted targets.
         self.loss_type = "ForCausalLM"
+        # Whether the internal text's loss may take its logits from float8 (`losses_creature.linear_cross_entropy`). Of
+        # the training, not of the model: so it is no part of the configuration.
+        self.fp8_head = False
         self.post_init()
 
     def train_only(self, senses=("internal_voice",), streams=("internal_text",)) -> None:
@@ -449,7 +452,9 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             # The head has run already, and without gradients its losses are all there is to know.
             sums["internal_text"] = (token_losses * text_target_weights(self.config, targets["labels"][:, 1:])).sum()
         elif weights["internal_text"] and targets["labels"] is not None:
-            sums["internal_text"] = text_loss(self.config, hidden, self._head(), targets["labels"])
+            sums["internal_text"] = text_loss(
+                self.config, hidden, self._head(), targets["labels"], self.fp8_head and self.training
+            )
         if weights["external_text"] and targets["external_text_labels"] is not None:
             sums["external_text"] = self.streams.external_text.loss(hidden, table, targets["external_text_labels"])
         if weights["audio"] and targets["audio_labels"] is not None:

@@ -31,13 +31,18 @@ def text_target_weights(config: CreatureConfig, labels: torch.Tensor) -> torch.T
 
 
 def text_loss(
-    config: CreatureConfig, hidden: torch.Tensor, head: torch.Tensor | nn.Module, labels: torch.Tensor
+    config: CreatureConfig,
+    hidden: torch.Tensor,
+    head: torch.Tensor | nn.Module,
+    labels: torch.Tensor,
+    fp8: bool = False,
 ) -> torch.Tensor:
     """
     Sum of the next-token losses of a text stream.
 
     hidden: [B, T, hidden_size] of ticks 0..T-1. head: its weight [vocab_size, hidden_size], or a module that makes the
     logits, all of them at once. labels: [B, T], unshifted, or [B, T + 1] where the tick after the last is known too.
+    fp8: see `losses_creature.linear_cross_entropy`.
     """
     # A last tick without a target gets one of weight 0, so that `hidden` is used whole, without a copy.
     targets = F.pad(labels[:, 1:], (0, hidden.shape[1] + 1 - labels.shape[1]), value=IGNORE_INDEX).reshape(-1)
@@ -45,7 +50,7 @@ def text_loss(
     if isinstance(head, nn.Module):
         logits = head(hidden).flatten(0, 1).float()
         return (F.cross_entropy(logits, targets.clamp(min=0), reduction="none") * weights).sum()
-    return linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets.clamp(min=0), weights)
+    return linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets.clamp(min=0), weights, fp8)
 
 
 def count_targets(config: CreatureConfig, batch: dict) -> torch.Tensor:

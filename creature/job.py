@@ -47,6 +47,8 @@ from modeling_creature import MultiModalCreature
 
 DRY_RUN_EVAL_BLOCKS = 2
 SAMPLES = 3  # of the model card
+# Times a text is seen above which the value table learns it by heart: what was gained at once is lost (docs/log.md).
+VALUE_TABLE_REPEATS = 1.5
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50}
 # What stays here when a run is pushed: what only a resume needs, and the ways to files on this machine.
 NOT_PUSHED = ["checkpoint-*", f"{checkpoints.REPLACED}-*", checkpoints.RUN_FILE, ".*"]
@@ -177,6 +179,22 @@ def total_steps(args, plan: Plan, splits) -> int:
     return max(1, int(-(-args.num_train_epochs * max(1, -(-batches // plan.accumulation)) // 1)))
 
 
+def settle_value_table(settings: Settings, plan: Plan, config: CreatureConfig, splits, steps: int, old) -> None:
+    """Leave the value table out of a new run that repeats its text, unless a flag asks for it; `old` keeps its own."""
+    if "use_value_embeddings" in settings.given or not config.use_value_embeddings:
+        return
+    if old:
+        config.use_value_embeddings = old["identity"]["model"].get("use_value_embeddings", False)
+        return
+    seen = steps * plan.tokens_per_step / max(splits.info["tokens"], 1)
+    if seen > VALUE_TABLE_REPEATS:
+        config.use_value_embeddings = False
+        plan.notes.append(
+            f"the data will be seen {seen:.1f} times, so the model goes without the value table, which would learn it "
+            "by heart; --use_value_embeddings true keeps it"
+        )
+
+
 def resume_point(settings: Settings, folder: str, args, old: dict | None, steps: int) -> Path | None:
     """
     The checkpoint to go on from, or None for a new run. Moves later checkpoints of an extended run out of the way.
@@ -215,7 +233,7 @@ def check_identity(old: dict, new: dict, accept: bool) -> None:
     """UserError when a resumed run would not go on as it began, with every difference; max_steps may grow."""
     ignored = {"max_steps", "decay_steps"}
     unsaid = ("matrix_momentum", "adam_beta1", "adam_beta2", "adam_epsilon")  # by runs of earlier versions
-    before = {"separate_documents": False, "batch_warmup_steps": 0}
+    before = {"separate_documents": False, "batch_warmup_steps": 0, "fp8_head": False}
     before |= {key: new["identity"].get(key) for key in unsaid} | old["identity"]
     found = checkpoints.differences(
         {k: v for k, v in before.items() if k not in ignored},
@@ -249,6 +267,7 @@ def build_model(config: CreatureConfig, args) -> MultiModalCreature:
     weights = config.loss_weights
     streams = tuple(name for name, weight in weights.items() if weight)
     model.train_only(senses=("internal_voice",), streams=streams)
+    model.fp8_head = args.fp8_head
     # Saved as generation_config.json: a small model that always takes the likeliest token goes round in circles, and
     # servers use the temperature of a request only where the model samples.
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

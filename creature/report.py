@@ -10,7 +10,7 @@ from pathlib import Path
 from creature.args import PROJECT, Settings
 from creature.callbacks import format_seconds
 from creature.estimate import count_parameters, flops_per_token, tokens_per_second
-from creature.hardware import attention_kernel, peak_flops
+from creature.hardware import attention_kernel, fp8_head_available, peak_flops
 from creature.launch import own_command
 from creature.machine import Plan, sharded
 from creature.optimizer import MOMENTUM
@@ -32,6 +32,7 @@ def identity(settings: Settings, plan: Plan, args, config, data_info: dict, step
         "block_size": plan.block_size,
         "separate_documents": settings.data.get("separate_documents", False),
         "precision": plan.precision,
+        "fp8_head": args.fp8_head and plan.precision == "bf16" and fp8_head_available(plan.device),
         "data_hash": data_info["data_hash"],
         "data_tokens": data_info["tokens"],
         "tokenizer_hash": data_info["tokenizer_hash"],
@@ -144,7 +145,8 @@ def run_table(run: dict) -> str:
         "FLOPs per token": f"{run['flops_per_token']:.4g} (forward and backward)",
         "device": run["device"] + (f", {run['threads']} threads" if run["threads"] else "")
         + (f", {own['world_size']} processes" if own["world_size"] > 1 else ""),
-        "precision": f"{run['precision']} ({run['precision_reason']})",
+        "precision": f"{run['precision']} ({run['precision_reason']})"
+        + (", logits of the head in float8" if own["fp8_head"] else ""),
         "attention": f"{run['attention_kernel']} ({run['attention_reason']})",
         "torch.compile": f"{'on' if run['compiled'] else 'off'} ({run['compile_reason']})",
         "batch": f"{own['tokens_per_step']:,} tokens a step = micro-batch {own['micro_batch']} x block "

@@ -52,6 +52,10 @@ class CreatureTrainingArguments(TrainingArguments):
             "help": "First steps, or below 1 the share of all, in which each half of the batch is an update of its own."
         },
     )
+    fp8_head: bool = field(
+        default=True,
+        metadata={"help": "On a Hopper GPU under bf16, make the text head's logits in float8 while training."},
+    )
     adam_epsilon: float = field(default=1e-10, metadata={"help": "Smallest divisor; rare rows of the table are small."})
     logging_steps: float = field(default=100, metadata={"help": "Log every so many steps."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})

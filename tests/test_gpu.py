@@ -15,6 +15,7 @@ from transformers import CompileConfig, TrainerCallback
 import decoding_creature
 import kernels_creature
 import layers_creature
+import losses_creature
 import modeling_creature
 from creature.data import collate_blocks
 from creature.optimizer import MuonAdamW, parameter_groups
@@ -45,6 +46,42 @@ def test_the_odds_give_the_loss_and_its_gradient(fused, monkeypatch):
     # A target a hundred nats behind: large, but finite, and still uphill.
     odds, sums = kernels_creature.softmax_odds(x * 100, weight, targets)
     assert odds.isfinite().all() and sums.isfinite().all()
+
+
+@pytest.mark.parametrize("columns", [1000, 50304])  # the last tile of columns is cut off, or whole
+def test_the_odds_of_float8_are_those_of_its_logits(columns):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the fused product is made for Hopper")
+    torch.manual_seed(0)
+    x = torch.randn(300, 192, device="cuda").mul(torch.rand(300, 1, device="cuda") * 4).bfloat16()
+    weight = (torch.randn(columns, 192, device="cuda") * 0.05).bfloat16()
+    targets = torch.randint(0, columns, (300,), device="cuda")
+    (x8, scale), (weight8, factor) = losses_creature.to_float8(x, dim=1), losses_creature.to_float8(weight)
+    scale = (scale * factor).squeeze(1)
+    logits = ((x8.double() @ weight8.double().t()) * scale.double()[:, None]).requires_grad_()
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    expected.sum().backward()
+    odds, sums = kernels_creature.softmax_odds(x8, weight8, targets, scale)
+    assert odds.dtype == torch.bfloat16 and (sums >= 1).all()
+    assert error(sums.log(), expected) < 3e-3  # tensor cores add up float8 in fewer bits
+    assert error(odds.double() / sums.double()[:, None], logits.grad) < 1e-2
+    scale[7] = float("nan")
+    assert kernels_creature.softmax_odds(x8, weight8, targets, scale)[1][8:].isfinite().all()
+
+
+def test_the_loss_from_float8_is_near_and_its_gradient_points_the_same_way():
+    torch.manual_seed(0)
+    targets, ones = torch.randint(0, 50304, (8500,), device="cuda"), torch.ones(8500, device="cuda") / 8500
+    start = torch.randn(8500, 128, device="cuda"), torch.randn(50304, 128, device="cuda") * 0.2
+    found = {}
+    for fp8 in (False, True):
+        hidden, weight = (tensor.clone().requires_grad_() for tensor in start)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = losses_creature.linear_cross_entropy(hidden, weight, targets, ones, fp8)
+        loss.backward()
+        found[fp8] = loss.detach(), hidden.grad, weight.grad
+    assert error(found[True][0], found[False][0]) < 1e-3
+    assert all(error(*pair) < 0.05 for pair in zip(found[True][1:], found[False][1:], strict=True))
 
 
 @pytest.mark.parametrize("rows", [129, 300, 4096])

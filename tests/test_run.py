@@ -434,11 +434,28 @@ def test_the_learning_rate_follows_from_the_width(monkeypatch, training, width, 
     assert settings.training["learning_rate"] == pytest.approx(expected)
 
 
-def test_a_run_that_is_about_to_repeat_its_data_says_so(place, monkeypatch, capsys):
-    run(monkeypatch, "--max_steps", 40, "--output_dir", "once", "--eval_strategy", "no")
-    assert "times on a text is learned by heart" not in capsys.readouterr().out
-    run(monkeypatch, "--max_steps", 90, "--output_dir", "often", "--eval_strategy", "no")
-    assert "the data will be seen 5." in capsys.readouterr().out
+def test_a_run_that_is_about_to_repeat_its_data_says_so_and_goes_without_the_value_table(place, monkeypatch, capsys):
+    def has_table(folder):
+        described = checkpoints.read_run(folder)["identity"]["model"]["use_value_embeddings"]
+        assert ("model.embed_values.weight" in weights(folder)) == described
+        return described
+
+    table = {"model": MICRO["model"] | {"use_value_embeddings": True}}
+    (place / "micro.yaml").write_text(yaml.safe_dump(MICRO | table))
+    settings = ("--eval_strategy", "no", "--decay_steps", 10)
+    run(monkeypatch, "--max_steps", 20, "--output_dir", "once", *settings)
+    assert has_table("once") and "the data will be seen" not in capsys.readouterr().out
+    run(monkeypatch, "--max_steps", 90, "--output_dir", "often", *settings)
+    output = capsys.readouterr().out
+    assert not has_table("often") and "the data will be seen 5." in output
+    assert "learned by heart" in output and "without the value table" in output
+    run(monkeypatch, "--max_steps", 90, "--output_dir", "asked", *settings, "--use_value_embeddings", "true")
+    assert has_table("asked") and "without the value table" not in capsys.readouterr().out
+    # A run that is extended stays what it is, however long it becomes.
+    run(monkeypatch, "--max_steps", 40, "--output_dir", "once", *settings, "--resume")
+    assert has_table("once")
+    run(monkeypatch, "--max_steps", 100, "--output_dir", "often", *settings, "--resume")
+    assert not has_table("often")
 
 
 def test_out_of_memory_names_the_batch_that_fits(place, monkeypatch):
@@ -456,3 +473,14 @@ def test_without_validation_text_nothing_is_evaluated_and_that_is_said(place, mo
     run(monkeypatch, "--max_steps", 2, "--output_dir", "out", "--validation_fraction", "0.0")
     assert "no validation text" in capsys.readouterr().out
     assert not curve("out", "eval_loss")
+
+
+def test_float8_for_the_head_is_said_and_kept_in_mind(place, monkeypatch, capsys):
+    monkeypatch.setattr("creature.report.fp8_head_available", lambda device: True)  # as on a Hopper GPU
+    said = "logits of the head in float8"
+    run(monkeypatch, "--max_steps", 4, "--output_dir", "fp32")
+    assert said not in capsys.readouterr().out and not checkpoints.read_run("fp32")["identity"]["fp8_head"]
+    run(monkeypatch, "--max_steps", 4, "--output_dir", "bf16", "--bf16")
+    assert said in capsys.readouterr().out and checkpoints.read_run("bf16")["identity"]["fp8_head"]
+    with pytest.raises(UserError, match="fp8_head was True and is now False"):
+        run(monkeypatch, "--max_steps", 8, "--output_dir", "bf16", "--bf16", "--fp8_head", "false", "--resume")

@@ -426,6 +426,51 @@ def test_chunked_cross_entropy_of_frozen_parts():
     assert not linear_cross_entropy(hidden, weight, *rest).requires_grad
 
 
+def test_float8_keeps_four_bits_of_every_number_that_is_not_small():
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 50)[:, None]
+    x[3] = 0
+    by_row, scale = losses_creature.to_float8(x.bfloat16(), dim=1)
+    back = by_row.double() * scale.double()
+    assert scale.shape == (50, 1) and (by_row.float().abs().amax(1) == 448).sum() == 49
+    large = x.bfloat16().abs() > x.bfloat16().abs().amax(1, keepdim=True) / 2**14
+    assert ((back / x.bfloat16().double() - 1).abs()[large] <= 2**-4).all() and (back[3] == 0).all()
+    whole, scale = losses_creature.to_float8(x)
+    assert scale.shape == () and whole.float().abs().max() == 448
+    x[5, 5] = float("nan")
+    assert losses_creature.to_float8(x, dim=1)[0][5].isnan().all()  # nothing is hidden
+
+
+def test_logits_from_float8_stay_near_and_are_made_only_where_asked_for(monkeypatch):
+    """The kernels' part in plain torch: what is around them has to give loss and gradients all the same."""
+    called = []
+
+    def softmax_odds(x, weight, targets, scale=None):
+        called.append(x.dtype)
+        logits = x.float() @ weight.float().t() * (1 if scale is None else scale[:, None])
+        odds = (logits - logits.gather(1, targets[:, None])).exp()
+        sums = odds.sum(1)
+        return odds.scatter(1, targets[:, None], 1 - sums[:, None]).bfloat16(), sums
+
+    monkeypatch.setattr(losses_creature, "chunk_tokens", lambda device: 20)
+    monkeypatch.setattr(losses_creature, "kernels_available", lambda *tensors: True)
+    monkeypatch.setattr(losses_creature, "matmul_fits", lambda x, columns: len(x) > 10)  # not the last chunk
+    monkeypatch.setattr(losses_creature, "softmax_odds", softmax_odds)
+    monkeypatch.setattr(losses_creature, "add_product", lambda total, a, b: total.add_(a.float().t() @ b.float()))
+    hidden, weight, *rest = random_head()
+    expected = value_and_gradients(plain_cross_entropy, hidden, weight, *rest)
+    assert 40 < len(hidden) <= 50
+
+    def loss(*arguments):
+        with torch.autocast("cpu", torch.bfloat16):
+            return linear_cross_entropy(*arguments)
+
+    for fp8, kinds, limit in ((False, {torch.bfloat16}, 0.01), (True, {torch.float8_e4m3fn, torch.bfloat16}, 0.05)):
+        called.clear()
+        found = value_and_gradients(loss, hidden.float(), weight.float(), *rest, fp8)
+        assert set(called) == kinds
+        assert all((mine - true).norm() / true.norm() < limit for mine, true in zip(found, expected, strict=True))
+
+
 def test_cross_entropy_of_huge_logits_is_finite():
     hidden, weight, *rest = random_head(dtype=torch.float32)
     for value in value_and_gradients(linear_cross_entropy, hidden * 1e4, weight, *rest):
