@@ -181,7 +181,7 @@ def total_steps(args, plan: Plan, splits) -> int:
 
 def settle_value_table(settings: Settings, plan: Plan, config: CreatureConfig, splits, steps: int, old) -> None:
     """Leave the value table out of a new run that repeats its text, unless a flag asks for it; `old` keeps its own."""
-    if "use_value_embeddings" in settings.given or not config.use_value_embeddings:
+    if "use_value_embeddings" in settings.given or settings.dry_run or not config.use_value_embeddings:
         return
     if old:
         config.use_value_embeddings = old["identity"]["model"].get("use_value_embeddings", False)
@@ -267,7 +267,6 @@ def build_model(config: CreatureConfig, args) -> MultiModalCreature:
     weights = config.loss_weights
     streams = tuple(name for name, weight in weights.items() if weight)
     model.train_only(senses=("internal_voice",), streams=streams)
-    model.fp8_head = args.fp8_head
     # Saved as generation_config.json: a small model that always takes the likeliest token goes round in circles, and
     # servers use the temperature of a request only where the model samples.
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

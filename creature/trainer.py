@@ -62,6 +62,7 @@ class CreatureTrainer(WholeCheckpoints, Trainer):
         self._model_class = type(model)
         super().__init__(*args, **kwargs)
         model.config.use_cache = use_cache  # the Trainer turns it off, and that would land in every checkpoint
+        model.fp8_head = self.args.fp8_head
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         refuse_shards(plugin)
         if getattr(plugin, "mixed_precision_policy", None) is not None:

@@ -13,6 +13,7 @@ from creatures import micro_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
+import streams_creature
 from creature import callbacks, checkpoints
 from creature import trainer as trainer_module
 from creature.callbacks import MetricsFile
@@ -66,6 +67,19 @@ def make_trainer(folder, rows=None, eval_rows=None, config=None, callbacks=None,
 
 def weights_of(trainer):
     return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def test_float8_is_for_training_alone(tmp_path, monkeypatch):
+    asked, plain = [], streams_creature.linear_cross_entropy
+    monkeypatch.setattr(streams_creature, "linear_cross_entropy", lambda *a: asked.append(a[4]) or plain(*a))
+    trainer = make_trainer(tmp_path / "a", max_steps=1, eval_rows=Rows(4))
+    trainer.train()
+    assert asked == [True, True]
+    trainer.evaluate()
+    trainer.model(**collate_blocks([Rows()[0]]))  # outside of a training step, in evaluation mode
+    assert asked[2:] == [False]
+    make_trainer(tmp_path / "b", max_steps=1, fp8_head=False).train()
+    assert asked[3:] == [False, False]
 
 
 def losses_of(trainer, key="loss"):
