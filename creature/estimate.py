@@ -19,10 +19,10 @@ MUON_TEMPORARIES = {"cpu": 28, "mps": 40, "cuda": 24}
 PRECISION_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Bytes per weight that Muon's step reads and writes around its iterations: stacking, momentum, evening out, update.
 MUON_BYTES = 84
-# What attention costs beside its products: columns of a head that take as long as a score's exponential, and ticks of
-# a tile, half of which lie beyond the diagonal.
+# What attention costs beside its products: columns of a head that take as long as a score's exponential, and ticks that
+# take as long as what does not grow with the context: parts of tiles beyond the diagonal, sums of rows, conversions.
 SCORE_COLUMNS = 64
-ATTENTION_TILE = 256
+ATTENTION_TICKS = 512
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,14 @@ class Shares:
 
 # Measured with this library, per card (docs/log.md); `benchmarks/scaling.py --fit` prints such a line from its rows.
 MEASURED_SHARES: dict[str, Shares] = {
-    # Of tiny at 32 x 2048 alone, a step of 48.7 ms: products 12.3, head 15.9, attention 9.4, element-wise 6.8.
-    "H100 SXM": Shares(products=0.662, head=0.644, attention=0.596, layers=0.884, weights=0.9, overhead=0.0015),
+    # Of tiny at 32 x 2048, a step of 46.9 ms: products 12.3, head 14.3 (its logits in float8), attention 9.1,
+    # element-wise 6.8. With them, contexts of 1,024 and 8,192 and the small model are within 3 %.
+    "H100 SXM": Shares(products=0.662, head=0.715, attention=0.687, layers=0.884, weights=0.9, overhead=0.0015),
 }
 # The same chip with other memory: not measured, but to be expected of it.
 SAME_CHIP = {"H200": "H100 SXM"}
-# For any other card: three quarters of that. An assumption, and called one.
-ASSUMED_SHARES = Shares(products=0.5, head=0.48, attention=0.45, layers=0.66, weights=0.68, overhead=0.002)
+# For any other card: three quarters of that, of the head what is left without float8. An assumption, and called one.
+ASSUMED_SHARES = Shares(products=0.5, head=0.48, attention=0.52, layers=0.66, weights=0.68, overhead=0.002)
 # For a device whose rate is not in the table: MFU as a share of the rate of a plain matrix product timed on the spot.
 ASSUMED_SHARE_OF_MATMUL = 0.5
 
@@ -366,7 +367,8 @@ def ideal_seconds(
       its FLOPs or its operands take, whichever is longer; and the products of Muon's five Newton-Schulz iterations.
     - head: the same three of the vocabulary, whose first one makes the loss too.
     - attention: the causal half of scores and their use, forward and twice backward. Besides head_dim columns, a score
-      costs its exponential, as much as SCORE_COLUMNS more; and at the diagonal, whole tiles are computed.
+      costs its exponential, as much as SCORE_COLUMNS more; and what does not grow with the context takes as long as
+      ATTENTION_TICKS more of it.
     - layers: what element-wise work reads and writes (`layer_traffic_per_token`).
     - weights: casting the weights, adding up gradients, clipping and the optimizer, all independent of the tokens.
     """
@@ -388,7 +390,7 @@ def ideal_seconds(
         muon_flops += 5 * count * (4 * small * small * large + 2 * small**3)
         muon_bytes += count * (5 * wide * (5 * small * large + 6 * small * small) + MUON_BYTES * rows * columns)
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * (config.head_dim + SCORE_COLUMNS)
-    attention *= tokens * (block_size + ATTENTION_TILE) / 2
+    attention *= tokens * (block_size + ATTENTION_TICKS) / 2
 
     # Bytes per micro-batch: of a body's weight, read in fp32 and written in bf16, its gradient the other way round and
     # added; of the table, its gradient of each chunk of the head added in fp32, and five passes over that.

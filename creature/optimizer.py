@@ -257,7 +257,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 state["mean_square"] = torch.zeros_like(param[:, :1], dtype=torch.float32)
             state["step"].add_(found_inf == 0)
             # FSDP 2 shards by rows, and each is stepped alone. On a CPU, as many at a time as stay in the cache.
-            tensors = [_own(x) for x in (param, param.grad, state["exp_avg"], state["mean_square"])]
+            # Detached: torch.compile refuses to change a view of a parameter in place.
+            tensors = [_own(x).detach() for x in (param, param.grad, state["exp_avg"], state["mean_square"])]
             rows = len(tensors[0]) if param.is_cuda else max(1, _CACHED // param.shape[1])
             for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
                 self._row_step(*parts, state["step"], lr, found_inf, *group["betas"], group["eps"])

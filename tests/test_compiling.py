@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
 import kernels_creature
-from creature import machine
+from creature import machine, optimizer
 from creature.compiling import fill_rows, or_eager
 from creature.hardware import Device
 from creature.launch import keep_compiled_code
@@ -77,6 +77,15 @@ def test_nothing_is_compiled_after_the_first_steps(tmp_path, monkeypatch):
     plain.train()
     assert losses_of(trainer) == pytest.approx(losses_of(plain), abs=1e-5)
     assert losses_of(trainer, "eval_loss") == pytest.approx(losses_of(plain, "eval_loss"), abs=1e-5)
+
+
+def test_compiled_steps_of_a_table_in_parts_are_the_plain_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(optimizer, "_CACHED", 50 * 32)  # as a CPU takes a large table; the last part is shorter
+    use_backend(monkeypatch, compiles)
+    compiled, plain = (make_trainer(tmp_path, max_steps=4, torch_compile=flag) for flag in (True, False))
+    compiled.train()
+    plain.train()
+    assert losses_of(compiled) == pytest.approx(losses_of(plain), abs=1e-5)
 
 
 def test_rows_that_fill_a_short_batch_have_no_targets():

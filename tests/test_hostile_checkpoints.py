@@ -99,7 +99,7 @@ RUN = {
     "identity": {
         "max_steps": 10, "schedule": "warmup_stable_decay", "warmup_steps": 1, "decay_steps": 4, "micro_batch": 2,
         "world_size": 1, "model": {"hidden_size": 32}, "data_hash": "x", "separate_documents": False,
-        "batch_warmup_steps": 2,
+        "batch_warmup_steps": 2, "fp8_head": False,
     },
 }  # fmt: skip
 
