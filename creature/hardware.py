@@ -249,7 +249,10 @@ def triton_available() -> bool:
 
 def fp8_head_available(device: Device) -> bool:
     """Whether `kernels_creature` has a product of float8 matrices for the device: a Hopper GPU."""
-    return device.capability is not None and device.capability[0] == 9 and triton_available()
+    import torch
+
+    hopper = device.capability is not None and device.capability[0] == 9 and torch.version.hip is None
+    return hopper and triton_available()
 
 
 def compiler_available(device: Device) -> tuple[bool, str]:
