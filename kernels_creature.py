@@ -20,8 +20,14 @@ try:
 except ImportError:  # before torch 2.10
     varlen_attn = None
 
-TILE = (128, 256, 64)  # rows, columns and depth of a step of the matrix product
-FP8_TILE = (128, 128, 128)  # two programs share a multiprocessor: one multiplies while the other has its epilogue
+TILE_ROWS = 128
+# By epilogue of the matrix product: columns and depth of a tile, stages, programs on a multiprocessor (docs/log.md).
+TILES = {
+    "exp": (256, 64, 4, 1),
+    "scaled_exp": (128, 128, 3, 2),  # one program multiplies while the other has its epilogue
+    "relu2": (256, 64, 4, 1),
+    "relu2_grad": (256, 64, 3, 1),  # the activation needs room, too
+}
 ROTARY_ROWS = 64
 FINISHED_ROWS, FINISHED_PARTS = 16, 64
 
@@ -164,7 +170,7 @@ if triton is not None:
             mask = (part < parts)[:, None] & inside[None, :]
             totals += tl.load(parts_ptr + part[:, None] * rows + row[None, :], mask=mask, other=0.0)
         total = tl.sum(totals, 0)
-        # The target's own odds are 1, which tensor cores, adding up float8 in few bits, may miss. What is NaN stays so.
+        # The target's own odds are 1, which tensor cores, adding float8 coarsely, may miss. `maximum` would hide NaN.
         total = tl.where(total < 1.0, 1.0, total)
         target = tl.load(targets_ptr + row, mask=inside, other=0)
         tl.store(sums_ptr + row, total, mask=inside)
@@ -221,14 +227,19 @@ if triton is not None:
         tl.store(grad_x_ptr + place + HALF, (grad2 * cos - grad1 * sin).to(kind), mask=inside)
 
 
+def matmul_suits(device: int, depth: int, columns: int) -> bool:
+    """Whether the fused matrix product is made for a CUDA device and for [..., depth] @ [depth, columns] there."""
+    return triton is not None and not depth % 64 and not columns % 8 and _multiprocessors(device) > 0
+
+
 def matmul_fits(x: torch.Tensor, columns: int) -> bool:
     """
     Whether the fused matrix product takes `x [..., K] @ [K, columns]`: on this device, all in steps of 16 bytes, and
     with rows enough to fill its tiles, which the one row of a decoding step does not.
     """
-    if not kernels_available(x) or x.shape[-1] % 64 or columns % 8 or x.numel() < x.shape[-1] * TILE[0]:
+    if not kernels_available(x) or x.numel() < x.shape[-1] * TILE_ROWS:
         return False
-    return _multiprocessors(x.device.index) > 0
+    return matmul_suits(x.device.index, x.shape[-1], columns)
 
 
 def _matmul(
@@ -238,22 +249,19 @@ def _matmul(
     sums: torch.Tensor,
     epilogue: str,
     scale: torch.Tensor | None = None,
-    tile=TILE,
-    stages=4,
-    per_multiprocessor=1,
 ) -> torch.Tensor:
     """Launch `_matmul_kernel` for a [M, K] and b [K, N], contiguous or its transpose is: [M, N] in half precision."""
     (m, k), n = a.shape, b.shape[1]
-    out = torch.empty((m, n), dtype=torch.bfloat16 if a.dtype.itemsize == 1 else a.dtype, device=a.device)
-    rows, columns, depth = tile
+    out = torch.empty((m, n), dtype=a.dtype if scale is None else torch.bfloat16, device=a.device)
+    columns, depth, stages, each = TILES[epilogue]
     transposed = b.stride(0) == 1
-    programs = per_multiprocessor * _multiprocessors(a.device.index)
+    programs = each * _multiprocessors(a.device.index)
     _matmul_kernel[(programs,)](
-        TensorDescriptor.from_tensor(a, [rows, depth]),
+        TensorDescriptor.from_tensor(a, [TILE_ROWS, depth]),
         TensorDescriptor.from_tensor(b.t() if transposed else b, [columns, depth] if transposed else [depth, columns]),
-        TensorDescriptor.from_tensor(out, [rows, columns // 2]),
+        TensorDescriptor.from_tensor(out, [TILE_ROWS, columns // 2]),
         aux, sums, aux if scale is None else scale, m, n, K=k, B_IS_TRANSPOSED=transposed, EPILOGUE=epilogue,
-        MASKED=n % columns != 0, PROGRAMS=programs, BM=rows, BN=columns, BK=depth, num_warps=8, num_stages=stages,
+        MASKED=n % columns != 0, PROGRAMS=programs, BM=TILE_ROWS, BN=columns, BK=depth, num_warps=8, num_stages=stages,
     )  # fmt: skip
     return out
 
@@ -281,17 +289,13 @@ def softmax_odds(
         odds = x @ weight.t()
         _odds_kernel[(len(x),)](odds, targets, sums, len(weight), BLOCK=4096, num_warps=8)
         return odds, sums
+    epilogue, factor = ("exp", sums) if scale is None else ("scaled_exp", scale)  # where there is none, it is not read
     target_logits = torch.empty_like(sums)
-    factor = target_logits if scale is None else scale
     _target_logits_kernel[(len(x),)](
         x, weight, targets, factor, target_logits, x.shape[1], SCALED=scale is not None, BLOCK=512, num_warps=1
     )
-    tile = TILE if scale is None else FP8_TILE
-    parts = torch.empty((triton.cdiv(len(weight), tile[1]), len(x)), dtype=torch.float32, device=x.device)
-    if scale is None:
-        odds = _matmul(x, weight.t(), target_logits, parts, "exp")
-    else:
-        odds = _matmul(x, weight.t(), target_logits, parts, "scaled_exp", scale, tile, stages=3, per_multiprocessor=2)
+    parts = torch.empty((triton.cdiv(len(weight), TILES[epilogue][0]), len(x)), dtype=torch.float32, device=x.device)
+    odds = _matmul(x, weight.t(), target_logits, parts, epilogue, scale)
     _finish_odds_kernel[(triton.cdiv(len(x), FINISHED_ROWS),)](
         odds, parts, targets, sums, *odds.shape, len(parts), ROWS=FINISHED_ROWS, PARTS=FINISHED_PARTS, num_warps=4
     )
@@ -332,7 +336,7 @@ def _(x, weight):
 @torch.library.custom_op("creature::matmul_relu2_grad", mutates_args=())
 def matmul_relu2_grad(grad: torch.Tensor, weight: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
     """(grad @ weight) times the derivative of relu squared, whose output is `activation` [M, N]; weight [K, N]."""
-    return _matmul(grad, weight, activation, grad, "relu2_grad", stages=3)  # the activation needs room, too
+    return _matmul(grad, weight, activation, grad, "relu2_grad")
 
 
 @matmul_relu2_grad.register_fake

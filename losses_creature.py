@@ -15,7 +15,7 @@ except ImportError:
     from kernels_creature import add_product, kernels_available, matmul_fits, softmax_odds
 
 IGNORE_INDEX = -100  # a text or code target that is unknown
-LARGEST_FLOAT8 = 448.0  # of float8_e4m3fn
+LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max
 
 
 def chunk_tokens(device: torch.device) -> int:
@@ -55,7 +55,7 @@ def _softmax_gradient(
     """
     if x.dtype == torch.bfloat16 and kernels_available(x, weight):
         # Odds need no maximum of the row, and dividing them by their sum can wait until the rows are short again.
-        if weight8 is not None and matmul_fits(x, len(weight)):
+        if weight8 is not None:
             x8, scale = to_float8(x, dim=1)  # a tick's own factor: states differ in size more than tokens do
             odds, sums = softmax_odds(x8, weight8[0], targets, (scale * weight8[1]).squeeze(1))
         else:
@@ -81,8 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, target_weights, dtype, chunk, fp8):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         cast_weight = weight.to(dtype)
-        fp8 = fp8 and dtype == torch.bfloat16 and matmul_fits(hidden[:chunk].to(dtype), len(weight))
-        weight8 = to_float8(cast_weight) if fp8 else None
+        weight8 = None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = []
         grad_weight = None
@@ -90,7 +89,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden.split(chunk), targets.split(chunk), target_weights.split(chunk), strict=True
         ):  # x: [chunk, hidden_size]
             x = x.to(dtype)
-            losses, gradient, row_factor = _softmax_gradient(x, cast_weight, target, weight8)
+            rounded = fp8 and dtype == torch.bfloat16 and matmul_fits(x, len(weight))  # not a few ticks at the end
+            if rounded and weight8 is None:
+                weight8 = to_float8(cast_weight)
+            losses, gradient, row_factor = _softmax_gradient(x, cast_weight, target, weight8 if rounded else None)
             loss = loss + (losses * factor).sum()  # no product of matrices: autocast would round it to bfloat16
             # The weights of the targets meet the gradient where its rows are short: at hidden_size.
             factor = (factor if row_factor is None else factor * row_factor)[:, None]

@@ -33,7 +33,7 @@ def main() -> int | None:
     # Heavy imports come after the settings are known to be right.
     launch.keep_compiled_code()
     launch.say_waiting("loading torch and transformers")
-    from creature import job, report
+    from creature import finishing, job, report
     from creature.machine import plan_run
     from creature.tokenizer import load_tokenizer
 
@@ -63,7 +63,7 @@ def main() -> int | None:
 
     trainer = job.build_trainer(settings, data, run, args, model, splits, tokenizer, seconds_before)
     job.train(trainer, plan, config, checkpoint)
-    job.finish(trainer, settings, data, run, splits)
+    finishing.finish(trainer, settings, data, run, splits)
     trainer.accelerator.end_training()
     trainer.signals.restore()
     return 0

@@ -393,9 +393,10 @@ def ideal_seconds(
     attention *= tokens * (block_size + ATTENTION_TICKS) / 2
 
     # Bytes per micro-batch: of a body's weight, read in fp32 and written in bf16, its gradient the other way round and
-    # added; of the table, its gradient of each chunk of the head added in fp32, and five passes over that.
+    # added; of the table, the fp32 sum of its gradient, which the product of every chunk of the head reads and writes,
+    # and five passes over that.
     chunks = -(-tokens // _chunk_tokens("cuda"))
-    weights = accumulation * (20 * inventory.body_matrices + table * (12 * chunks + 40))
+    weights = accumulation * (20 * inventory.body_matrices + table * (8 * chunks + 40))
     # Per step: clipping reads twice and writes once; AdamW reads four and writes three numbers of each weight, by rows
     # the gradient is read twice and there is no second moment.
     weights += 12 * inventory.trainable

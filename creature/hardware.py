@@ -247,14 +247,6 @@ def triton_available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def fp8_head_available(device: Device) -> bool:
-    """Whether `kernels_creature` has a product of float8 matrices for the device: a Hopper GPU."""
-    import torch
-
-    hopper = device.capability is not None and device.capability[0] == 9 and torch.version.hip is None
-    return hopper and triton_available()
-
-
 def compiler_available(device: Device) -> tuple[bool, str]:
     """(whether torch.compile can work on this device, the reason)."""
     if device.kind == "cuda":

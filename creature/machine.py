@@ -29,6 +29,10 @@ class Plan:
     threads: int | None = None
     notes: list[str] = field(default_factory=list)
 
+    def times_seen(self, steps: int, tokens: int) -> float:
+        """How often so many steps go through a text of so many tokens."""
+        return steps * self.tokens_per_step / max(tokens, 1)
+
 
 def plan_run(settings: Settings, config, resumed: dict | None = None) -> Plan:
     """

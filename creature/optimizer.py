@@ -299,6 +299,11 @@ def width_learning_rate(hidden_size: int, muon: bool = True) -> float:
     return (_RATE_BESIDE_MUON if muon else _RATE_ALONE) * (_RATE_WIDTH / hidden_size) ** 0.5
 
 
+def table_names(model: nn.Module) -> dict[int, str]:
+    """The names of a model's tables by token or place, its `nn.Embedding`s, by the id of their weight."""
+    return {id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+
+
 def parameter_groups(
     model: nn.Module,
     learning_rate: float,
@@ -317,7 +322,7 @@ def parameter_groups(
         matrix_learning_rate: of the matrices of the body.
         weight_decay: of the matrices of the body; nothing else decays.
     """
-    tables = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    tables = table_names(model)
     kinds: dict[str, list[torch.Tensor]] = {"others": [], "tables": [], "values": [], "matrices": []}
     for name, param in model.named_parameters():
         if not param.requires_grad:

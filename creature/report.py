@@ -7,14 +7,17 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 from creature.args import PROJECT, Settings
 from creature.callbacks import format_seconds
 from creature.estimate import count_parameters, flops_per_token, tokens_per_second
-from creature.hardware import attention_kernel, fp8_head_available, peak_flops
+from creature.hardware import attention_kernel, peak_flops
 from creature.launch import own_command
 from creature.machine import Plan, sharded
 from creature.optimizer import MOMENTUM
 from creature.trainer import halved_steps, schedule_steps
+from kernels_creature import matmul_suits
 
 # Times that a text can be seen before seeing it again stops helping (Muennighoff et al. 2023, "Scaling Data-Constrained
 # Language Models").
@@ -32,7 +35,7 @@ def identity(settings: Settings, plan: Plan, args, config, data_info: dict, step
         "block_size": plan.block_size,
         "separate_documents": settings.data.get("separate_documents", False),
         "precision": plan.precision,
-        "fp8_head": args.fp8_head and plan.precision == "bf16" and fp8_head_available(plan.device),
+        "fp8_head": args.fp8_head and plan.precision == "bf16" and _rounds_logits(plan, config),
         "data_hash": data_info["data_hash"],
         "data_tokens": data_info["tokens"],
         "tokenizer_hash": data_info["tokenizer_hash"],
@@ -61,6 +64,12 @@ def _can_halve(settings: Settings, plan: Plan) -> bool:
     return plan.micro_batch * plan.accumulation > 1 and plan.precision != "fp16" and not sharded(settings.training)
 
 
+def _rounds_logits(plan: Plan, config) -> bool:
+    """Whether there is a product of float8 matrices for the head on this device: see `losses_creature`."""
+    on_gpu = plan.device.kind == "cuda" and torch.cuda.is_available()
+    return on_gpu and matmul_suits(torch.cuda.current_device(), config.hidden_size, config.vocab_size)
+
+
 def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, steps: int) -> dict:
     """The content of run.json, ready to be printed by `run_table`."""
     config = model.config
@@ -72,7 +81,7 @@ def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, s
         config, plan.micro_batch, plan.block_size, plan.device.name, plan.accumulation, optimizer
     ) if peak else None  # fmt: skip
     own = identity(settings, plan, args, config, data_info, steps)
-    epochs = tokens / max(data_info["tokens"], 1)
+    epochs = plan.times_seen(steps, data_info["tokens"])
     if epochs > REPEATS and not settings.dry_run:
         plan.notes.append(
             f"the data will be seen {epochs:.1f} times, and from about {REPEATS} times on a text is learned by heart: "

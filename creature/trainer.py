@@ -21,7 +21,7 @@ from creature.compiling import fill_rows, or_eager
 from creature.errors import UserError, first_line
 from creature.files import replace_file
 from creature.metrics import text_metrics
-from creature.optimizer import MuonAdamW, parameter_groups
+from creature.optimizer import MuonAdamW, parameter_groups, table_names
 from creature.saving import WholeCheckpoints, read_state, refuse_shards
 from streams_creature import STREAMS, count_targets
 
@@ -244,14 +244,8 @@ class CreatureTrainer(WholeCheckpoints, Trainer):
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """The matrices of the body. Embeddings, norms and gains are not pulled to zero."""
-        tables = {
-            f"{name}.{inner}" if name else inner
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Embedding)
-            for inner, _ in module.named_parameters(recurse=False)
-        }
-        tied = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in tables}
-        return [n for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in tied]
+        tables = table_names(model)
+        return [name for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in tables]
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         args = self.args

@@ -1,4 +1,4 @@
-"""The streams: losses to the last digit, counts, chunks, rotations, and who is reached by which gradient."""
+"""The streams: losses to the last digit, counts, rotations, and who is reached by which gradient."""
 
 import math
 
@@ -23,10 +23,8 @@ from creatures import (
     without_labels,
 )
 
-import losses_creature
 import modeling_creature
 from configuration_creature import SENSES, STREAMS
-from losses_creature import linear_cross_entropy, linear_token_losses
 from streams_creature import (
     count_targets,
     matrix_from_6d,
@@ -345,146 +343,7 @@ def test_padding_does_not_change_a_rows_loss(side):
     torch.testing.assert_close(together.loss, rows[0].loss + rows[1].loss, atol=1e-4, rtol=1e-5)
 
 
-# --- chunked linear cross entropy ------------------------------------------------------------------------------------
-
-
-def random_head(tokens=50, size=24, vocab=97, dtype=torch.float64):
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(tokens, size, dtype=dtype), torch.randn(vocab, size, dtype=dtype) * 0.5
-    return hidden, weight, torch.randint(0, vocab, (tokens,)), torch.rand(tokens).round(decimals=1)
-
-
-def plain_cross_entropy(hidden, weight, targets, target_weights):
-    losses = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
-    return (losses * target_weights.to(losses.dtype)).sum()
-
-
-def value_and_gradients(function, hidden, weight, *rest, scale=1.0):
-    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss = function(hidden, weight, *rest)
-    (loss * scale).backward()
-    return loss.detach().double(), hidden.grad.double(), weight.grad.double()
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 25, 50, 1000])
-def test_chunked_cross_entropy_equals_the_plain_one(chunk, monkeypatch):
-    monkeypatch.setattr(losses_creature, "chunk_tokens", lambda device: chunk)
-    hidden, weight, *rest = random_head()
-    expected = value_and_gradients(plain_cross_entropy, hidden, weight, *rest, scale=0.25)
-    found = value_and_gradients(linear_cross_entropy, hidden.float(), weight.float(), *rest, scale=0.25)
-    for mine, true in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, true, atol=1e-6, rtol=2e-6)
-
-
-def test_chunked_cross_entropy_with_the_vocabulary_of_gpt2():
-    hidden, weight, *rest = random_head(tokens=1500, size=8, vocab=50304, dtype=torch.float32)  # two chunks on a CPU
-    exact = value_and_gradients(plain_cross_entropy, hidden.double(), weight.double(), *rest)
-    plain = value_and_gradients(plain_cross_entropy, hidden, weight, *rest)
-    found = value_and_gradients(linear_cross_entropy, hidden, weight, *rest)
-    for mine, other, true in zip(found, plain, exact, strict=True):
-        # A float32 sum over 50,304 columns is good to some 1e-6 of its own: the chunks must not add to that.
-        own = (other - true).norm() / true.norm()
-        assert (mine - true).norm() / true.norm() < max(1e-6, 1.5 * own.item()) < 2e-5
-
-
-def test_chunked_cross_entropy_under_bf16_autocast(monkeypatch):
-    monkeypatch.setattr(losses_creature, "chunk_tokens", lambda device: 16)
-    hidden, weight, *rest = random_head()
-    expected = value_and_gradients(plain_cross_entropy, hidden, weight, *rest)
-
-    def autocast(*arguments):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = linear_cross_entropy(*arguments)
-        assert loss.dtype == torch.float32  # a bf16 sum of losses has two digits
-        return loss
-
-    for dtype in (torch.float32, torch.bfloat16):
-        found = value_and_gradients(autocast, hidden.to(dtype), weight, *rest)
-        for mine, true in zip(found, expected, strict=True):
-            assert (mine - true).norm() / true.norm() < 1e-2
-
-
-def test_autocast_rounds_the_logits_but_not_the_loss():
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(600, 32).bfloat16().float(), torch.randn(64, 32).bfloat16().float()
-    targets, ones = torch.randint(0, 64, (600,)), torch.ones(600)
-    expected = F.cross_entropy((hidden @ weight.t()).bfloat16().float(), targets, reduction="sum")
-    with torch.autocast("cpu", torch.bfloat16):
-        found = linear_cross_entropy(hidden, weight, targets, ones)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)  # bfloat16 would be off by up to 4e-3
-
-
-def test_chunked_cross_entropy_of_frozen_parts():
-    hidden, weight, *rest = random_head(dtype=torch.float32)
-    expected = value_and_gradients(linear_cross_entropy, hidden, weight, *rest)
-    only_weight = weight.clone().requires_grad_()
-    linear_cross_entropy(hidden, only_weight, *rest).backward()
-    assert torch.equal(only_weight.grad.double(), expected[2])
-    only_hidden = hidden.clone().requires_grad_()
-    linear_cross_entropy(only_hidden, weight, *rest).backward()
-    assert torch.equal(only_hidden.grad.double(), expected[1])
-    assert not linear_cross_entropy(hidden, weight, *rest).requires_grad
-
-
-def test_float8_keeps_four_bits_of_every_number_that_is_not_small():
-    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 50)[:, None]
-    x[3] = 0
-    by_row, scale = losses_creature.to_float8(x.bfloat16(), dim=1)
-    back = by_row.double() * scale.double()
-    assert scale.shape == (50, 1) and (by_row.float().abs().amax(1) == 448).sum() == 49
-    large = x.bfloat16().abs() > x.bfloat16().abs().amax(1, keepdim=True) / 2**14
-    assert ((back / x.bfloat16().double() - 1).abs()[large] <= 2**-4).all() and (back[3] == 0).all()
-    whole, scale = losses_creature.to_float8(x)
-    assert scale.shape == () and whole.float().abs().max() == 448
-    x[5, 5] = float("nan")
-    assert losses_creature.to_float8(x, dim=1)[0][5].isnan().all()  # nothing is hidden
-
-
-def test_logits_from_float8_stay_near_and_are_made_only_where_asked_for(monkeypatch):
-    """The kernels' part in plain torch: what is around them has to give loss and gradients all the same."""
-    called = []
-
-    def softmax_odds(x, weight, targets, scale=None):
-        called.append(x.dtype)
-        logits = x.float() @ weight.float().t() * (1 if scale is None else scale[:, None])
-        odds = (logits - logits.gather(1, targets[:, None])).exp()
-        sums = odds.sum(1)
-        return odds.scatter(1, targets[:, None], 1 - sums[:, None]).bfloat16(), sums
-
-    monkeypatch.setattr(losses_creature, "chunk_tokens", lambda device: 20)
-    monkeypatch.setattr(losses_creature, "kernels_available", lambda *tensors: True)
-    monkeypatch.setattr(losses_creature, "matmul_fits", lambda x, columns: len(x) > 10)  # not the last chunk
-    monkeypatch.setattr(losses_creature, "softmax_odds", softmax_odds)
-    monkeypatch.setattr(losses_creature, "add_product", lambda total, a, b: total.add_(a.float().t() @ b.float()))
-    hidden, weight, *rest = random_head()
-    expected = value_and_gradients(plain_cross_entropy, hidden, weight, *rest)
-    assert 40 < len(hidden) <= 50
-
-    def loss(*arguments):
-        with torch.autocast("cpu", torch.bfloat16):
-            return linear_cross_entropy(*arguments)
-
-    for fp8, kinds, limit in ((False, {torch.bfloat16}, 0.01), (True, {torch.float8_e4m3fn, torch.bfloat16}, 0.05)):
-        called.clear()
-        found = value_and_gradients(loss, hidden.float(), weight.float(), *rest, fp8)
-        assert set(called) == kinds
-        assert all((mine - true).norm() / true.norm() < limit for mine, true in zip(found, expected, strict=True))
-
-
-def test_cross_entropy_of_huge_logits_is_finite():
-    hidden, weight, *rest = random_head(dtype=torch.float32)
-    for value in value_and_gradients(linear_cross_entropy, hidden * 1e4, weight, *rest):
-        assert value.isfinite().all()
-
-
-def test_token_losses_and_predictions(monkeypatch):
-    monkeypatch.setattr(losses_creature, "chunk_tokens", lambda device: 16)
-    hidden, weight, targets, _ = random_head(dtype=torch.float32)
-    targets[3:9] = -100
-    losses, predictions = linear_token_losses(hidden, weight, targets)
-    logits = hidden @ weight.T
-    torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none"))
-    assert torch.equal(predictions, logits.argmax(-1)) and not losses[3:9].any()
+# --- the tied table ---------------------------------------------------------------------------------------------------
 
 
 def test_the_tied_table_has_the_gradient_of_all_its_uses(batch):

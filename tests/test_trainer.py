@@ -69,19 +69,6 @@ def weights_of(trainer):
     return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
 
 
-def test_float8_is_for_training_alone(tmp_path, monkeypatch):
-    asked, plain = [], streams_creature.linear_cross_entropy
-    monkeypatch.setattr(streams_creature, "linear_cross_entropy", lambda *a: asked.append(a[4]) or plain(*a))
-    trainer = make_trainer(tmp_path / "a", max_steps=1, eval_rows=Rows(4))
-    trainer.train()
-    assert asked == [True, True]
-    trainer.evaluate()
-    trainer.model(**collate_blocks([Rows()[0]]))  # outside of a training step, in evaluation mode
-    assert asked[2:] == [False]
-    make_trainer(tmp_path / "b", max_steps=1, fp8_head=False).train()
-    assert asked[3:] == [False, False]
-
-
 def losses_of(trainer, key="loss"):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
@@ -99,6 +86,19 @@ def test_accumulation_changes_neither_losses_nor_weights(tmp_path):
     assert losses_of(whole) == pytest.approx(losses_of(parts), abs=1e-5)
     for name, value in weights_of(whole).items():
         assert torch.allclose(value, parts.model.state_dict()[name], atol=2e-4), name
+
+
+def test_float8_is_for_training_alone(tmp_path, monkeypatch):
+    asked, plain = [], streams_creature.linear_cross_entropy
+    monkeypatch.setattr(streams_creature, "linear_cross_entropy", lambda *a: asked.append(a[4]) or plain(*a))
+    trainer = make_trainer(tmp_path / "a", max_steps=1, eval_rows=Rows(4))
+    trainer.train()
+    assert asked == [True, True]
+    trainer.evaluate()
+    trainer.model(**collate_blocks([Rows()[0]]))  # outside of a training step, in evaluation mode
+    assert asked[2:] == [False]
+    make_trainer(tmp_path / "b", max_steps=1, fp8_head=False).train()
+    assert asked[3:] == [False, False]
 
 
 @pytest.mark.parametrize("rows, micro_batches", [(4, 1), (2, 2), (1, 4)])
