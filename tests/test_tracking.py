@@ -58,9 +58,9 @@ def tracked(tmp_path_factory):
                 entries += checkpoints.read_metrics("run")  # the resumed part forgets what comes after its checkpoint
                 if "wandb" in sys.modules:
                     sys.modules["wandb"].finish()  # else it is the end of the process that finishes it
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].teardown()  # waits for its process, which may still be writing when a run is finished
         yield SimpleNamespace(folder=folder, run=folder / "run", console=console.getvalue(), entries=entries)
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].teardown()
 
 
 @pytest.fixture(scope="module")
