@@ -224,8 +224,12 @@ def _alone(main: Callable[[], int | None]) -> int | None:
     """`main`; where it fails because another process of the run has ended, that is all it says."""
     try:
         return main()
-    except RuntimeError as error:  # gloo, NCCL and torch's store, in their words
+    except Exception as error:
+        if startup.leaving():  # on its way out the exit met a library that made another error of it
+            return 0
+        # gloo, NCCL and torch's store, in their words
         words = ("by peer", "Broken pipe", "remote process exited", "remote server shutdown")
-        if "WORLD_SIZE" in os.environ and any(word in str(error) for word in words):
+        told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+        if "WORLD_SIZE" in os.environ and told:
             raise UserError("another process of this run has ended: see what it says, then --resume") from error
         raise

@@ -56,6 +56,11 @@ def release() -> None:
             signal.signal(number, handler)
 
 
+def leaving() -> bool:
+    """Whether a signal has come that ends this process: what is raised from now on is of no interest."""
+    return bool(_asked)
+
+
 def ignore() -> None:
     """From now on this process only ends: what a signal would do is spoil its exit code."""
     with contextlib.suppress(ValueError):  # not the main thread

@@ -43,6 +43,18 @@ def test_a_signal_ends_it_wherever_it_waits(wait):
     assert process.returncode == 0 and errors.count(SENTENCE) == 1 and len(errors.splitlines()) == 2
 
 
+def test_a_library_that_makes_another_error_of_the_exit_changes_nothing():
+    code = (
+        "from creature import launch\ndef main():\n    print('main', flush=True)\n    try:\n        time.sleep(100)\n"
+        "    finally:\n        raise RuntimeError('trying to pop from empty mode stack')\nlaunch.run(main)"
+    )
+    process = python(code)
+    assert process.stdout.readline() + process.stdout.readline() == "ready\nmain\n"
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and SENTENCE in errors and "Traceback" not in errors
+
+
 def test_what_is_started_with_signals_blocked_gets_them_once_it_can_take_them():
     child = f"import time; time.sleep(1)\n{BEGIN}time.sleep(100)"
     code = (
