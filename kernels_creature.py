@@ -24,7 +24,7 @@ TILE_ROWS = 128
 # By epilogue of the matrix product: columns and depth of a tile, stages, programs on a multiprocessor (docs/log.md).
 TILES = {
     "exp": (256, 64, 4, 1),
-    "scaled_exp": (128, 128, 3, 2),  # one program multiplies while the other has its epilogue
+    "float8_exp": (128, 128, 3, 2),  # one program multiplies while the other has its epilogue
     "relu2": (256, 64, 4, 1),
     "relu2_grad": (256, 64, 3, 1),  # the activation needs room, too
 }
@@ -59,6 +59,7 @@ if triton is not None:
         a,
         b,
         out,
+        turned,
         aux_ptr,
         sums_ptr,
         scale_ptr,
@@ -77,9 +78,11 @@ if triton is not None:
         """
         Tiles [BM, BN] of a [M, K] @ b [K, N], each followed by the epilogue; a program makes every PROGRAMS-th of them.
 
-        "exp": exp(product - aux[row]), and the tile's row sums into sums [tiles of columns, M]. "scaled_exp": the same
-        of the product times scale[row]. "relu2": relu squared. "relu2_grad": the product times the derivative of relu
-        squared, 2 sqrt(aux), aux [M, N] being its output. MASKED: whether the last tile of columns ends beyond N.
+        "exp": exp(product - aux[row]), and the tile's row sums into sums [tiles of columns, M]. "float8_exp": the same
+        of the product times scale[row], also transposed into `turned` [N, M], its columns in the order of
+        `turned_order`; sums [2, tiles of columns, M] are those of what was rounded, and behind them of what it became.
+        "relu2": relu squared. "relu2_grad": the product times the derivative of relu squared,
+        2 sqrt(aux), aux [M, N] being its output. MASKED: whether the last tile of columns ends beyond N.
         """
         tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
         # Flattened, the loads of the next tile run during the epilogue of this one.
@@ -100,9 +103,9 @@ if triton is not None:
                 product = tl.dot(a.load([row, k]), right, product)
 
             rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
-            if EPILOGUE == "exp" or EPILOGUE == "scaled_exp":
+            if EPILOGUE == "exp" or EPILOGUE == "float8_exp":
                 shift = tl.load(aux_ptr + rows, mask=rows < M, other=0.0) * LOG2_E
-                if EPILOGUE == "scaled_exp":
+                if EPILOGUE == "float8_exp":
                     product *= (tl.load(scale_ptr + rows, mask=rows < M, other=0.0) * LOG2_E)[:, None]
                 else:
                     product *= LOG2_E
@@ -118,9 +121,17 @@ if triton is not None:
                 made = tl.load(aux_ptr + rows[:, None].to(tl.int64) * N + columns[None, :], mask=inside, other=0.0)
                 result = product * 2.0 * tl.sqrt(made.to(tl.float32))
             # One half after the other needs half the shared memory.
+            result = result.to(out.dtype)
             left, right = tl.split(tl.permute(tl.reshape(result, (BM, 2, BN // 2)), (0, 2, 1)))
-            out.store([row, column], left.to(out.dtype))
-            out.store([row, column + BN // 2], right.to(out.dtype))
+            out.store([row, column], left)
+            out.store([row, column + BN // 2], right)
+            if EPILOGUE == "float8_exp":
+                tl.store(sums_ptr + (tiles_n + tile_n) * M + rows, tl.sum(result.to(tl.float32), 1), mask=rows < M)
+                # Rows j and j + 8 are in one thread, and beside each other go to shared memory in one step.
+                result = tl.permute(tl.reshape(result, (BM // 16, 2, 8, BN)), (0, 2, 1, 3))
+                left, right = tl.split(tl.permute(tl.reshape(result, (BM, 2, BN // 2)), (0, 2, 1)))
+                turned.store([column, row], left.T)
+                turned.store([column + BN // 2, row], right.T)
 
     @triton.jit
     def _odds_kernel(logits_ptr, targets_ptr, sums_ptr, columns, BLOCK: tl.constexpr):
@@ -141,10 +152,8 @@ if triton is not None:
         tl.store(start + target, (1.0 - row_total).to(logits_ptr.dtype.element_ty))
 
     @triton.jit
-    def _target_logits_kernel(
-        x_ptr, weight_ptr, targets_ptr, scale_ptr, out_ptr, K, SCALED: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        """One row a program: x [row] . weight [target of the row], times scale [row]."""
+    def _target_logits_kernel(x_ptr, weight_ptr, targets_ptr, out_ptr, K, BLOCK: tl.constexpr):
+        """One row a program: x [row] . weight [target of the row]."""
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets_ptr + row)
         total = tl.zeros((BLOCK,), tl.float32)
@@ -152,10 +161,17 @@ if triton is not None:
             lane = first + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + row * K + lane, mask=lane < K, other=0.0).to(tl.float32)
             total += x * tl.load(weight_ptr + target * K + lane, mask=lane < K, other=0.0).to(tl.float32)
-        logit = tl.sum(total, 0)
-        if SCALED:
-            logit *= tl.load(scale_ptr + row)
-        tl.store(out_ptr + row, logit)
+        tl.store(out_ptr + row, tl.sum(total, 0))
+
+    @triton.jit
+    def _sum_parts(parts_ptr, row, inside, rows, parts, ROWS: tl.constexpr, PARTS: tl.constexpr):
+        """The sums [ROWS] of parts [parts, rows] in these rows."""
+        totals = tl.zeros((PARTS, ROWS), tl.float32)
+        for first in range(0, parts, PARTS):
+            part = first + tl.arange(0, PARTS)
+            mask = (part < parts)[:, None] & inside[None, :]
+            totals += tl.load(parts_ptr + part[:, None] * rows + row[None, :], mask=mask, other=0.0)
+        return tl.sum(totals, 0)
 
     @triton.jit
     def _finish_odds_kernel(
@@ -164,18 +180,37 @@ if triton is not None:
         """sums [rows] of parts [parts, rows], and 1 - sum in place of the odds of each row's target, which are 1."""
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         inside = row < rows
-        totals = tl.zeros((PARTS, ROWS), tl.float32)
-        for first in range(0, parts, PARTS):
-            part = first + tl.arange(0, PARTS)
-            mask = (part < parts)[:, None] & inside[None, :]
-            totals += tl.load(parts_ptr + part[:, None] * rows + row[None, :], mask=mask, other=0.0)
-        total = tl.sum(totals, 0)
-        # The target's own odds are 1, which tensor cores, adding float8 coarsely, may miss. `maximum` would hide NaN.
-        total = tl.where(total < 1.0, 1.0, total)
+        total = _sum_parts(parts_ptr, row, inside, rows, parts, ROWS, PARTS)
+        total = tl.where(total < 1.0, 1.0, total)  # the target's own; `maximum` would hide NaN
         target = tl.load(targets_ptr + row, mask=inside, other=0)
         tl.store(sums_ptr + row, total, mask=inside)
         place = odds_ptr + row.to(tl.int64) * columns + target
         tl.store(place, (1.0 - total).to(odds_ptr.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _finish_float8_odds_kernel(
+        odds_ptr, turned_ptr, parts_ptr, targets_ptr, target_odds_ptr, sums_ptr, rest_ptr, rows, columns, parts,
+        ROWS: tl.constexpr, PARTS: tl.constexpr
+    ):  # fmt: skip
+        """
+        sums [rows] of the first half of parts [2, parts, rows]; minus the sum of the second one without the target into
+        rest [rows], and in the target's place into `turned`, but 0 into odds.
+        """
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        inside = row < rows
+        total = _sum_parts(parts_ptr, row, inside, rows, parts, ROWS, PARTS)
+        rounded = _sum_parts(parts_ptr + parts * rows, row, inside, rows, parts, ROWS, PARTS)
+        own = tl.load(target_odds_ptr + row, mask=inside, other=0.0)
+        # No less than the target's own, which tensor cores, adding up coarsely, may miss. `maximum` would hide NaN.
+        tl.store(sums_ptr + row, tl.where(total < own, own, total), mask=inside)
+        target = tl.load(targets_ptr + row, mask=inside, other=0)
+        place = odds_ptr + row.to(tl.int64) * columns + target
+        rest = tl.load(place, mask=inside, other=0.0).to(tl.float32) - rounded
+        tl.store(rest_ptr + row, rest, mask=inside)
+        kind = odds_ptr.dtype.element_ty
+        tl.store(place, tl.zeros((ROWS,), tl.float32).to(kind), mask=inside)
+        column = row // 16 * 16 + row % 8 * 2 + row // 8 % 2  # turned_order
+        tl.store(turned_ptr + target * rows + column, rest.to(kind), mask=inside)
 
     @triton.jit
     def _rotary_norm_kernel(
@@ -249,17 +284,22 @@ def _matmul(
     sums: torch.Tensor,
     epilogue: str,
     scale: torch.Tensor | None = None,
+    turned: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Launch `_matmul_kernel` for a [M, K] and b [K, N], contiguous or its transpose is: [M, N] in half precision."""
+    """
+    Launch `_matmul_kernel` for a [M, K] and b [K, N], contiguous or its transpose is: [M, N], and `turned` [N, M] where
+    there is one.
+    """
     (m, k), n = a.shape, b.shape[1]
-    out = torch.empty((m, n), dtype=a.dtype if scale is None else torch.bfloat16, device=a.device)
+    out = torch.empty((m, n), dtype=a.dtype if turned is None else turned.dtype, device=a.device)
     columns, depth, stages, each = TILES[epilogue]
     transposed = b.stride(0) == 1
     programs = each * _multiprocessors(a.device.index)
+    halves = TensorDescriptor.from_tensor(out, [TILE_ROWS, columns // 2])
     _matmul_kernel[(programs,)](
         TensorDescriptor.from_tensor(a, [TILE_ROWS, depth]),
         TensorDescriptor.from_tensor(b.t() if transposed else b, [columns, depth] if transposed else [depth, columns]),
-        TensorDescriptor.from_tensor(out, [TILE_ROWS, columns // 2]),
+        halves, halves if turned is None else TensorDescriptor.from_tensor(turned, [columns // 2, TILE_ROWS]),
         aux, sums, aux if scale is None else scale, m, n, K=k, B_IS_TRANSPOSED=transposed, EPILOGUE=epilogue,
         MASKED=n % columns != 0, PROGRAMS=programs, BM=TILE_ROWS, BN=columns, BK=depth, num_warps=8, num_stages=stages,
     )  # fmt: skip
@@ -271,31 +311,23 @@ def _matmul(
 
 
 @torch.library.custom_op("creature::softmax_odds", mutates_args=())
-def softmax_odds(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def softmax_odds(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The odds of every token against the target, exp(logit - target's logit), without the logits ever being written.
 
     x [M, K], weight [N, K] of one half-precision dtype, targets [M] int64 -> odds [M, N] in that dtype, where 1 minus
     the row's sum stands in the target's place, and the sums [M] float32. odds / sums is the gradient of the cross
     entropy log(sums). Odds are cut off at 2^100, so a loss never shows as more than about 80 nats.
-
-    With scale [M] float32, x and weight are in float8_e4m3fn, the logits are scale times their product, the odds in
-    bfloat16; it takes what `matmul_fits` takes.
     """
     sums = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    if scale is None and not matmul_fits(x, len(weight)):
+    if not matmul_fits(x, len(weight)):
         odds = x @ weight.t()
         _odds_kernel[(len(x),)](odds, targets, sums, len(weight), BLOCK=4096, num_warps=8)
         return odds, sums
-    epilogue, factor = ("exp", sums) if scale is None else ("scaled_exp", scale)  # where there is none, it is not read
     target_logits = torch.empty_like(sums)
-    _target_logits_kernel[(len(x),)](
-        x, weight, targets, factor, target_logits, x.shape[1], SCALED=scale is not None, BLOCK=512, num_warps=1
-    )
-    parts = torch.empty((triton.cdiv(len(weight), TILES[epilogue][0]), len(x)), dtype=torch.float32, device=x.device)
-    odds = _matmul(x, weight.t(), target_logits, parts, epilogue, scale)
+    _target_logits_kernel[(len(x),)](x, weight, targets, target_logits, x.shape[1], BLOCK=512, num_warps=1)
+    parts = torch.empty((triton.cdiv(len(weight), TILES["exp"][0]), len(x)), dtype=torch.float32, device=x.device)
+    odds = _matmul(x, weight.t(), target_logits, parts, "exp")
     _finish_odds_kernel[(triton.cdiv(len(x), FINISHED_ROWS),)](
         odds, parts, targets, sums, *odds.shape, len(parts), ROWS=FINISHED_ROWS, PARTS=FINISHED_PARTS, num_warps=4
     )
@@ -303,9 +335,54 @@ def softmax_odds(
 
 
 @softmax_odds.register_fake
-def _(x, weight, targets, scale=None):
-    dtype = x.dtype if scale is None else torch.bfloat16
-    return x.new_empty((len(x), len(weight)), dtype=dtype), x.new_empty(len(x), dtype=torch.float32)
+def _(x, weight, targets):
+    return x.new_empty((len(x), len(weight))), x.new_empty(len(x), dtype=torch.float32)
+
+
+@torch.library.custom_op("creature::softmax_odds_float8", mutates_args=())
+def softmax_odds_float8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    target_odds: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    exp(logit - shift) of every token in float8_e5m2, also transposed, as products of float8 add up along rows.
+
+    Args:
+        x, weight: [M, K], [N, K] in float8_e4m3fn, what `matmul_fits` takes, M and N divisible by 16.
+        targets: [M] int64.
+        scale, shift: [M] float32; a logit is scale times the product. Odds above 57,344 are cut off, where stored.
+        target_odds: [M] float32, the target's own.
+
+    Returns:
+        odds [M, N], where 0 stands in the target's place; turned [N, M], its columns in the order of `turned_order`,
+        where minus the sum of the others stands there; the rows' sums [M] float32 before rounding; and rest [M]
+        float32, minus the sum of the others as they were rounded: with it a row adds up to 0, as a gradient of logits.
+    """
+    (rows, columns), tiles = (len(x), len(weight)), triton.cdiv(len(weight), TILES["float8_exp"][0])
+    turned = torch.empty((columns, rows), dtype=torch.float8_e5m2, device=x.device)
+    parts = torch.empty((2, tiles, rows), dtype=torch.float32, device=x.device)
+    odds = _matmul(x, weight.t(), shift, parts, "float8_exp", scale, turned)
+    sums, rest = torch.empty_like(shift), torch.empty_like(shift)
+    _finish_float8_odds_kernel[(triton.cdiv(rows, FINISHED_ROWS),)](
+        odds, turned, parts, targets, target_odds, sums, rest, rows, columns, tiles,
+        ROWS=FINISHED_ROWS, PARTS=FINISHED_PARTS, num_warps=4,
+    )  # fmt: skip
+    return odds, turned, sums, rest
+
+
+@softmax_odds_float8.register_fake
+def _(x, weight, targets, scale, shift, target_odds):
+    odds = x.new_empty((len(x), len(weight)), dtype=torch.float8_e5m2)
+    return odds, odds.new_empty((len(weight), len(x))), torch.empty_like(shift), torch.empty_like(shift)
+
+
+def turned_order(x: torch.Tensor) -> torch.Tensor:
+    """The rows of x [M, K] in the order in which `softmax_odds_float8` has them as columns: 0, 8, 1, 9, ... 7, 15."""
+    return x.view(-1, 2, 8, x.shape[1]).transpose(1, 2).reshape(x.shape)
 
 
 @torch.library.custom_op("creature::add_product", mutates_args=("total",))
@@ -320,6 +397,19 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 @add_product.register_fake
 def _(total, a, b):
     return None
+
+
+@torch.library.custom_op("creature::product_in_float32", mutates_args=())
+def product_in_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [M, K] @ b.T, b [N, K], in half precision -> [M, N] float32; NVIDIA's GPUs round nothing in between."""
+    if torch.version.hip is None:
+        return torch.mm(a, b.t(), out_dtype=torch.float32)
+    return (a @ b.t()).float()
+
+
+@product_in_float32.register_fake
+def _(a, b):
+    return a.new_empty((len(a), len(b)), dtype=torch.float32)
 
 
 @torch.library.custom_op("creature::matmul_relu2", mutates_args=())

@@ -5,17 +5,40 @@ At 50,304 columns the logits of a batch are a hundred times larger than the hidd
 of them exists at a time, and is turned into its own gradient before the next one is made.
 """
 
+import math
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 try:
-    from .kernels_creature import add_product, kernels_available, matmul_fits, softmax_odds
+    from .kernels_creature import (
+        TILE_ROWS,
+        add_product,
+        kernels_available,
+        matmul_suits,
+        product_in_float32,
+        softmax_odds,
+        softmax_odds_float8,
+        turned_order,
+    )
 except ImportError:
-    from kernels_creature import add_product, kernels_available, matmul_fits, softmax_odds
+    from kernels_creature import (
+        TILE_ROWS,
+        add_product,
+        kernels_available,
+        matmul_suits,
+        product_in_float32,
+        softmax_odds,
+        softmax_odds_float8,
+        turned_order,
+    )
 
 IGNORE_INDEX = -100  # a text or code target that is unknown
 LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max
+FLOAT8_CHUNK = 16384  # tokens; their odds, twice in float8, are as large as those of 16,384 in bfloat16
+COMMON_IDS = 1024  # the first ids, in a vocabulary of merged bytes the most frequent ones
 
 
 def chunk_tokens(device: torch.device) -> int:
@@ -36,36 +59,81 @@ def to_float8(x: torch.Tensor, dim: int | None = None) -> tuple[torch.Tensor, to
     `dim`, a factor for each slice along it.
     """
     largest = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
-    scale = largest.float().clamp(min=1e-12) / LARGEST_FLOAT8
+    scale = largest.float().clamp(min=1e-30) / LARGEST_FLOAT8
     return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
 def _softmax_gradient(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    weight8: tuple[torch.Tensor, torch.Tensor] | None = None,
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """
     The cross entropies of `x @ weight.T`, and their gradient with respect to these logits.
 
     x [n, hidden_size], weight [vocab_size, hidden_size], targets [n] -> losses [n] float32, a matrix
     [n, vocab_size] in the dtype of x, and the factor [n] that makes its rows the gradient (None: they are).
-    weight8: what `to_float8` makes of the weight; then the logits are those of both in float8.
     """
     if x.dtype == torch.bfloat16 and kernels_available(x, weight):
         # Odds need no maximum of the row, and dividing them by their sum can wait until the rows are short again.
-        if weight8 is not None:
-            x8, scale = to_float8(x, dim=1)  # a tick's own factor: states differ in size more than tokens do
-            odds, sums = softmax_odds(x8, weight8[0], targets, (scale * weight8[1]).squeeze(1))
-        else:
-            odds, sums = softmax_odds(x, weight, targets)
+        odds, sums = softmax_odds(x, weight, targets)
         return sums.log(), odds, 1 / sums
     log_probabilities = torch.log_softmax((x @ weight.t()).float(), dim=-1)  # one pass on a CPU; logsumexp takes five
     losses = -log_probabilities.gather(1, targets[:, None]).squeeze(1)
     gradient = log_probabilities.exp_()
     gradient.scatter_add_(1, targets[:, None], gradient.new_full((len(targets), 1), -1.0))
     return losses, gradient.to(x.dtype), None
+
+
+def float8_suits(device: torch.device, vocab_size: int, hidden_size: int) -> bool:
+    """Whether the head's products can be made in float8 on a device, where rows are to fill 16 bytes."""
+    return device.type == "cuda" and not vocab_size % 16 and matmul_suits(device.index, hidden_size, vocab_size)
+
+
+class _Float8Head:
+    """
+    The head's three products of a chunk in float8, at twice the speed of bfloat16: the logits, and both gradients.
+
+    What is rounded to float8 keeps three bits, or two where the range matters more. So the target, the largest part of
+    the gradient of the states, stays out of it; and what is added up there is the rounded table, also for the target,
+    times numbers that add up to 0: else every step would push all states the same way.
+    """
+
+    def __init__(self, weight: torch.Tensor):
+        """weight [vocab_size, hidden_size] in bfloat16."""
+        self.rounded, self.scale = to_float8(weight)
+        self.turned = self.rounded.t().contiguous()
+
+    def chunk(
+        self, x: torch.Tensor, targets: torch.Tensor, factor: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        x [n, hidden_size] in bfloat16, targets [n], their weights [n] float32 -> losses [n] float32, not weighted, and
+        the gradients of their weighted sum: of x, and of the weight, both in bfloat16.
+        """
+        rounded, scale = to_float8(x, dim=1)  # a tick's own factor: states differ in size more than tokens do
+        scale = (scale * self.scale).squeeze(1)
+        target_rows = self.rounded[targets].float()
+        target_logits = (rounded.float() * target_rows).sum(1) * scale
+        # Odds are stored as they come, between 2^-16 and 2^15, so they should be near the probabilities: over those of
+        # the target and of the commonest tokens, whatever is larger, times 64, as the others raise the sum a little.
+        common = _float8_product(rounded, self.rounded[:COMMON_IDS]).float() * scale[:, None]
+        shift = torch.maximum(target_logits, common.logsumexp(1)) - math.log(64)
+        target_odds = (target_logits - shift).exp()
+        odds, turned, sums, rest = softmax_odds_float8(rounded, self.rounded, targets, scale, shift, target_odds)
+        factor = (factor / sums)[:, None]
+        grad_x = _float8_product(odds, self.turned).float() + rest[:, None] * target_rows
+        grad_x = grad_x * (factor * self.scale)
+        states, states_scale = to_float8(turned_order(x.float() * factor))
+        grad_weight = _float8_product(turned, states.t().contiguous(), states_scale)
+        return sums.log() + shift - target_logits, grad_x.to(x.dtype), grad_weight
+
+
+def _float8_product(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """a [M, K] @ b.T, b [N, K], both in float8, times a scalar in float32 -> [M, N] in bfloat16."""
+    # Not use_fast_accum: adding up in 14 bits, it loses much of 50,304 small odds. What it loses lies in the direction
+    # that all tokens share, which moves no softmax, so that no later step takes it back: training fails (docs/log.md).
+    one = torch.ones((), dtype=torch.float32, device=a.device)
+    scales = one, one if scale is None else scale
+    return torch._scaled_mm(a, b.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=False)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -81,7 +149,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, target_weights, dtype, chunk, fp8):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         cast_weight = weight.to(dtype)
-        weight8 = None
+        float8_head = _Float8Head(cast_weight) if fp8 else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = []
         grad_weight = None
@@ -89,10 +157,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden.split(chunk), targets.split(chunk), target_weights.split(chunk), strict=True
         ):  # x: [chunk, hidden_size]
             x = x.to(dtype)
-            rounded = fp8 and dtype == torch.bfloat16 and matmul_fits(x, len(weight))  # not a few ticks at the end
-            if rounded and weight8 is None:
-                weight8 = to_float8(cast_weight)
-            losses, gradient, row_factor = _softmax_gradient(x, cast_weight, target, weight8 if rounded else None)
+            if float8_head is not None and not len(x) % TILE_ROWS:  # not a few ticks at the end
+                losses, grad_x, product = float8_head.chunk(x, target, factor)
+                loss = loss + (losses * factor).sum()
+                grad_hidden.append(grad_x)
+                grad_weight = product.float() if grad_weight is None else grad_weight.add_(product)
+                continue
+            losses, gradient, row_factor = _softmax_gradient(x, cast_weight, target)
             loss = loss + (losses * factor).sum()  # no product of matrices: autocast would round it to bfloat16
             # The weights of the targets meet the gradient where its rows are short: at hidden_size.
             factor = (factor if row_factor is None else factor * row_factor)[:, None]
@@ -135,14 +206,22 @@ def linear_cross_entropy(
     Args:
         hidden: [N, hidden_size]. weight: [vocab_size, hidden_size]. targets: [N] ids; any id where the weight is 0.
         target_weights: [N] float32; 0 drops a token.
-        fp8: make the logits, not their gradients, in float8 where that is faster: on a Hopper GPU, under bf16.
+        fp8: make the logits and the products of the gradient in float8 where that is faster: on a Hopper GPU, under
+            bf16.
 
     Returns:
         The sum in nats, a float32 scalar, differentiable once.
     """
-    return _LinearCrossEntropy.apply(
-        hidden, weight, targets, target_weights, compute_dtype(hidden), chunk_tokens(hidden.device), fp8
-    )
+    dtype = compute_dtype(hidden)
+    fp8 = fp8 and dtype == torch.bfloat16 and float8_suits(hidden.device, *weight.shape)
+    chunk = FLOAT8_CHUNK if fp8 else chunk_tokens(hidden.device)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, target_weights, dtype, chunk, fp8)
+
+
+def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T; on a GPU not rounded to half precision, which large logits would show."""
+    x = x.to(weight.dtype)
+    return product_in_float32(x, weight) if kernels_available(x, weight) else x @ weight.t()
 
 
 @torch.no_grad()
@@ -161,11 +240,10 @@ def linear_token_losses(
     """
     dtype, chunk = compute_dtype(hidden), chunk_tokens(hidden.device)
     if not isinstance(head, nn.Module):
-        cast_weight = head.to(dtype).t()
+        head = partial(_logits, weight=head.to(dtype))
     losses, predictions = [], []
     for x, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        # [chunk, vocab_size]
-        logits = (head(x) if isinstance(head, nn.Module) else x.to(dtype) @ cast_weight).float()
+        logits = head(x).float()  # [chunk, vocab_size]
         losses.append(F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="none"))
         predictions.append(logits.argmax(dim=-1))
     return torch.cat(losses), torch.cat(predictions)

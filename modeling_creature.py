@@ -255,8 +255,8 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         self.streams = CreatureStreams(config)
         # The class name is in none of transformers' tables; without this the Trainer counts unshifted targets.
         self.loss_type = "ForCausalLM"
-        # Whether the internal text's loss may take its logits from float8 (`losses_creature.linear_cross_entropy`). Of
-        # the training, not of the model: so it is no part of the configuration.
+        # Whether the internal text's loss may be computed in float8 (`losses_creature.linear_cross_entropy`). Of the
+        # training, not of the model: so it is no part of the configuration.
         self.fp8_head = False
         self.post_init()
 

@@ -85,12 +85,9 @@ def measure(name: str, source: str, folder: str, options: argparse.Namespace) ->
 
     card = card_name(device.name) if cuda else None
     row["predicted_seconds"] = estimate.step_seconds(config, batch, context, card, accumulation) if card else None
-    row["predicted_gib"] = (
-        estimate.memory_parts(config, batch, context, device_kind=device.kind, accumulating=accumulation > 1, **form)[
-            "peak"
-        ]
-        / 2**30
-    )
+    device_form = {"device_kind": device.kind, "float8": device.is_hopper}
+    parts = estimate.memory_parts(config, batch, context, accumulating=accumulation > 1, **device_form, **form)
+    row["predicted_gib"] = parts["peak"] / 2**30
     try:
         blocks = load_splits(source, block_size=context, vocab_size=config.vocab_size, cache_dir=folder).train
         model = MultiModalCreature(config)
@@ -190,9 +187,10 @@ def print_fit(rows: list[dict]) -> None:
             seconds = estimate.step_seconds(config, batch, context, card, row["accumulation"])
             kept = estimate.layer_bytes_per_token(config, "bf16", compiled=True)
             layers = config.num_hidden_layers * batch * context
-            estimated = estimate.memory_parts(
-                config, batch, context, compiled=True, accumulating=row["accumulation"] > 1
-            )["peak"]
+            form = {"compiled": True, "float8": card.startswith(("H100", "H200"))}
+            estimated = estimate.memory_parts(config, batch, context, accumulating=row["accumulation"] > 1, **form)[
+                "peak"
+            ]
             found = kept + (row["gib"] * 2**30 - estimated) / layers
             deviation = f"{seconds / row['seconds'] - 1:+7.1%}"
             print(

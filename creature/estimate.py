@@ -44,9 +44,9 @@ class Shares:
 
 # Measured with this library, per card (docs/log.md); `benchmarks/scaling.py --fit` prints such a line from its rows.
 MEASURED_SHARES: dict[str, Shares] = {
-    # Of tiny at 32 x 2048, a step of 46.9 ms: products 12.3, head 14.3 (its logits in float8), attention 9.1,
-    # element-wise 6.8. With them, contexts of 1,024 and 8,192 and the small model are within 3 %.
-    "H100 SXM": Shares(products=0.662, head=0.715, attention=0.687, layers=0.884, weights=0.9, overhead=0.0015),
+    # Of tiny at 32 x 2048, a step of 43.4 ms: products 12.3, head 11.0 (in float8), attention 9.1,
+    # element-wise 6.8. With the head in bf16, contexts of 1,024 and 8,192 and the small model were within 3 %.
+    "H100 SXM": Shares(products=0.662, head=0.93, attention=0.687, layers=0.884, weights=0.9, overhead=0.0015),
 }
 # The same chip with other memory: not measured, but to be expected of it.
 SAME_CHIP = {"H200": "H100 SXM"}
@@ -152,6 +152,7 @@ def memory_parts(
     *,
     device_kind: str = "cuda",
     compiled: bool = False,
+    float8: bool = False,
     activation_checkpointing: bool = False,
     accumulating: bool = True,
 ) -> dict[str, int]:
@@ -163,6 +164,7 @@ def memory_parts(
         precision: "bf16" or "fp16" (autocast over fp32 master weights), or "fp32".
         optimizer: "muon" (one fp32 state for the matrices and the tables, AdamW's two for the rest) or "adamw" (two).
         compiled: torch.compile fuses the element-wise work and recomputes it in the backward pass.
+        float8: whether the head's products are made in float8, as on Hopper under bf16.
         accumulating: whether gradients of earlier micro-batches are there while the next one is computed.
 
     Returns:
@@ -200,7 +202,7 @@ def memory_parts(
         "optimizer_state": states,
         "weight_copies": wide * inventory.body_matrices if wide < 4 else 0,
         "activations": activations,
-        "head": _head_bytes(config, tokens, wide, device_kind, compiled),
+        "head": _head_bytes(config, tokens, wide, device_kind, compiled, float8 and precision == "bf16"),
     }
     lasting = parts["weights"] + parts["optimizer_state"]
     loss_gradients = parts["gradients"] if accumulating else 0
@@ -275,9 +277,9 @@ def _norm_bytes(size: int, wide: int, device_kind: str, compiled: bool = False) 
     return (4 if device_kind != "cpu" else 8) * size + 4
 
 
-def _head_bytes(config, tokens: int, wide: int, device_kind: str, compiled: bool) -> int:
+def _head_bytes(config, tokens: int, wide: int, device_kind: str, compiled: bool, float8: bool) -> int:
     """Bytes of the chunked head and loss at their peak (`losses_creature.linear_cross_entropy`)."""
-    chunk = min(tokens, _chunk_tokens(device_kind))
+    chunk = min(tokens, _chunk_tokens(device_kind, float8))  # in float8 all is there twice, and as large
     before = wide if tokens > chunk else 0  # the gradient of the chunk before is still bound to its name
     if _has_kernels(device_kind, wide, compiled):
         per_logit = wide + before  # the kernel writes no logits, but what their gradient is made of
@@ -293,12 +295,12 @@ def _head_bytes(config, tokens: int, wide: int, device_kind: str, compiled: bool
     return working + copies + tokens * wide * config.hidden_size
 
 
-def _chunk_tokens(device_kind: str) -> int:
+def _chunk_tokens(device_kind: str, float8: bool = False) -> int:
     import torch
 
-    from losses_creature import chunk_tokens
+    from losses_creature import FLOAT8_CHUNK, chunk_tokens
 
-    return chunk_tokens(torch.device(device_kind))
+    return FLOAT8_CHUNK if float8 else chunk_tokens(torch.device(device_kind))
 
 
 # A CPU gains nothing from larger batches, and a dry run is to leave room on a small machine.
@@ -341,6 +343,7 @@ def fit_micro_batch(
             optimizer,
             device_kind=device.kind,
             compiled=compiled,
+            float8=device.is_hopper,
             activation_checkpointing=activation_checkpointing,
         )
         if parts["peak"] > budget:

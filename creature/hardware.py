@@ -97,6 +97,10 @@ class Device:
     count: int = 1
     capability: tuple[int, int] | None = None
 
+    @property
+    def is_hopper(self) -> bool:
+        return self.capability is not None and self.capability[0] == 9
+
 
 def device_info(kind: str | None = None) -> Device:
     """

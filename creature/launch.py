@@ -89,7 +89,8 @@ def keep_compiled_code() -> None:
     Keep what torch.compile makes in the user's cache (~/.cache/torch/inductor), so that the next run starts faster.
 
     torch's own choice is the folder for temporary files, which a reboot empties. TORCHINDUCTOR_CACHE_DIR, where it is
-    set, stays in force; Triton keeps its kernels below either. To be called before torch is imported.
+    set, stays in force. Triton's kernels go below either: where torch compiles in the run it puts them there, where it
+    finds all compiled it does not, and our own kernels would be made once more. To be called before torch is imported.
     """
     home = os.environ.get("TORCH_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch")
     folder = Path(home).expanduser() / "inductor"
@@ -98,6 +99,8 @@ def keep_compiled_code() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):
                 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(os.environ["TORCHINDUCTOR_CACHE_DIR"], "triton"))
     # Without it the loss, an autograd function of our own, would keep the whole model out of AOTAutograd's cache.
     os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 

@@ -17,7 +17,7 @@ from creature.launch import own_command
 from creature.machine import Plan, sharded
 from creature.optimizer import MOMENTUM
 from creature.trainer import halved_steps, schedule_steps
-from kernels_creature import matmul_suits
+from losses_creature import float8_suits
 
 # Times that a text can be seen before seeing it again stops helping (Muennighoff et al. 2023, "Scaling Data-Constrained
 # Language Models").
@@ -65,9 +65,10 @@ def _can_halve(settings: Settings, plan: Plan) -> bool:
 
 
 def _rounds_logits(plan: Plan, config) -> bool:
-    """Whether there is a product of float8 matrices for the head on this device: see `losses_creature`."""
+    """Whether the head's products can be made in float8 on this device."""
     on_gpu = plan.device.kind == "cuda" and torch.cuda.is_available()
-    return on_gpu and matmul_suits(torch.cuda.current_device(), config.hidden_size, config.vocab_size)
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    return float8_suits(device, config.vocab_size, config.hidden_size)
 
 
 def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, steps: int) -> dict:
@@ -155,7 +156,7 @@ def run_table(run: dict) -> str:
         "device": run["device"] + (f", {run['threads']} threads" if run["threads"] else "")
         + (f", {own['world_size']} processes" if own["world_size"] > 1 else ""),
         "precision": f"{run['precision']} ({run['precision_reason']})"
-        + (", logits of the head in float8" if own["fp8_head"] else ""),
+        + (", the head in float8" if own["fp8_head"] else ""),
         "attention": f"{run['attention_kernel']} ({run['attention_reason']})",
         "torch.compile": f"{'on' if run['compiled'] else 'off'} ({run['compile_reason']})",
         "batch": f"{own['tokens_per_step']:,} tokens a step = micro-batch {own['micro_batch']} x block "

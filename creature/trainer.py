@@ -152,8 +152,9 @@ class CreatureTrainer(WholeCheckpoints, Trainer):
                     parameter.grad /= self.args.world_size
         self._get_grad_norm(model, self._clip_grad_norm(model) if self.args.max_grad_norm else None)
         # Not accelerate's, which waits for the last micro-batch.
-        getattr(self.optimizer, "optimizer", self.optimizer).step()
-        model.zero_grad()
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
 
     def _forward_and_backward(self, model, inputs, rows: int, *args, **kwargs) -> torch.Tensor:
         """
@@ -254,6 +255,13 @@ class CreatureTrainer(WholeCheckpoints, Trainer):
             given = args.lr_scheduler_kwargs or {}
             args.lr_scheduler_kwargs = {"decay_type": "linear", **given, "num_decay_steps": decay}
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _clip_grad_norm(self, model) -> torch.Tensor:
+        """The Trainer's; of plain gradients only what is trained, for to go through all modules takes milliseconds."""
+        if self.accelerator.scaler is not None or self.accelerator.distributed_type not in (DistributedType.NO, *_DDP):
+            return super()._clip_grad_norm(model)
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return torch.nn.utils.clip_grad_norm_(trained, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)

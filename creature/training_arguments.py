@@ -54,7 +54,7 @@ class CreatureTrainingArguments(TrainingArguments):
     )
     fp8_head: bool = field(
         default=True,
-        metadata={"help": "On a Hopper GPU under bf16, make the text head's logits in float8 while training."},
+        metadata={"help": "On a Hopper GPU under bf16, compute the text head in float8 while training."},
     )
     adam_epsilon: float = field(default=1e-10, metadata={"help": "Smallest divisor; rare rows of the table are small."})
     logging_steps: float = field(default=100, metadata={"help": "Log every so many steps."})

@@ -175,17 +175,22 @@ def test_compiled_code_outlasts_a_reboot_unless_a_folder_is_named(tmp_path, monk
     monkeypatch.setenv("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels"))
     keep_compiled_code()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "own")
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "kernels")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
     keep_compiled_code()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "home" / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "home" / "inductor" / "triton")
     assert (tmp_path / "home" / "inductor").is_dir()
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))  # cannot be a folder
     keep_compiled_code()
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert not {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"} & os.environ.keys()
 
 
 def test_a_gpu_without_triton_or_compiler_trains_without_both(monkeypatch):

@@ -48,31 +48,39 @@ def test_the_odds_give_the_loss_and_its_gradient(fused, monkeypatch):
     assert odds.isfinite().all() and sums.isfinite().all()
 
 
-@pytest.mark.parametrize("columns", [1000, 50304])  # the last tile of columns is cut off, or whole
-def test_the_odds_of_float8_are_those_of_its_logits(columns):
+@pytest.mark.parametrize("columns", [1008, 50304])  # the last tile of columns is cut off, or whole
+def test_the_odds_of_float8_are_those_of_its_logits_and_stand_there_twice(columns):
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("the fused product is made for Hopper")
     torch.manual_seed(0)
-    x = torch.randn(300, 192, device="cuda").mul(torch.rand(300, 1, device="cuda") * 4).bfloat16()
+    x = torch.randn(304, 192, device="cuda").mul(torch.rand(304, 1, device="cuda") * 4).bfloat16()
     weight = (torch.randn(columns, 192, device="cuda") * 0.05).bfloat16()
-    targets = torch.randint(0, columns, (300,), device="cuda")
+    rows, targets = torch.arange(304, device="cuda"), torch.randint(0, columns, (304,), device="cuda")
     (x8, scale), (weight8, factor) = losses_creature.to_float8(x, dim=1), losses_creature.to_float8(weight)
     scale = (scale * factor).squeeze(1)
-    logits = ((x8.double() @ weight8.double().t()) * scale.double()[:, None]).requires_grad_()
-    expected = F.cross_entropy(logits, targets, reduction="none")
-    expected.sum().backward()
-    odds, sums = kernels_creature.softmax_odds(x8, weight8, targets, scale)
-    assert odds.dtype == torch.bfloat16 and (sums >= 1).all()
-    assert error(sums.log(), expected) < 3e-3  # tensor cores add up float8 in fewer bits
-    assert error(odds.double() / sums.double()[:, None], logits.grad) < 1e-2
+    logits = (x8.double() @ weight8.double().t()) * scale.double()[:, None]
+    shift = logits.logsumexp(1) - 5
+    exact = (logits - shift[:, None]).exp()
+    arguments = x8, weight8, targets, scale, shift.float(), exact[rows, targets].float()
+    odds, turned, sums, rest = kernels_creature.softmax_odds_float8(*arguments)
+    assert error(sums, exact.sum(1)) < 3e-3  # tensor cores add up float8 in fewer bits
+    assert error(rest, -odds.float().sum(1)) < 1e-5  # exactly what was rounded: a row adds up to nothing
+    order = kernels_creature.turned_order(rows[:, None]).squeeze(1)
+    assert order[:4].tolist() == [0, 8, 1, 9]
+    back = torch.empty(odds.shape, device="cuda")
+    back[order] = turned.t().float()
+    assert error(back[rows, targets], rest) < 0.1  # two bits and a hidden one
+    back[rows, targets] = exact[rows, targets] = 0.0
+    assert torch.equal(back, odds.float()) and error(odds, exact) < 0.1
     scale[7] = float("nan")
-    assert kernels_creature.softmax_odds(x8, weight8, targets, scale)[1][8:].isfinite().all()
+    assert kernels_creature.softmax_odds_float8(*arguments)[2][8:].isfinite().all()
 
 
 def test_the_loss_from_float8_is_near_and_its_gradient_points_the_same_way():
     torch.manual_seed(0)
-    targets, ones = torch.randint(0, 50304, (8500,), device="cuda"), torch.ones(8500, device="cuda") / 8500
-    start = torch.randn(8500, 128, device="cuda"), torch.randn(50304, 128, device="cuda") * 0.2
+    count = losses_creature.FLOAT8_CHUNK + 300  # the last ones do not fill a tile
+    targets, ones = torch.randint(0, 50304, (count,), device="cuda"), torch.ones(count, device="cuda") / count
+    start = torch.randn(count, 128, device="cuda"), torch.randn(50304, 128, device="cuda") * 0.2
     found = {}
     for fp8 in (False, True):
         hidden, weight = (tensor.clone().requires_grad_() for tensor in start)
@@ -81,7 +89,7 @@ def test_the_loss_from_float8_is_near_and_its_gradient_points_the_same_way():
         loss.backward()
         found[fp8] = loss.detach(), hidden.grad, weight.grad
     assert error(found[True][0], found[False][0]) < 1e-3
-    assert all(error(*pair) < 0.05 for pair in zip(found[True][1:], found[False][1:], strict=True))
+    assert all(error(*pair) < 0.1 for pair in zip(found[True][1:], found[False][1:], strict=True))
 
 
 @pytest.mark.parametrize("rows", [129, 300, 4096])

@@ -122,6 +122,22 @@ def test_halves_of_a_batch_are_updates_as_steps_of_half_the_size_are(tmp_path, r
     assert [halved.optimizer.state[p]["step"].item() for p in halved.optimizer.param_groups[0]["params"]][0] == 6
 
 
+def test_gradients_are_clipped_as_in_transformers(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, max_grad_norm=0.5)
+    trainer.train()
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    assert 0 < len(trained) < len(list(trainer.model.parameters()))
+    found = []
+    for clip in (trainer._clip_grad_norm, super(CreatureTrainer, trainer)._clip_grad_norm):
+        torch.manual_seed(0)
+        for parameter in trained:
+            parameter.grad = torch.randn_like(parameter)
+        found.append([clip(trainer.model), *[parameter.grad for parameter in trained]])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert torch.cat([gradient.flatten() for gradient in found[0][1:]]).norm() == pytest.approx(0.5, rel=1e-3)
+
+
 def test_halves_of_rows_keep_their_documents_apart():
     rows = [{"input_ids": np.array([5, 9, 5, 5, 9, 5])}, {"input_ids": np.array([9, 5, 5, 5, 5, 9])}]
     whole = collate_blocks(rows * 2, end_of_text=9)
