@@ -119,7 +119,8 @@ class _Float8Head:
         shift = torch.maximum(target_logits, common.logsumexp(1)) - math.log(64)
         target_odds = (target_logits - shift).exp()
         odds, turned, sums, rest = softmax_odds_float8(rounded, self.rounded, targets, scale, shift, target_odds)
-        factor = (factor / sums)[:, None]
+        # By what was stored: so a row that is sure of another, uncommon token, whose odds were cut off, learns as much.
+        factor = (factor / (target_odds - rest))[:, None]
         grad_x = _float8_product(odds, self.turned).float() + rest[:, None] * target_rows
         grad_x = grad_x * (factor * self.scale)
         states, states_scale = to_float8(turned_order(x.float() * factor))
