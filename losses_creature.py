@@ -37,7 +37,7 @@ except ImportError:
 
 IGNORE_INDEX = -100  # a text or code target that is unknown
 LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max
-FLOAT8_CHUNK = 16384  # tokens; their odds, twice in float8, are as large as those of 16,384 in bfloat16
+FLOAT8_CHUNK = 16384  # tokens; their odds, stored twice in float8, take as much memory as once in bfloat16
 COMMON_IDS = 1024  # the first ids, in a vocabulary of merged bytes the most frequent ones
 
 
