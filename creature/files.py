@@ -57,7 +57,8 @@ def telling_of_failed_writes(path: str | os.PathLike, remedy: Callable[[], str])
         yield
     except Exception as error:  # safetensors has a type of its own, tokenizers raises Exception itself
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        by_torch = "inline_container" in reason or "iostream error" in reason  # its writer, which knows no reasons
+        # Torch's writer, which knows no reasons; of a folder, that another process with a full disk has taken it away.
+        by_torch = any(words in reason for words in ("inline_container", "iostream error", "Parent directory"))
         if isinstance(error, OSError):
             full = is_disk_full(error)
         else:

@@ -147,6 +147,7 @@ def test_one_at_a_time(tmp_path, locks):
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), 0, "the disk is full"),
         (RuntimeError("basic_ios::clear: iostream error"), 0, "the disk is full"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"), 10**9, "cannot write .*enforce"),
+        (RuntimeError("Parent directory run/.writing does not exist."), 10**9, "cannot write .*Parent directory"),
         (Exception("I/O error: Read-only file system (os error 30)"), 10**9, "cannot write .*Read-only.*then go on"),
         (OSError(errno.EACCES, "Permission denied"), 10**9, "cannot write .*Permission denied"),
     ],
