@@ -15,11 +15,6 @@ try:
 except ImportError:  # no GPU compiler
     triton = None
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None
-
 TILE_ROWS = 128
 # By epilogue of the matrix product: columns and depth of a tile, stages, programs on a multiprocessor (docs/log.md).
 TILES = {
@@ -494,26 +489,3 @@ def rotary_norm(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: floa
     other by cos, sin [1 or B, T, head_dim / 2]; head_dim a power of two; differentiable with respect to x.
     """
     return _RotaryNorm.apply(x, cos.contiguous(), sin.contiguous(), eps)
-
-
-def varlen_available(x: torch.Tensor) -> bool:
-    """Whether `varlen_attention` takes such states: in half precision, on a GPU that PyTorch's flash kernels serve."""
-    return varlen_attn is not None and kernels_available(x) and torch.cuda.get_device_capability(x.device) >= (8, 0)
-
-
-def varlen_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """
-    Causal attention within documents that lie one behind the other, without a mask: PyTorch's flash kernels.
-
-    query [B, heads, T, head_dim], key, value [B, kv_heads, T, head_dim], boundaries [N + 1] int32, where in the B x T
-    ticks documents begin and the last one ends (empty ones are allowed) -> [B, T, heads, head_dim].
-    """
-    batch, heads, ticks, head_dim = query.shape
-    groups = heads // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    flat = [states.transpose(1, 2).reshape(batch * ticks, heads, head_dim) for states in (query, key, value)]
-    output = varlen_attn(*flat, boundaries, boundaries, ticks, ticks, scale=scaling, window_size=(-1, 0))
-    return output.view(batch, ticks, heads, head_dim)

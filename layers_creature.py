@@ -15,11 +15,16 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+
+try:
     from .configuration_creature import CreatureConfig
-    from .kernels_creature import kernels_available, matmul_fits, relu2_mlp, rotary_norm, varlen_attention
+    from .kernels_creature import kernels_available, matmul_fits, relu2_mlp, rotary_norm
 except ImportError:
     from configuration_creature import CreatureConfig
-    from kernels_creature import kernels_available, matmul_fits, relu2_mlp, rotary_norm, varlen_attention
+    from kernels_creature import kernels_available, matmul_fits, relu2_mlp, rotary_norm
 
 GATE_INPUTS = 32  # numbers of a tick's state from which the heads' gates are read
 
@@ -72,6 +77,29 @@ def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) 
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def varlen_available(x: torch.Tensor) -> bool:
+    """Whether `varlen_attention` takes such states: in half precision, on a GPU that PyTorch's flash kernels serve."""
+    return varlen_attn is not None and kernels_available(x) and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def varlen_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """
+    Causal attention within documents that lie one behind the other, without a mask: PyTorch's flash kernels.
+
+    query [B, heads, T, head_dim], key, value [B, kv_heads, T, head_dim], boundaries [N + 1] int32, where in the B x T
+    ticks documents begin and the last one ends (empty ones are allowed) -> [B, T, heads, head_dim].
+    """
+    batch, heads, ticks, head_dim = query.shape
+    groups = heads // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    flat = [states.transpose(1, 2).reshape(batch * ticks, heads, head_dim) for states in (query, key, value)]
+    output = varlen_attn(*flat, boundaries, boundaries, ticks, ticks, scale=scaling, window_size=(-1, 0))
+    return output.view(batch, ticks, heads, head_dim)
 
 
 def eager_attention_forward(
@@ -153,7 +181,7 @@ class CreatureAttention(nn.Module):
         hidden_states [B, T, hidden_size] -> the same shape, the weights where the implementation has them, and the
         values [B, T, num_key_value_heads * head_dim], to which `first_values`, the first layer's, and `value_embeds`,
         those of the tokens, have been added where the layer takes them. `document_boundaries`, in place of a mask: see
-        `kernels_creature.varlen_attention`.
+        `varlen_attention`.
         """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self._normalize_and_rotate(self.q_proj(hidden_states).view(shape), position_embeddings)

@@ -21,7 +21,6 @@ from transformers.utils.output_capturing import capture_outputs
 try:
     from .configuration_creature import SENSES, STREAMS, CreatureConfig
     from .generation_creature import CreatureGenerationMixin
-    from .kernels_creature import varlen_available
     from .layers_creature import (
         CreatureAttention,
         CreatureDecoderLayer,
@@ -30,6 +29,7 @@ try:
         ResidualProjection,
         ValueTable,
         ZeroProjection,
+        varlen_available,
     )
     from .losses_creature import IGNORE_INDEX, linear_token_losses
     from .senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
@@ -37,7 +37,6 @@ try:
 except ImportError:
     from configuration_creature import SENSES, STREAMS, CreatureConfig
     from generation_creature import CreatureGenerationMixin
-    from kernels_creature import varlen_available
     from layers_creature import (
         CreatureAttention,
         CreatureDecoderLayer,
@@ -46,6 +45,7 @@ except ImportError:
         ResidualProjection,
         ValueTable,
         ZeroProjection,
+        varlen_available,
     )
     from losses_creature import IGNORE_INDEX, linear_token_losses
     from senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose

@@ -170,7 +170,7 @@ def print_fit(rows: list[dict]) -> None:
     from unittest.mock import patch
 
     from creature import estimate
-    from creature.hardware import card_name
+    from creature.hardware import card_name, is_hopper
 
     measured = [row for row in rows if row.get("gib") and card_name(row["card"]) and row["compiled"]]
     cards = sorted({row["card"] for row in measured})
@@ -187,7 +187,7 @@ def print_fit(rows: list[dict]) -> None:
             seconds = estimate.step_seconds(config, batch, context, card, row["accumulation"])
             kept = estimate.layer_bytes_per_token(config, "bf16", compiled=True)
             layers = config.num_hidden_layers * batch * context
-            form = {"compiled": True, "float8": card.startswith(("H100", "H200"))}
+            form = {"compiled": True, "float8": is_hopper(card)}
             estimated = estimate.memory_parts(config, batch, context, accumulating=row["accumulation"] > 1, **form)[
                 "peak"
             ]

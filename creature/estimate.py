@@ -10,7 +10,7 @@ from functools import lru_cache
 from types import SimpleNamespace
 
 from creature.errors import UserError
-from creature.hardware import CARDS, Device, card_name, triton_available
+from creature.hardware import CARDS, Device, card_name, is_hopper, triton_available
 
 OPTIMIZERS = ("muon", "adamw")
 # Bytes per weight alive in `optimizer._muon_step`, which stacks the matrices of one shape (a CPU takes each alone): ten
@@ -396,10 +396,11 @@ def ideal_seconds(
     attention *= tokens * (block_size + ATTENTION_TICKS) / 2
 
     # Bytes per micro-batch: of a body's weight, read in fp32 and written in bf16, its gradient the other way round and
-    # added; of the table, the fp32 sum of its gradient, which the product of every chunk of the head reads and writes,
-    # and five passes over that.
-    chunks = -(-tokens // _chunk_tokens("cuda"))
-    weights = accumulation * (20 * inventory.body_matrices + table * (8 * chunks + 40))
+    # added; of the table, the fp32 sum of its gradient, which every chunk of the head reads and writes (in the product
+    # itself, but in float8 behind it, from bf16), and five passes over that.
+    float8 = is_hopper(card)
+    chunks = -(-tokens // _chunk_tokens("cuda", float8))
+    weights = accumulation * (20 * inventory.body_matrices + table * ((12 if float8 else 8) * chunks + 40))
     # Per step: clipping reads twice and writes once; AdamW reads four and writes three numbers of each weight, by rows
     # the gradient is read twice and there is no second moment.
     weights += 12 * inventory.trainable

@@ -99,6 +99,7 @@ class Device:
 
     @property
     def is_hopper(self) -> bool:
+        """Whether the head is made in float8 here, under bf16."""
         return self.capability is not None and self.capability[0] == 9
 
 
@@ -185,6 +186,11 @@ def _read_words(path: str, until: str | None = None) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # What follows from the device
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_hopper(card: str) -> bool:
+    """Whether a card of CARDS is of the generation that makes the head in float8."""
+    return card.startswith(("H100", "H200"))
 
 
 def card_name(name: str) -> str | None:

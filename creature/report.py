@@ -35,7 +35,7 @@ def identity(settings: Settings, plan: Plan, args, config, data_info: dict, step
         "block_size": plan.block_size,
         "separate_documents": settings.data.get("separate_documents", False),
         "precision": plan.precision,
-        "fp8_head": args.fp8_head and plan.precision == "bf16" and _rounds_logits(plan, config),
+        "fp8_head": args.fp8_head and plan.precision == "bf16" and _float8_head(plan, config),
         "data_hash": data_info["data_hash"],
         "data_tokens": data_info["tokens"],
         "tokenizer_hash": data_info["tokenizer_hash"],
@@ -64,7 +64,7 @@ def _can_halve(settings: Settings, plan: Plan) -> bool:
     return plan.micro_batch * plan.accumulation > 1 and plan.precision != "fp16" and not sharded(settings.training)
 
 
-def _rounds_logits(plan: Plan, config) -> bool:
+def _float8_head(plan: Plan, config) -> bool:
     """Whether the head's products can be made in float8 on this device."""
     on_gpu = plan.device.kind == "cuda" and torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -112,7 +112,7 @@ def _card_row(name: str, arguments) -> Row:
     card = hardware.CARDS[name]
     memory = int((card.memory_gib - 0.5) * hardware.GIB)  # half a GiB is the driver's
     bf16 = not name.startswith(("T4", "V100"))
-    capability = (9, 0) if name.startswith(("H100", "H200")) else (8, 0) if bf16 else (7, 0)
+    capability = (9, 0) if hardware.is_hopper(name) else (8, 0) if bf16 else (7, 0)
     device = hardware.Device("cuda", name, memory, memory, 8, bf16, 1, capability)
     precision = arguments.precision or hardware.choose_precision(device)[0]
     return Row(name, device, precision, not arguments.eager, name)

@@ -94,6 +94,16 @@ def test_the_loss_from_float8_is_near_and_its_gradient_points_the_same_way():
     assert all(error(*pair) < 0.1 for pair in zip(found[True][1:], found[False][1:], strict=True))
 
 
+def test_evaluation_does_not_round_large_logits():
+    torch.manual_seed(0)
+    hidden, head = torch.randn(300, 128, device="cuda").bfloat16() * 5, torch.randn(1000, 128, device="cuda").bfloat16()
+    targets = torch.randint(0, 1000, (300,), device="cuda")
+    losses, predictions = losses_creature.linear_token_losses(hidden, head, targets)
+    logits = hidden.double() @ head.double().t()
+    assert error(losses, F.cross_entropy(logits, targets, reduction="none")) < 1e-5
+    assert torch.equal(predictions, logits.argmax(1))
+
+
 @pytest.mark.parametrize("rows", [129, 300, 4096])
 def test_the_fused_mlp_is_the_plain_one(rows):
     if torch.cuda.get_device_capability()[0] != 9:

@@ -476,7 +476,7 @@ def test_without_validation_text_nothing_is_evaluated_and_that_is_said(place, mo
 
 
 def test_float8_for_the_head_is_said_and_kept_in_mind(place, monkeypatch, capsys):
-    monkeypatch.setattr("creature.report._rounds_logits", lambda plan, config: True)  # as on a Hopper GPU
+    monkeypatch.setattr("creature.report._float8_head", lambda plan, config: True)  # as on a Hopper GPU
     said = "the head in float8"
     run(monkeypatch, "--max_steps", 4, "--output_dir", "fp32")
     assert said not in capsys.readouterr().out and not checkpoints.read_run("fp32")["identity"]["fp8_head"]
