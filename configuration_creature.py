@@ -38,6 +38,8 @@ class CreatureConfig(PreTrainedConfig):
         use_value_embeddings (`bool`, defaults to `False`): a second table by token, of values for the attention of the
             last layer. It learns more from much text, and needs the ids: an internal voice given as `inputs_embeds`
             goes without.
+        per_layer_embedding_size (`int`, defaults to 0): units of every MLP that a third table scales, by token and
+            layer (the per-layer embeddings of Gemma 3n); 0: no such table. It needs the ids and much text likewise.
 
     Special tokens (`int`, *optional*): `bos_token_id` and `eos_token_id` default to GPT-2's 50256, `null_token_id` (the
         learned "present but silent") to 50257, `pad_token_id` to 50258, where the vocabulary has them.
@@ -78,7 +80,7 @@ class CreatureConfig(PreTrainedConfig):
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (
-            ["hidden_states", "first_states", "first_values", "value_embeds", "attention_mask"],
+            ["hidden_states", "first_states", "first_values", "value_embeds", "unit_scales", "attention_mask"],
             ["hidden_states", "values"],
         ),
         "norm": (["hidden_states"], ["hidden_states"]),
@@ -100,6 +102,7 @@ class CreatureConfig(PreTrainedConfig):
     use_cache: bool = True
     tie_word_embeddings: bool = True
     use_value_embeddings: bool = False
+    per_layer_embedding_size: int = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     null_token_id: int | None = None
@@ -145,6 +148,8 @@ class CreatureConfig(PreTrainedConfig):
                 setattr(self, name, token)
         given = {"internal_text": 1.0} if self.loss_weights is None else self.loss_weights
         self.loss_weights = {**dict.fromkeys(STREAMS, 0.0), **given}
+        if self.use_value_embeddings or self.per_layer_embedding_size:
+            self.base_model_tp_plan = {}  # what a token brings along is whole on every device
         super().__post_init__(**kwargs)
         # Here, and not only as the validator that runs later, so that the user meets a plain ValueError.
         self.validate_architecture()
@@ -190,6 +195,11 @@ class CreatureConfig(PreTrainedConfig):
             problems.append(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
                 f"({self.num_attention_heads}), unless head_dim says otherwise"
+            )
+        if not 0 <= self.per_layer_embedding_size <= self.intermediate_size:
+            problems.append(
+                f"per_layer_embedding_size ({self.per_layer_embedding_size}) must be between 0 and intermediate_size "
+                f"({self.intermediate_size})"
             )
         if self.head_dim % 2:
             problems.append(f"head_dim ({self.head_dim}) must be even for rotary positions")

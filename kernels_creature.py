@@ -24,6 +24,7 @@ TILES = {
     "relu2_grad": (256, 64, 3, 1),  # the activation needs room, too
 }
 ROTARY_ROWS = 64
+SCALED_ROWS = 32
 FINISHED_ROWS, FINISHED_PARTS = 16, 64
 
 
@@ -77,7 +78,7 @@ if triton is not None:
         of the product times scale[row], also transposed into `turned` [N, M], its columns in the order of
         `turned_order`; sums [2, tiles of columns, M] are those of what was rounded, and behind them of what it became.
         "relu2": relu squared. "relu2_grad": the product times the derivative of relu squared,
-        2 sqrt(aux), aux [M, N] being its output. MASKED: whether the last tile of columns ends beyond N.
+        2 sqrt(|aux|), aux [M, N] being its output. MASKED: whether the last tile of columns ends beyond N.
         """
         tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
         # Flattened, the loads of the next tile run during the epilogue of this one.
@@ -114,7 +115,7 @@ if triton is not None:
             else:
                 inside = (rows < M)[:, None] & (columns < N)[None, :]
                 made = tl.load(aux_ptr + rows[:, None].to(tl.int64) * N + columns[None, :], mask=inside, other=0.0)
-                result = product * 2.0 * tl.sqrt(made.to(tl.float32))
+                result = product * 2.0 * tl.sqrt(tl.abs(made.to(tl.float32)))
             # One half after the other needs half the shared memory.
             result = result.to(out.dtype)
             left, right = tl.split(tl.permute(tl.reshape(result, (BM, 2, BN // 2)), (0, 2, 1)))
@@ -127,6 +128,30 @@ if triton is not None:
                 left, right = tl.split(tl.permute(tl.reshape(result, (BM, 2, BN // 2)), (0, 2, 1)))
                 turned.store([column, row], left.T)
                 turned.store([column + BN // 2, row], right.T)
+
+    @triton.jit
+    def _scale_kernel(
+        x_ptr, scale_ptr, made_ptr, grad_scale_ptr, rows, columns, scale_stride, N, BACKWARD: tl.constexpr,
+        ROWS: tl.constexpr, LANES: tl.constexpr
+    ):  # fmt: skip
+        """
+        The first N of `columns` of x [rows, columns] times scale [rows, N], in place. BACKWARD: x is what "relu2_grad"
+        makes of `made`, relu squared times scale; it becomes its gradient, and that of the scale goes to grad_scale.
+        """
+        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+        lane = tl.arange(0, LANES)[None, :]
+        inside = (row < rows) & (lane < N)
+        place = row.to(tl.int64) * columns + lane
+        x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + row.to(tl.int64) * scale_stride + lane, mask=inside, other=0.0).to(tl.float32)
+        if BACKWARD:
+            # The root of `made` has in it that of the scale's size.
+            size = tl.maximum(tl.abs(scale), 1e-30)
+            root = tl.sqrt(tl.abs(tl.load(made_ptr + place, mask=inside, other=0.0).to(tl.float32)))
+            grad = x * root / (2.0 * size)
+            tl.store(grad_scale_ptr + row.to(tl.int64) * N + lane, grad.to(x_ptr.dtype.element_ty), mask=inside)
+            scale *= tl.rsqrt(size)
+        tl.store(x_ptr + place, (x * scale).to(x_ptr.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _odds_kernel(logits_ptr, targets_ptr, sums_ptr, columns, BLOCK: tl.constexpr):
@@ -301,6 +326,17 @@ def _matmul(
     return out
 
 
+def _scale(
+    x: torch.Tensor, scales: torch.Tensor, made: torch.Tensor | None = None, grad_scales: torch.Tensor | None = None
+) -> None:
+    """Launch `_scale_kernel` for x [M, N] and scales [M, n], whose rows may lie apart; backward if `made` is given."""
+    count = scales.shape[1]
+    _scale_kernel[(triton.cdiv(len(x), SCALED_ROWS),)](
+        x, scales, x if made is None else made, x if made is None else grad_scales, *x.shape, scales.stride(0), count,
+        BACKWARD=made is not None, ROWS=SCALED_ROWS, LANES=triton.next_power_of_2(count),
+    )  # fmt: skip
+
+
 # Operators of their own, so that a compiled graph takes them as they are. Defined again by the copy of this file that
 # a checkpoint carries, they replace themselves.
 
@@ -408,52 +444,70 @@ def _(a, b):
 
 
 @torch.library.custom_op("creature::matmul_relu2", mutates_args=())
-def matmul_relu2(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """relu(x @ weight.T)^2; x [M, K], weight [N, K] -> [M, N]."""
-    return _matmul(x, weight.t(), x, x, "relu2")
+def matmul_relu2(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """relu(x @ weight.T)^2, the first columns times scales [M, n]; x [M, K], weight [N, K] -> [M, N]."""
+    activation = _matmul(x, weight.t(), x, x, "relu2")
+    if scales is not None:
+        _scale(activation, scales)
+    return activation
 
 
 @matmul_relu2.register_fake
-def _(x, weight):
+def _(x, weight, scales):
     return x.new_empty((len(x), len(weight)))
 
 
 @torch.library.custom_op("creature::matmul_relu2_grad", mutates_args=())
-def matmul_relu2_grad(grad: torch.Tensor, weight: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
-    """(grad @ weight) times the derivative of relu squared, whose output is `activation` [M, N]; weight [K, N]."""
-    return _matmul(grad, weight, activation, grad, "relu2_grad")
+def matmul_relu2_grad(
+    grad: torch.Tensor, weight: torch.Tensor, activation: torch.Tensor, scales: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    (grad @ weight) times the derivative of `matmul_relu2`, whose output is `activation` [M, N]; weight [K, N].
+
+    Returns the gradient of the product [M, N], and that of the scales [M, n] ([M, 0] without them).
+    """
+    grad_inner = _matmul(grad, weight, activation, grad, "relu2_grad")
+    grad_scales = grad.new_empty((len(grad), 0 if scales is None else scales.shape[1]))
+    if scales is not None:
+        _scale(grad_inner, scales, activation, grad_scales)
+    return grad_inner, grad_scales
 
 
 @matmul_relu2_grad.register_fake
-def _(grad, weight, activation):
-    return torch.empty_like(activation)
+def _(grad, weight, activation, scales):
+    return torch.empty_like(activation), grad.new_empty((len(grad), 0 if scales is None else scales.shape[1]))
 
 
 class _Relu2MLP(torch.autograd.Function):
     """relu(x @ up.T)^2 @ down.T, keeping the activation alone: its root tells what its derivative needs."""
 
     @staticmethod
-    def forward(ctx, x, up, down):
-        activation = matmul_relu2(x, up)  # [M, intermediate_size]
-        ctx.save_for_backward(x, up, down, activation)
+    def forward(ctx, x, up, down, scales):
+        activation = matmul_relu2(x, up, scales)  # [M, intermediate_size]
+        ctx.save_for_backward(x, up, down, activation, scales)
         return activation @ down.t()
 
     @staticmethod
     def backward(ctx, grad):
-        x, up, down, activation = ctx.saved_tensors
+        x, up, down, activation, scales = ctx.saved_tensors
         grad = grad.contiguous()
         grad_down = grad.t() @ activation
-        grad_inner = matmul_relu2_grad(grad, down, activation)  # [M, intermediate_size]
-        return grad_inner @ up, grad_inner.t() @ x, grad_down
+        grad_inner, grad_scales = matmul_relu2_grad(grad, down, activation, scales)  # [M, intermediate_size], [M, n]
+        return grad_inner @ up, grad_inner.t() @ x, grad_down, None if scales is None else grad_scales
 
 
-def relu2_mlp(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def relu2_mlp(
+    x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, scales: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     relu(x @ up.T)^2 @ down.T with the activation made inside the first product, differentiable once.
 
-    x [..., K], up [intermediate_size, K], down [K, intermediate_size], of one dtype and as `matmul_fits` wants them.
+    x [..., K], up [intermediate_size, K], down [K, intermediate_size], of one dtype and as `matmul_fits` wants them;
+    scales [..., n]: factors of the first n units of the activation.
     """
-    return _Relu2MLP.apply(x.reshape(-1, x.shape[-1]), up, down).view(x.shape)
+    if scales is not None:
+        scales = scales.reshape(-1, scales.shape[-1])
+    return _Relu2MLP.apply(x.reshape(-1, x.shape[-1]), up, down, scales).view(x.shape)
 
 
 class _RotaryNorm(torch.autograd.Function):

@@ -223,7 +223,10 @@ class CreatureAttention(nn.Module):
 
 
 class CreatureMLP(nn.Module):
-    """Two matrices around an activation."""
+    """
+    Two matrices around an activation, whose first units the token itself may scale: what is looked up for a token costs
+    no arithmetic (the per-layer embeddings of Gemma 3n; gain in docs/log.md).
+    """
 
     def __init__(self, config: CreatureConfig):
         super().__init__()
@@ -233,10 +236,15 @@ class CreatureMLP(nn.Module):
 
         self.relu2 = config.hidden_act == "relu2"
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, unit_scales: torch.Tensor | None = None) -> torch.Tensor:
+        """x [B, T, hidden_size] -> the same shape; unit_scales [B, T, n] are factors of the first n units."""
         if self.relu2 and self._is_plain(x):
-            return relu2_mlp(x, self.up_proj.weight.to(x.dtype), self.down_proj.weight.to(x.dtype))
-        return self.down_proj(self.act_fn(self.up_proj(x)))
+            return relu2_mlp(x, self.up_proj.weight.to(x.dtype), self.down_proj.weight.to(x.dtype), unit_scales)
+        units = self.up_proj(x)
+        if unit_scales is None:
+            return self.down_proj(self.act_fn(units))
+        first, rest = units.tensor_split((unit_scales.shape[-1],), dim=-1)
+        return self.down_proj(torch.cat((self.act_fn(first) * unit_scales, self.act_fn(rest)), dim=-1))
 
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Whether the fused kernel may stand for the modules: nobody has hooked, wrapped, quantized or split them."""
@@ -271,6 +279,7 @@ class CreatureDecoderLayer(GradientCheckpointingLayer):
         first_states: torch.Tensor,
         first_values: torch.Tensor | None = None,
         value_embeds: torch.Tensor | None = None,
+        unit_scales: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -279,7 +288,8 @@ class CreatureDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         hidden_states and the backbone's input, both [B, T, hidden_size], the values of the first layer's attention
-        (None in that layer) and those of the tokens -> the next hidden states and the values of this layer's attention.
+        (None in that layer) and those of the tokens, and the factors of this layer's first units [B, T,
+        per_layer_embedding_size] -> the next hidden states and the values of this layer's attention.
         """
         # [0]: a factor without dimensions leaves the stream's dtype alone.
         hidden_states = self.residual_scale[0] * hidden_states
@@ -296,4 +306,4 @@ class CreatureDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), values
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), unit_scales), values

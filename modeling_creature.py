@@ -122,6 +122,17 @@ class CreaturePreTrainedModel(PreTrainedModel):
             # The residual stream adds up 2 x layers outputs: scale them so that its variance does not grow (GPT-2).
             init.normal_(module.weight, mean=0.0, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
 
+    def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
+        """As in transformers; the other tables by token follow."""
+        embeddings = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for table, rows in (
+            (self.base_model.embed_values, 1),
+            (self.base_model.embed_per_layer, self.config.num_hidden_layers),
+        ):
+            if table is not None:
+                self._get_resized_embeddings(table, rows * len(embeddings.weight), mean_resizing=mean_resizing)
+        return embeddings
+
 
 class CreatureModel(CreaturePreTrainedModel):
     """The backbone: the token table, the senses, the layers."""
@@ -135,6 +146,10 @@ class CreatureModel(CreaturePreTrainedModel):
         self.embed_values = None
         if config.use_value_embeddings:
             self.embed_values = ValueTable(config.vocab_size, config.num_key_value_heads * config.head_dim)
+        self.embed_per_layer = None
+        if config.per_layer_embedding_size:  # a row for every token and layer, those of a token together
+            rows = config.vocab_size * config.num_hidden_layers
+            self.embed_per_layer = nn.Embedding(rows, config.per_layer_embedding_size)
         self.layers = nn.ModuleList(CreatureDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.embed_norm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -160,6 +175,17 @@ class CreatureModel(CreaturePreTrainedModel):
         if senses.get("sense_embeds") is not None:
             hidden_states = hidden_states + senses["sense_embeds"]
         return hidden_states
+
+    def embed_layers(self, input_ids: torch.Tensor | None, dtype: torch.dtype) -> list[torch.Tensor | None]:
+        """The factors that the tokens have for each layer's MLP, [B, T, per_layer_embedding_size], or None."""
+        layers = self.config.num_hidden_layers
+        if self.embed_per_layer is None or input_ids is None:
+            return [None] * layers
+        rows = input_ids[..., None] * layers + torch.arange(layers, device=input_ids.device)
+        vectors = self.embed_per_layer(rows)  # [B, T, layers, per_layer_embedding_size]
+        # Of one size for all tokens, however much a row has grown.
+        vectors = F.rms_norm(vectors, vectors.shape[-1:], eps=self.config.rms_norm_eps)
+        return list(vectors.to(dtype).unbind(2))
 
     def _takes_boundaries(self, hidden_states: torch.Tensor) -> bool:
         """Whether attention can be told where documents begin in place of a mask, which is faster."""
@@ -195,6 +221,7 @@ class CreatureModel(CreaturePreTrainedModel):
         value_embeds = None
         if self.embed_values is not None and input_ids is not None:
             value_embeds = self.embed_values(input_ids).to(hidden_states.dtype)
+        unit_scales = self.embed_layers(input_ids, hidden_states.dtype)
 
         causal_mask = document_boundaries = None
         unmasked = attention_mask is None and past_key_values is None and self.config._attn_implementation == "sdpa"
@@ -221,12 +248,13 @@ class CreatureModel(CreaturePreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
 
         first_values = None
-        for layer in self.layers:
+        for layer, scales in zip(self.layers, unit_scales, strict=True):
             hidden_states, values = layer(
                 hidden_states,
                 first_states,
                 first_values,
                 value_embeds,
+                scales,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,

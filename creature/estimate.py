@@ -66,13 +66,14 @@ def count_parameters(config) -> dict[str, int]:
     Parameters by part.
 
     Returns:
-        token_table; value_table (0 without `use_value_embeddings`); body (layers and norms); head (0 while it is tied
-        to the table); senses and streams (beside the token table and the tied head); text_only (tables + body + head);
-        trainable (what a run with the configuration's `loss_weights` trains); total.
+        token_table; value_table (0 without `use_value_embeddings`); layer_table (0 without `per_layer_embedding_size`);
+        body (layers and norms); head (0 while it is tied to the table); senses and streams (beside the token table and
+        the tied head); text_only (tables + body + head); trainable (what a run with the configuration's `loss_weights`
+        trains); total.
     """
     inventory = _inventory(config)
-    names = ("token_table", "value_table", "body", "head", "senses", "streams", "text_only", "trainable", "total")
-    return {name: getattr(inventory, name) for name in names}
+    names = ("token_table", "value_table", "layer_table", "body", "head", "senses", "streams")
+    return {name: getattr(inventory, name) for name in (*names, "text_only", "trainable", "total")}
 
 
 def flops_per_token(config, block_size: int) -> float:
@@ -111,26 +112,31 @@ def _count(config_json: str, config_class: type) -> SimpleNamespace:
     def total(parameters) -> int:
         return sum(parameter.numel() for parameter in parameters)
 
-    table = model.model.embed_tokens.weight.numel()
-    values = 0 if model.model.embed_values is None else model.model.embed_values.weight.numel()
-    head = 0 if model.lm_head.weight is model.model.embed_tokens.weight else model.lm_head.weight.numel()
+    backbone = model.model
+    table = backbone.embed_tokens.weight.numel()
+    values, scales = (
+        0 if module is None else module.weight.numel() for module in (backbone.embed_values, backbone.embed_per_layer)
+    )
+    head = 0 if model.lm_head.weight is backbone.embed_tokens.weight else model.lm_head.weight.numel()
     # A gate is too small to count, and no matrix to Muon.
-    layers = [weight for name, weight in model.model.layers.named_parameters() if "gate" not in name]
-    senses = total(model.model.senses.parameters())
-    body = total(model.model.parameters()) - table - values - senses
+    layers = [weight for name, weight in backbone.layers.named_parameters() if "gate" not in name]
+    senses = total(backbone.senses.parameters())
+    tables = table + values + scales
+    body = total(backbone.parameters()) - tables - senses
     matrices = Counter(tuple(parameter.shape) for parameter in layers if parameter.ndim == 2)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return SimpleNamespace(
         token_table=table,
         value_table=values,
-        tables=table + values,
+        layer_table=scales,
+        tables=tables,
         body=body,
         body_matrices=total(parameter for parameter in layers if parameter.ndim == 2),
         matrices=dict(matrices),  # shape -> how many
         head=head,
         senses=senses,
         streams=total(model.streams.parameters()),
-        text_only=table + values + body + head,
+        text_only=tables + body + head,
         trainable=total(trainable),
         largest_stack=max(rows * columns * count for (rows, columns), count in matrices.items()),
         largest_matrix=max(rows * columns for rows, columns in matrices),
@@ -215,7 +221,10 @@ def memory_parts(
         # Looked up in fp32, cast and weighed, and the weighing keeps what went into it.
         width = config.num_key_value_heads * config.head_dim
         activations += tokens * (2 if compiled else 3) * wide * width
-        parts["activations"] = activations
+    if inventory.layer_table:
+        # Looked up and normalized in fp32, which keeps what went into it, and cast.
+        activations += tokens * (4 + wide) * config.num_hidden_layers * config.per_layer_embedding_size
+    parts["activations"] = activations
     in_backward = lasting + loss_gradients + parts["weight_copies"] + activations + head_gradient
     in_backward += max(head_gradient, recomputed + working)
     # At its end all gradients are there, and the table has two: from the head and from the lookup. A compiled backward

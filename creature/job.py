@@ -38,8 +38,10 @@ from creature.training_arguments import CreatureTrainingArguments
 from modeling_creature import MultiModalCreature
 
 DRY_RUN_EVAL_BLOCKS = 2
-# Times a text is seen above which the value table learns it by heart: what was gained at once is lost (docs/log.md).
-VALUE_TABLE_REPEATS = 1.5
+# The fields of the tables beside the token table, and what stands for none.
+TOKEN_TABLES = {"use_value_embeddings": False, "per_layer_embedding_size": 0}
+# Times a text is seen above which they learn it by heart: what was gained at once is lost (docs/log.md).
+TOKEN_TABLE_REPEATS = 1.5
 
 
 def build_config(settings: Settings) -> CreatureConfig:
@@ -167,19 +169,27 @@ def total_steps(args, plan: Plan, splits) -> int:
     return max(1, int(-(-args.num_train_epochs * max(1, -(-batches // plan.accumulation)) // 1)))
 
 
-def settle_value_table(settings: Settings, plan: Plan, config: CreatureConfig, splits, steps: int, old) -> None:
-    """Leave the value table out of a new run that repeats its text, unless a flag asks for it; `old` keeps its own."""
-    if "use_value_embeddings" in settings.given or settings.dry_run or not config.use_value_embeddings:
+def settle_token_tables(settings: Settings, plan: Plan, config: CreatureConfig, splits, steps: int, old) -> None:
+    """
+    Leave the tables beside the token table out of a new run that repeats its text, unless a flag asks for them; `old`
+    keeps its own.
+    """
+    names = {name: getattr(config, name) for name in TOKEN_TABLES if getattr(config, name)}
+    names = {name: value for name, value in names.items() if name not in settings.given}
+    if settings.dry_run or not names:
         return
     if old:
-        config.use_value_embeddings = old["identity"]["model"].get("use_value_embeddings", False)
+        for name in names:
+            setattr(config, name, old["identity"]["model"].get(name, TOKEN_TABLES[name]))
         return
     seen = plan.times_seen(steps, splits.info["tokens"])
-    if seen > VALUE_TABLE_REPEATS:
-        config.use_value_embeddings = False
+    if seen > TOKEN_TABLE_REPEATS:
+        for name in names:
+            setattr(config, name, TOKEN_TABLES[name])
+        flags = " ".join(f"--{name} {str(value).lower()}" for name, value in names.items())
         plan.notes.append(
-            f"the data will be seen {seen:.1f} times, so the model goes without the value table, which would learn it "
-            "by heart; --use_value_embeddings true keeps it"
+            f"the data will be seen {seen:.1f} times, so the model goes without the further tables by token, which "
+            f"would learn it by heart; {flags} keeps them"
         )
 
 

@@ -97,6 +97,9 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+TABLES = {"use_value_embeddings": True, "per_layer_embedding_size": 8}  # what the tiny configuration has, too
+
+
 def micro_model(seed: int = 0, attn_implementation: str = "sdpa", random: bool = True, **changes) -> MultiModalCreature:
     """A micro creature in evaluation mode, the same for the same arguments; random: see `randomize`."""
     torch.manual_seed(seed)

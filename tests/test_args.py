@@ -129,10 +129,11 @@ def test_the_configurations_are_valid_and_state_their_true_size(path):
 
     settings = parse_settings(["--config", str(path)])
     counts = count_parameters(CreatureConfig(**settings.model))
-    values = f"value table {counts['value_table']:,}, " if counts["value_table"] else ""
+    tables = {"token table": "token_table", "value table": "value_table", "table by layer": "layer_table"}
+    tables = ", ".join(f"{label} {counts[name]:,}" for label, name in tables.items() if counts[name])
     line = (
         f"# Parameters: {counts['total']:,} in all, {counts['text_only']:,} of them text only "
-        f"(token table {counts['token_table']:,}, {values}body {counts['body']:,})."
+        f"({tables}, body {counts['body']:,})."
     )
     assert line in path.read_text().splitlines()
 

@@ -12,7 +12,7 @@ import weakref
 
 import pytest
 import torch
-from creatures import Listener, micro_model, random_batch
+from creatures import TABLES, Listener, micro_model, random_batch
 from torch import nn
 from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList
 
@@ -157,7 +157,7 @@ def test_a_prompt_as_long_as_the_context(model, decoded, how):
         {"num_key_value_heads": 2},
         {"tie_word_embeddings": True},
         {"attn_implementation": "eager"},
-        {"use_value_embeddings": True},
+        TABLES,
     ],
 )
 def test_other_architectures(prompt, decoded, how, changes):

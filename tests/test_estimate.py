@@ -53,7 +53,7 @@ def micro_config(**changes) -> CreatureConfig:
     return CreatureConfig(**(sizes | changes))
 
 
-VALUES = {"use_value_embeddings": True}
+TABLES = {"use_value_embeddings": True, "per_layer_embedding_size": 8}
 
 
 def test_parameters_of_the_guides_creature():
@@ -66,7 +66,7 @@ def test_parameters_of_the_guides_creature():
     assert counts["total"] == counts["text_only"] + counts["senses"] + counts["streams"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 2}, VALUES])
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 2}, TABLES])
 def test_parameters_equal_the_built_model(changes):
     config = micro_config(**changes)
     model = MultiModalCreature(config)
@@ -76,7 +76,8 @@ def test_parameters_equal_the_built_model(changes):
     assert counts["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert counts["head"] == (0 if config.tie_word_embeddings else 512 * 64)
     assert counts["value_table"] == (512 * 64 if config.use_value_embeddings else 0)
-    tables = counts["token_table"] + counts["value_table"] + counts["head"]
+    assert counts["layer_table"] == 512 * config.num_hidden_layers * config.per_layer_embedding_size
+    tables = sum(counts[name] for name in ("token_table", "value_table", "layer_table", "head"))
     assert counts["text_only"] == tables + counts["body"]
 
 
@@ -159,6 +160,7 @@ def real_peak(config, batch, block, precision, optimizer, accumulation, checkpoi
     [
         (4, 256, "fp32", "adamw", 1, False, {}),
         (2, 256, "bf16", "muon", 2, False, {}),
+        (2, 256, "bf16", "muon", 2, False, TABLES),
         (1, 256, "bf16", "muon", 2, False, {"vocab_size": 50304, "hidden_size": 32}),  # the head weighs most
         (1, 32, "fp32", "muon", 1, False, {"hidden_size": 256, "intermediate_size": 1024}),  # the weights do
         (4, 256, "fp32", "adamw", 1, False, {"num_key_value_heads": 2, "hidden_act": "gelu"}),

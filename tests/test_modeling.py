@@ -11,6 +11,7 @@ from creatures import (
     ALL_STREAMS,
     EVERY_WEIGHT,
     SENSE_ARGUMENTS,
+    TABLES,
     absent_is,
     assert_close,
     gradients,
@@ -345,8 +346,9 @@ def test_gradient_checkpointing_changes_no_gradient(batch, reentrant):
     assert len(calls) == 2 * model.config.num_hidden_layers  # each layer is run again in the backward pass
 
 
-def test_resize_token_embeddings(batch, tmp_path):
-    model = micro_model()
+@pytest.mark.parametrize("changes", [{}, TABLES], ids=["plain", "tables"])
+def test_resize_token_embeddings(batch, tmp_path, changes):
+    model = micro_model(**changes)
     before = outputs(model, batch)
     model.resize_token_embeddings(192)
     assert model.config.vocab_size == 192 and model.lm_head.weight is model.model.embed_tokens.weight
@@ -554,15 +556,35 @@ def test_values_behind_the_first_layer_begin_with_its_alone():
     assert [scale is not None for scale in scales] == [False, True, True, True]
 
 
-def test_values_by_token_reach_what_the_ids_say_and_need_them():
-    model = micro_model(use_value_embeddings=True)
+@pytest.mark.parametrize("name, size", TABLES.items())
+def test_tables_by_token_reach_what_the_ids_say_and_need_them(name, size):
+    model = micro_model(**{name: size})
+    values = name == "use_value_embeddings"
+    table = (model.model.embed_values if values else model.model.embed_per_layer).weight
     ids = torch.tensor([[3, 4, 5, 6, 7]])
     with torch.no_grad():
         logits = model(ids).logits
-        model.model.embed_values.weight[5] += 1
+        rows = table.view(model.config.vocab_size, -1)
+        rows[5] = rows[5].flip(0)
         changed = model(ids).logits
         assert torch.equal(changed[:, :2], logits[:, :2]) and not torch.allclose(changed[:, 2:], logits[:, 2:])
-        vectors = model.model.embed_tokens(ids)
-        alone = model(inputs_embeds=vectors).logits
-        model.model.embed_values.weight.zero_()
-        assert torch.equal(model(ids).logits, alone)
+        alone = model(inputs_embeds=model.model.embed_tokens(ids)).logits
+        assert not torch.allclose(alone, changed)
+        table.fill_(0.0 if values else 1.0)  # added to the values; factors, once they are normalized
+        torch.testing.assert_close(model(ids).logits, alone)
+
+
+def test_a_token_scales_the_first_units_of_each_mlp():
+    model = micro_model(per_layer_embedding_size=8)
+    mlp, units = model.model.layers[1].mlp, []
+    mlp.down_proj.register_forward_pre_hook(lambda module, inputs: units.append(inputs[0]))
+    ids = torch.tensor([[3, 4, 5]])
+    table = model.model.embed_per_layer.weight
+    with torch.no_grad():
+        table.fill_(1.0)
+        model(ids)
+        table[4 * model.config.num_hidden_layers + 1] *= torch.tensor([3.0, -1.0] * 4)  # token 4 in the second layer
+        model(ids)
+    scales = torch.tensor([3.0, -1.0] * 4) / 5**0.5  # a root mean square of 1
+    torch.testing.assert_close(units[1][0, 1, :8], units[0][0, 1, :8] * scales)
+    assert torch.equal(units[1][0, 1, 8:], units[0][0, 1, 8:]) and torch.equal(units[1][0, ::2], units[0][0, ::2])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from creatures import TABLES
 from safetensors.torch import load_file
 
 import run_clm_creature
@@ -434,28 +435,31 @@ def test_the_learning_rate_follows_from_the_width(monkeypatch, training, width, 
     assert settings.training["learning_rate"] == pytest.approx(expected)
 
 
-def test_a_run_that_is_about_to_repeat_its_data_says_so_and_goes_without_the_value_table(place, monkeypatch, capsys):
-    def has_table(folder):
-        described = checkpoints.read_run(folder)["identity"]["model"]["use_value_embeddings"]
-        assert ("model.embed_values.weight" in weights(folder)) == described
-        return described
+def test_a_run_that_is_about_to_repeat_its_data_says_so_and_goes_without_the_tables(place, monkeypatch, capsys):
+    def has_tables(folder):
+        described = checkpoints.read_run(folder)["identity"]["model"]
+        values, layers = described["use_value_embeddings"], described["per_layer_embedding_size"] > 0
+        assert ("model.embed_values.weight" in weights(folder)) == values
+        assert ("model.embed_per_layer.weight" in weights(folder)) == layers
+        return values, layers
 
-    table = {"model": MICRO["model"] | {"use_value_embeddings": True}}
-    (place / "micro.yaml").write_text(yaml.safe_dump(MICRO | table))
+    (place / "micro.yaml").write_text(yaml.safe_dump(MICRO | {"model": MICRO["model"] | TABLES}))
     settings = ("--eval_strategy", "no", "--decay_steps", 10)
     run(monkeypatch, "--max_steps", 20, "--output_dir", "once", *settings)
-    assert has_table("once") and "the data will be seen" not in capsys.readouterr().out
+    assert has_tables("once") == (True, True) and "the data will be seen" not in capsys.readouterr().out
     run(monkeypatch, "--max_steps", 90, "--output_dir", "often", *settings)
-    output = capsys.readouterr().out
-    assert not has_table("often") and "the data will be seen 5." in output
-    assert "learned by heart" in output and "without the value table" in output
+    output = " ".join(capsys.readouterr().out.split())
+    assert has_tables("often") == (False, False) and "the data will be seen 5." in output
+    assert "learned by heart" in output and "without the further tables" in output
+    assert "--use_value_embeddings true --per_layer_embedding_size 8 keeps them" in output
     run(monkeypatch, "--max_steps", 90, "--output_dir", "asked", *settings, "--use_value_embeddings", "true")
-    assert has_table("asked") and "without the value table" not in capsys.readouterr().out
+    output = " ".join(capsys.readouterr().out.split())
+    assert has_tables("asked") == (True, False) and "by heart; --per_layer_embedding_size 8 keeps them" in output
     # A run that is extended stays what it is, however long it becomes.
     run(monkeypatch, "--max_steps", 40, "--output_dir", "once", *settings, "--resume")
-    assert has_table("once")
+    assert has_tables("once") == (True, True)
     run(monkeypatch, "--max_steps", 100, "--output_dir", "often", *settings, "--resume")
-    assert not has_table("often")
+    assert has_tables("often") == (False, False)
 
 
 def test_out_of_memory_names_the_batch_that_fits(place, monkeypatch):
