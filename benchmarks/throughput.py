@@ -54,7 +54,8 @@ def build(kind: str, columns: int):
     from modeling_creature import MultiModalCreature
 
     if kind in ("creature", "backbone"):
-        model = MultiModalCreature(CreatureConfig(vocab_size=columns, use_value_embeddings=True))
+        tables = {"use_value_embeddings": True, "per_layer_embedding_size": 64}  # those of the tiny configuration
+        model = MultiModalCreature(CreatureConfig(vocab_size=columns, **tables))
         model.train_only()
         if kind == "backbone":  # the senses and streams that round one leaves silent are not even there
             del model.streams
@@ -102,7 +103,8 @@ def timed_steps(
     separate_documents: bool = False,
 ) -> tuple[float, float]:
     """
-    Train `model` on `blocks` in its Trainer, bf16 on a GPU: (median seconds of an optimizer step, peak GiB).
+    Train `model` on `blocks` in its Trainer, bf16 on a GPU: (median seconds of an optimizer step, peak GiB). A creature
+    records CUDA graphs where a run would.
 
     A step is timed from the end of the one before, after `warmup` of them, which hold the compiling. On a CPU the GiB
     are NaN. Raises torch.OutOfMemoryError where the batch has no room.
@@ -111,6 +113,8 @@ def timed_steps(
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     from creature.data import block_collator
+    from creature.hardware import device_info
+    from creature.machine import graphs_pay
     from creature.tokenizer import load_tokenizer
     from creature.trainer import CreatureTrainer
     from creature.training_arguments import CreatureTrainingArguments
@@ -129,6 +133,8 @@ def timed_steps(
 
     set_seed(0)
     clear_device()
+    records = own and compiled and cuda and accumulation == 1 and not separate_documents
+    records = records and graphs_pay(model.config, device_info(), "bf16", micro_batch, len(blocks[0]["input_ids"]))
     with tempfile.TemporaryDirectory() as folder:
         args = (CreatureTrainingArguments if own else TrainingArguments)(
             **({"batch_warmup_steps": 0} if own else {}),  # what most of a run is made of
@@ -138,6 +144,7 @@ def timed_steps(
             gradient_accumulation_steps=accumulation,
             bf16=cuda,
             torch_compile=compiled,
+            torch_compile_mode="reduce-overhead" if records else None,
             use_cpu=not cuda,
             eval_strategy="no",
             save_strategy="no",

@@ -7,9 +7,12 @@ from typing import Any
 
 from creature.args import Settings
 from creature.errors import UserError
-from creature.estimate import fit_micro_batch
+from creature.estimate import fit_micro_batch, memory_parts, step_seconds
 from creature.hardware import Device, choose_precision, compiler_available, device_info
 from creature.optimizer import width_learning_rate
+
+# Shorter steps of a GPU wait for Python and its launches where the host is slow (docs/log.md).
+RECORDED_SECONDS = 0.1
 
 
 @dataclass
@@ -53,6 +56,9 @@ def plan_run(settings: Settings, config, resumed: dict | None = None) -> Plan:
     block = settings.data.get("block_size") or config.max_position_embeddings
     plan = Plan(device, precision, reason, compiled, compile_reason, world_size, block, 0, 0, 0, notes=notes)
     _plan_batch(plan, settings, config, resumed)
+    if _may_record_graphs(plan, settings) and graphs_pay(config, device, precision, plan.micro_batch, block):
+        training["torch_compile_mode"] = "reduce-overhead"
+        plan.compile_reason += ", steps recorded as CUDA graphs"
     plan.threads = _set_threads(training, device, notes)
     if "learning_rate" not in training:
         muon = training.get("matrix_learning_rate") != 0
@@ -158,6 +164,27 @@ def _find_compiler(training: dict, device: Device, notes: list[str]) -> tuple[bo
         training.pop("torch_compile_backend", None)
         training.pop("torch_compile_mode", None)
     return works, reason
+
+
+def graphs_pay(config, device: Device, precision: str, micro_batch: int, block_size: int) -> bool:
+    """
+    Whether compiled steps are worth recording as CUDA graphs (torch.compile's "reduce-overhead"): the device is so fast
+    that a slow host would hold it up, and has room to spare.
+    """
+    seconds = step_seconds(config, micro_batch, block_size, device.name) if device.kind == "cuda" else None
+    if seconds is None or seconds >= RECORDED_SECONDS:
+        return False
+    form = {"compiled": True, "float8": device.is_hopper, "accumulating": False}
+    return 2 * memory_parts(config, micro_batch, block_size, precision, **form)["peak"] < device.free_bytes
+
+
+def _may_record_graphs(plan: Plan, settings: Settings) -> bool:
+    """Whether a run has the form in which CUDA graphs were measured, and no flag says how to compile."""
+    training = settings.training
+    asked = ("torch_compile_mode", "torch_compile_backend", "gradient_checkpointing")
+    if not plan.compiled or any(training.get(name) for name in asked) or settings.data.get("separate_documents"):
+        return False
+    return plan.world_size == 1 and plan.accumulation == 1 and not sharded(training)
 
 
 def _plan_batch(plan: Plan, settings: Settings, config, resumed: dict | None) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +17,12 @@ from creatures import TABLES
 from safetensors.torch import load_file
 
 import run_clm_creature
+from configuration_creature import CreatureConfig
 from creature import checkpoints
 from creature.args import Settings, parse_settings
 from creature.errors import UserError
-from creature.machine import plan_run
+from creature.hardware import GIB, Device
+from creature.machine import plan_run, training_values
 
 PROJECT = Path(run_clm_creature.__file__).parent
 MICRO = {
@@ -408,6 +411,35 @@ def test_the_batch_is_counted_in_tokens(monkeypatch, training, expected):
     settings = Settings(training={"use_cpu": True, "max_steps": 50} | training, given=set(training))
     plan = plan_run(settings, SimpleNamespace(max_position_embeddings=2048, hidden_size=512))
     assert (plan.tokens_per_step, plan.micro_batch, plan.accumulation) == expected
+
+
+H100 = Device("cuda", "NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB, cores=16, bf16=True, capability=(9, 0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "training", "data", "recorded"),
+    [
+        ({}, {}, {}, True),
+        ({"name": "NVIDIA GeForce RTX 3090", "capability": (8, 6)}, {}, {}, False),  # slower than its host
+        ({"name": "NVIDIA Unheard of"}, {}, {}, False),
+        ({"free_bytes": 16 * GIB}, {}, {}, False),
+        ({}, {"torch_compile_mode": "default"}, {}, False),
+        ({}, {"torch_compile": False}, {}, False),
+        ({}, {"gradient_checkpointing": True}, {}, False),
+        ({}, {"per_device_train_batch_size": 16}, {}, False),  # accumulates
+        ({}, {}, {"separate_documents": True}, False),
+    ],
+)
+def test_steps_that_a_host_would_hold_up_are_recorded_as_cuda_graphs(monkeypatch, changes, training, data, recorded):
+    device = replace(H100, **changes)
+    monkeypatch.setattr("creature.machine._find_device", lambda *arguments: device)
+    monkeypatch.setattr("creature.machine.compiler_available", lambda device: (True, "it is there"))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    settings = Settings(training={"max_steps": 50} | training, data=data, given=set(training))
+    plan = plan_run(settings, CreatureConfig())
+    mode = training_values(settings, plan).get("torch_compile_mode")
+    assert mode == ("reduce-overhead" if recorded else training.get("torch_compile_mode"))
+    assert ("CUDA graphs" in plan.compile_reason) == recorded
 
 
 def test_a_dry_run_on_a_cpu_says_what_it_scaled_down(monkeypatch):
