@@ -241,10 +241,14 @@ class CreatureMLP(nn.Module):
         if self.relu2 and self._is_plain(x):
             return relu2_mlp(x, self.up_proj.weight.to(x.dtype), self.down_proj.weight.to(x.dtype), unit_scales)
         units = self.up_proj(x)
-        if unit_scales is None:
-            return self.down_proj(self.act_fn(units))
-        first, rest = units.tensor_split((unit_scales.shape[-1],), dim=-1)
-        return self.down_proj(torch.cat((self.act_fn(first) * unit_scales, self.act_fn(rest)), dim=-1))
+        count = 0 if unit_scales is None else unit_scales.shape[-1]
+        if count and torch.is_grad_enabled():
+            first, rest = units[..., :count], units[..., count:]
+            return self.down_proj(torch.cat((self.act_fn(first) * unit_scales, self.act_fn(rest)), dim=-1))
+        units = self.act_fn(units)
+        if count:  # one kernel more, where a tick of generation is made of little else
+            units[..., :count] *= unit_scales
+        return self.down_proj(units)
 
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Whether the fused kernel may stand for the modules: nobody has hooked, wrapped, quantized or split them."""

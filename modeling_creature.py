@@ -184,7 +184,7 @@ class CreatureModel(CreaturePreTrainedModel):
         rows = input_ids[..., None] * layers + torch.arange(layers, device=input_ids.device)
         vectors = self.embed_per_layer(rows)  # [B, T, layers, per_layer_embedding_size]
         # Of one size for all tokens, however much a row has grown.
-        vectors = F.rms_norm(vectors, vectors.shape[-1:], eps=self.config.rms_norm_eps)
+        vectors = F.rms_norm(vectors, vectors.shape[-1:], eps=self.norm.eps)
         return list(vectors.to(dtype).unbind(2))
 
     def _takes_boundaries(self, hidden_states: torch.Tensor) -> bool:

@@ -51,12 +51,12 @@ def build(kind: str, device: str, **changes):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from configuration_creature import CreatureConfig
+    from benchmarks.throughput import configuration
     from modeling_creature import MultiModalCreature
 
     torch.manual_seed(0)
     if kind == "creature":
-        model = MultiModalCreature(CreatureConfig(**changes))
+        model = MultiModalCreature(configuration(**changes))
     else:
         model = GPT2LMHeadModel(GPT2Config(n_embd=512, n_layer=6, n_head=8, n_positions=2048, vocab_size=50304))
     return model.eval().to(device, torch.bfloat16 if device == "cuda" else torch.float32)

@@ -19,8 +19,7 @@ import tempfile
 from pathlib import Path
 
 # In place of this folder, whose tokenize.py would hide the standard library's module of that name.
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(PROJECT)
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 # Name of the row: configuration, context.
 ROWS = {
@@ -53,13 +52,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def build_config(name: str):
     """The configuration of a row, with its context."""
-    import yaml
-
-    from configuration_creature import CreatureConfig
+    from benchmarks.throughput import configuration
 
     file, context = ROWS[name]
-    fields = yaml.safe_load((PROJECT / "configs" / f"{file}_config.yaml").read_text(encoding="utf-8"))["model"]
-    return CreatureConfig(**fields | {"max_position_embeddings": context})
+    return configuration(file, max_position_embeddings=context)
 
 
 def measure(name: str, source: str, folder: str, options: argparse.Namespace) -> dict:

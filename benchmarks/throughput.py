@@ -18,7 +18,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # In place of this folder, whose tokenize.py would hide the standard library's module of that name.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(PROJECT)
 
 # Name, model, columns of the vocabulary, compiled, documents of a block kept apart.
 ROWS = (
@@ -46,16 +47,24 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def configuration(name: str = "text_only", **changes):
+    """The CreatureConfig of one of the project's configurations, with changes."""
+    import yaml
+
+    from configuration_creature import CreatureConfig
+
+    fields = yaml.safe_load((PROJECT / "configs" / f"{name}_config.yaml").read_text(encoding="utf-8"))["model"]
+    return CreatureConfig(**fields | changes)
+
+
 def build(kind: str, columns: int):
     """The model of a row: 6 layers x 512, 8 heads, 2048 positions."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from configuration_creature import CreatureConfig
     from modeling_creature import MultiModalCreature
 
     if kind in ("creature", "backbone"):
-        tables = {"use_value_embeddings": True, "per_layer_embedding_size": 64}  # those of the tiny configuration
-        model = MultiModalCreature(CreatureConfig(vocab_size=columns, **tables))
+        model = MultiModalCreature(configuration(vocab_size=columns))
         model.train_only()
         if kind == "backbone":  # the senses and streams that round one leaves silent are not even there
             del model.streams
