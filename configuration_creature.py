@@ -38,8 +38,9 @@ class CreatureConfig(PreTrainedConfig):
         use_value_embeddings (`bool`, defaults to `False`): a second table by token, of values for the attention of the
             last layer. It learns more from much text, and needs the ids: an internal voice given as `inputs_embeds`
             goes without.
-        per_layer_embedding_size (`int`, defaults to 0): units of every MLP that a third table scales, by token and
-            layer (the per-layer embeddings of Gemma 3n); 0: no such table. It needs the ids and much text likewise.
+        per_layer_embedding_size (`int`, defaults to 0): units of every MLP, at most all, that a third table scales, by
+            token and layer (the per-layer embeddings of Gemma 3n); 0: no such table. It needs the ids and much text
+            likewise.
 
     Special tokens (`int`, *optional*): `bos_token_id` and `eos_token_id` default to GPT-2's 50256, `null_token_id` (the
         learned "present but silent") to 50257, `pad_token_id` to 50258, where the vocabulary has them.
@@ -148,6 +149,8 @@ class CreatureConfig(PreTrainedConfig):
                 setattr(self, name, token)
         given = {"internal_text": 1.0} if self.loss_weights is None else self.loss_weights
         self.loss_weights = {**dict.fromkeys(STREAMS, 0.0), **given}
+        if self.intermediate_size > 0:
+            self.per_layer_embedding_size = min(self.per_layer_embedding_size, self.intermediate_size)
         if self.use_value_embeddings or self.per_layer_embedding_size:
             self.base_model_tp_plan = {}  # what a token brings along is whole on every device
         super().__post_init__(**kwargs)
@@ -196,11 +199,8 @@ class CreatureConfig(PreTrainedConfig):
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
                 f"({self.num_attention_heads}), unless head_dim says otherwise"
             )
-        if not 0 <= self.per_layer_embedding_size <= self.intermediate_size:
-            problems.append(
-                f"per_layer_embedding_size ({self.per_layer_embedding_size}) must be between 0 and intermediate_size "
-                f"({self.intermediate_size})"
-            )
+        if self.per_layer_embedding_size < 0:
+            problems.append(f"per_layer_embedding_size is {self.per_layer_embedding_size}; it must be at least 0")
         if self.head_dim % 2:
             problems.append(f"head_dim ({self.head_dim}) must be even for rotary positions")
         ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]

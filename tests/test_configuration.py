@@ -68,6 +68,7 @@ def test_grouped_query_heads_and_explicit_head_dim():
         (dict(vocab_size=50257, null_token_id=50257), "null_token_id is 50257"),
         (dict(null_token_id=-1), "null_token_id is -1"),
         (dict(attention_dropout=1.5), "attention_dropout is 1.5"),
+        (dict(per_layer_embedding_size=-1), "per_layer_embedding_size is -1; it must be at least 0"),
         (dict(vision_image_size=30, vision_patch_size=8), "multiple of vision_patch_size"),
         (dict(vision_num_heads=5), "multiple of vision_num_heads"),
         (dict(depth_num_heads=3), "multiple of depth_num_heads"),

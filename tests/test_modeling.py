@@ -574,6 +574,13 @@ def test_tables_by_token_reach_what_the_ids_say_and_need_them(name, size):
         torch.testing.assert_close(model(ids).logits, alone)
 
 
+def test_more_factors_than_units_are_as_many_as_there_are():
+    model = micro_model(per_layer_embedding_size=1000)
+    size = model.config.intermediate_size
+    assert model.config.per_layer_embedding_size == model.model.embed_per_layer.embedding_dim == size
+    assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+
+
 def test_a_token_scales_the_first_units_of_each_mlp():
     model = micro_model(per_layer_embedding_size=8)
     mlp, units = model.model.layers[1].mlp, []
