@@ -581,16 +581,20 @@ def test_more_factors_than_units_are_as_many_as_there_are():
     assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
 
 
-def test_a_token_scales_the_first_units_of_each_mlp():
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_token_scales_the_first_units_of_each_mlp(grad):
     model = micro_model(per_layer_embedding_size=8)
     mlp, units = model.model.layers[1].mlp, []
-    mlp.down_proj.register_forward_pre_hook(lambda module, inputs: units.append(inputs[0]))
+    mlp.down_proj.register_forward_pre_hook(lambda module, inputs: units.append(inputs[0].detach()))
     ids = torch.tensor([[3, 4, 5]])
     table = model.model.embed_per_layer.weight
     with torch.no_grad():
         table.fill_(1.0)
+    with torch.set_grad_enabled(grad):
         model(ids)
+    with torch.no_grad():
         table[4 * model.config.num_hidden_layers + 1] *= torch.tensor([3.0, -1.0] * 4)  # token 4 in the second layer
+    with torch.set_grad_enabled(grad):
         model(ids)
     scales = torch.tensor([3.0, -1.0] * 4) / 5**0.5  # a root mean square of 1
     torch.testing.assert_close(units[1][0, 1, :8], units[0][0, 1, :8] * scales)
