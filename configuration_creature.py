@@ -152,7 +152,7 @@ class CreatureConfig(PreTrainedConfig):
         if self.intermediate_size > 0:
             self.per_layer_embedding_size = min(self.per_layer_embedding_size, self.intermediate_size)
         if self.use_value_embeddings or self.per_layer_embedding_size:
-            self.base_model_tp_plan = {}  # what a token brings along is whole on every device
+            self.base_model_tp_plan = None  # what a token brings along is whole on every device
         super().__post_init__(**kwargs)
         # Here, and not only as the validator that runs later, so that the user meets a plain ValueError.
         self.validate_architecture()
