@@ -149,8 +149,7 @@ class CreatureConfig(PreTrainedConfig):
                 setattr(self, name, token)
         given = {"internal_text": 1.0} if self.loss_weights is None else self.loss_weights
         self.loss_weights = {**dict.fromkeys(STREAMS, 0.0), **given}
-        if self.intermediate_size > 0:
-            self.per_layer_embedding_size = min(self.per_layer_embedding_size, self.intermediate_size)
+        self.per_layer_embedding_size = min(self.per_layer_embedding_size, max(self.intermediate_size, 0))
         if self.use_value_embeddings or self.per_layer_embedding_size:
             self.base_model_tp_plan = None  # what a token brings along is whole on every device
         super().__post_init__(**kwargs)

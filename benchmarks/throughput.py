@@ -18,8 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # In place of this folder, whose tokenize.py would hide the standard library's module of that name.
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(PROJECT)
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 # Name, model, columns of the vocabulary, compiled, documents of a block kept apart.
 ROWS = (
@@ -49,12 +48,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def configuration(name: str = "text_only", **changes):
     """The CreatureConfig of one of the project's configurations, with changes."""
-    import yaml
-
     from configuration_creature import CreatureConfig
+    from creature.args import CONFIGS, parse_settings
 
-    fields = yaml.safe_load((PROJECT / "configs" / f"{name}_config.yaml").read_text(encoding="utf-8"))["model"]
-    return CreatureConfig(**fields | changes)
+    return CreatureConfig(**parse_settings(["--config", str(CONFIGS / f"{name}_config.yaml")]).model | changes)
 
 
 def build(kind: str, columns: int):
@@ -142,8 +139,8 @@ def timed_steps(
 
     set_seed(0)
     clear_device()
-    records = own and compiled and cuda and accumulation == 1 and not separate_documents
-    records = records and graphs_pay(model.config, device_info(), "bf16", micro_batch, len(blocks[0]["input_ids"]))
+    batch = micro_batch, len(blocks[0]["input_ids"]), accumulation
+    records = own and compiled and graphs_pay(model.config, device_info(), "bf16", *batch, separate_documents)
     with tempfile.TemporaryDirectory() as folder:
         args = (CreatureTrainingArguments if own else TrainingArguments)(
             **({"batch_warmup_steps": 0} if own else {}),  # what most of a run is made of

@@ -174,19 +174,19 @@ def settle_token_tables(settings: Settings, plan: Plan, config: CreatureConfig, 
     Leave the tables beside the token table out of a new run that repeats its text, unless a flag asks for them; `old`
     keeps its own.
     """
-    names = {name: getattr(config, name) for name in TOKEN_TABLES if getattr(config, name)}
-    names = {name: value for name, value in names.items() if name not in settings.given}
-    if settings.dry_run or not names:
+    tables = {name: getattr(config, name) for name in TOKEN_TABLES if name not in settings.given}
+    tables = {name: value for name, value in tables.items() if value}
+    if settings.dry_run or not tables:
         return
     if old:
-        for name in names:
+        for name in tables:
             setattr(config, name, old["identity"]["model"].get(name, TOKEN_TABLES[name]))
         return
     seen = plan.times_seen(steps, splits.info["tokens"])
     if seen > TOKEN_TABLE_REPEATS:
-        for name in names:
+        for name in tables:
             setattr(config, name, TOKEN_TABLES[name])
-        flags = " ".join(f"--{name} {str(value).lower()}" for name, value in names.items())
+        flags = " ".join(f"--{name} {str(value).lower()}" for name, value in tables.items())
         plan.notes.append(
             f"the data will be seen {seen:.1f} times, so the model goes without the further tables by token, which "
             f"would learn it by heart; {flags} keeps them"

@@ -56,7 +56,7 @@ def plan_run(settings: Settings, config, resumed: dict | None = None) -> Plan:
     block = settings.data.get("block_size") or config.max_position_embeddings
     plan = Plan(device, precision, reason, compiled, compile_reason, world_size, block, 0, 0, 0, notes=notes)
     _plan_batch(plan, settings, config, resumed)
-    if _may_record_graphs(plan, settings) and graphs_pay(config, device, precision, plan.micro_batch, block):
+    if _records_graphs(plan, settings, config):
         training["torch_compile_mode"] = "reduce-overhead"
         plan.compile_reason += ", steps recorded as CUDA graphs"
     plan.threads = _set_threads(training, device, notes)
@@ -166,25 +166,35 @@ def _find_compiler(training: dict, device: Device, notes: list[str]) -> tuple[bo
     return works, reason
 
 
-def graphs_pay(config, device: Device, precision: str, micro_batch: int, block_size: int) -> bool:
+def graphs_pay(
+    config,
+    device: Device,
+    precision: str,
+    micro_batch: int,
+    block_size: int,
+    accumulation: int = 1,
+    separate_documents: bool = False,
+) -> bool:
     """
-    Whether compiled steps are worth recording as CUDA graphs (torch.compile's "reduce-overhead"): the device is so fast
-    that a slow host would hold it up, and has room to spare.
+    Whether compiled steps of one process are worth recording as CUDA graphs (torch.compile's "reduce-overhead"): the
+    device is so fast that a slow host would hold it up, has room to spare, and the steps have the form measured so.
     """
     seconds = step_seconds(config, micro_batch, block_size, device.name) if device.kind == "cuda" else None
-    if seconds is None or seconds >= RECORDED_SECONDS:
+    if seconds is None or seconds >= RECORDED_SECONDS or accumulation > 1 or separate_documents:
         return False
     form = {"compiled": True, "float8": device.is_hopper, "accumulating": False}
     return 2 * memory_parts(config, micro_batch, block_size, precision, **form)["peak"] < device.free_bytes
 
 
-def _may_record_graphs(plan: Plan, settings: Settings) -> bool:
-    """Whether a run has the form in which CUDA graphs were measured, and no flag says how to compile."""
+def _records_graphs(plan: Plan, settings: Settings, config) -> bool:
+    """Whether the run records CUDA graphs: they pay, and no setting says how to compile or makes another step of it."""
     training = settings.training
-    asked = ("torch_compile_mode", "torch_compile_backend", "gradient_checkpointing")
-    if not plan.compiled or any(training.get(name) for name in asked) or settings.data.get("separate_documents"):
+    # Recomputed layers have two names: transformers 5.23 calls them otherwise than 5.17.
+    others = ("torch_compile_mode", "torch_compile_backend", "activation_checkpointing", "gradient_checkpointing")
+    if not plan.compiled or plan.world_size > 1 or sharded(training) or any(training.get(name) for name in others):
         return False
-    return plan.world_size == 1 and plan.accumulation == 1 and not sharded(training)
+    form = plan.micro_batch, plan.block_size, plan.accumulation, bool(settings.data.get("separate_documents"))
+    return graphs_pay(config, plan.device, plan.precision, *form)
 
 
 def _plan_batch(plan: Plan, settings: Settings, config, resumed: dict | None) -> None:

@@ -30,8 +30,8 @@ EVERY_PAGE = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")])
 CONFIGS = sorted(path.name for path in (PROJECT / "configs").glob("*.yaml"))
 
 TINY_MODEL = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "max_position_embeddings": 64,
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "max_position_embeddings": 64,
 }  # fmt: skip
 TINY_STEPS = 24
 # Two blocks a step: with a table of 50,304 rows, tokens are what costs.

@@ -5,9 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +15,8 @@ from creatures import TABLES
 from safetensors.torch import load_file
 
 import run_clm_creature
-from configuration_creature import CreatureConfig
 from creature import checkpoints
-from creature.args import Settings, parse_settings
 from creature.errors import UserError
-from creature.hardware import GIB, Device
-from creature.machine import plan_run, training_values
 
 PROJECT = Path(run_clm_creature.__file__).parent
 MICRO = {
@@ -379,92 +373,6 @@ def test_bad_input_is_named_and_nothing_is_written(place, monkeypatch, flags, wo
         run(monkeypatch, "--max_steps", 20, "--output_dir", "out", *flags)
     assert words in str(caught.value)
     assert not Path("out").exists()
-
-
-def test_a_gpu_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    settings = parse_settings(["--max_steps", "20"])
-    config = SimpleNamespace(max_position_embeddings=2048, hidden_size=512)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=7 names a GPU that is not there"):
-        plan_run(settings, config)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    if not torch.backends.mps.is_available():
-        with pytest.raises(UserError, match="4 processes were started to train on GPUs"):
-            plan_run(settings, config)
-
-
-@pytest.mark.parametrize(
-    ("training", "expected"),
-    [
-        ({}, (65536, 2, 16)),  # what fits, and the accumulation that follows
-        ({"per_device_train_batch_size": 8}, (65536, 8, 4)),
-        ({"gradient_accumulation_steps": 4}, (65536, 8, 4)),
-        ({"tokens_per_step": 4096, "per_device_train_batch_size": 2}, (4096, 2, 1)),
-        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, (16384, 4, 2)),
-    ],
-)
-def test_the_batch_is_counted_in_tokens(monkeypatch, training, expected):
-    monkeypatch.setattr("creature.machine.fit_micro_batch", lambda *args, **kwargs: 3)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    settings = Settings(training={"use_cpu": True, "max_steps": 50} | training, given=set(training))
-    plan = plan_run(settings, SimpleNamespace(max_position_embeddings=2048, hidden_size=512))
-    assert (plan.tokens_per_step, plan.micro_batch, plan.accumulation) == expected
-
-
-H100 = Device("cuda", "NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB, cores=16, bf16=True, capability=(9, 0))
-
-
-@pytest.mark.parametrize(
-    ("changes", "training", "data", "recorded"),
-    [
-        ({}, {}, {}, True),
-        ({"name": "NVIDIA GeForce RTX 3090", "capability": (8, 6)}, {}, {}, False),  # slower than its host
-        ({"name": "NVIDIA Unheard of"}, {}, {}, False),
-        ({"free_bytes": 16 * GIB}, {}, {}, False),
-        ({}, {"torch_compile_mode": "default"}, {}, False),
-        ({}, {"torch_compile": False}, {}, False),
-        ({}, {"gradient_checkpointing": True}, {}, False),
-        ({}, {"per_device_train_batch_size": 16}, {}, False),  # accumulates
-        ({}, {}, {"separate_documents": True}, False),
-    ],
-)
-def test_steps_that_a_host_would_hold_up_are_recorded_as_cuda_graphs(monkeypatch, changes, training, data, recorded):
-    device = replace(H100, **changes)
-    monkeypatch.setattr("creature.machine._find_device", lambda *arguments: device)
-    monkeypatch.setattr("creature.machine.compiler_available", lambda device: (True, "it is there"))
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    settings = Settings(training={"max_steps": 50} | training, data=data, given=set(training))
-    plan = plan_run(settings, CreatureConfig())
-    mode = training_values(settings, plan).get("torch_compile_mode")
-    assert mode == ("reduce-overhead" if recorded else training.get("torch_compile_mode"))
-    assert ("CUDA graphs" in plan.compile_reason) == recorded
-
-
-def test_a_dry_run_on_a_cpu_says_what_it_scaled_down(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    settings = parse_settings(["--dry_run", "--use_cpu"])
-    plan = plan_run(settings, SimpleNamespace(max_position_embeddings=2048, hidden_size=512))
-    assert (plan.tokens_per_step, plan.micro_batch, plan.accumulation) == (2048, 1, 1)
-    assert any("instead of 65,536 tokens" in note and "--tokens_per_step" in note for note in plan.notes)
-
-
-@pytest.mark.parametrize(
-    ("training", "width", "expected"),
-    [
-        ({}, 512, 8e-3),
-        ({}, 2048, 4e-3),  # the root of the width
-        ({"matrix_learning_rate": 0.0}, 512, 2e-3),  # AdamW alone
-        ({"learning_rate": 1e-3}, 2048, 1e-3),
-    ],
-)
-def test_the_learning_rate_follows_from_the_width(monkeypatch, training, width, expected):
-    monkeypatch.setattr("creature.machine.fit_micro_batch", lambda *args, **kwargs: 1)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    settings = Settings(training={"use_cpu": True, "max_steps": 50} | training, given=set(training))
-    plan_run(settings, SimpleNamespace(max_position_embeddings=2048, hidden_size=width))
-    assert settings.training["learning_rate"] == pytest.approx(expected)
 
 
 def test_a_run_that_is_about_to_repeat_its_data_says_so_and_goes_without_the_tables(place, monkeypatch, capsys):
