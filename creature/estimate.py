@@ -44,9 +44,8 @@ class Shares:
 
 # Measured with this library, per card (docs/log.md); `benchmarks/scaling.py --fit` prints such a line from its rows.
 MEASURED_SHARES: dict[str, Shares] = {
-    # Of tiny at 32 x 2048, a step of 43.4 ms: products 12.3, head 11.0 (in float8), attention 9.1,
-    # element-wise 6.8. With the head in bf16, contexts of 1,024 and 8,192 and the small model were within 3 %.
-    "H100 SXM": Shares(products=0.662, head=0.93, attention=0.687, layers=0.884, weights=0.9, overhead=0.0015),
+    # Tiny, small, medium, 1b, and tiny at 1,024, 4,096 and 8,192 ticks, the head in float8: all within 1.2 %.
+    "H100 SXM": Shares(products=0.699, head=0.902, attention=0.758, layers=0.893, weights=0.899, overhead=0.00151),
 }
 # The same chip with other memory: not measured, but to be expected of it.
 SAME_CHIP = {"H200": "H100 SXM"}
@@ -202,6 +201,13 @@ def memory_parts(
     activations += (
         tokens * 2 * (_norm_bytes(config.hidden_size, wide, device_kind, compiled) + wide * config.hidden_size)
     )
+    if inventory.value_table:
+        # Looked up in fp32, cast and weighed, and the weighing keeps what went into it.
+        width = config.num_key_value_heads * config.head_dim
+        activations += tokens * (2 if compiled else 3) * wide * width
+    if inventory.layer_table:
+        # Looked up and normalized in fp32, which keeps what went into it, and cast.
+        activations += tokens * (4 + wide) * config.num_hidden_layers * config.per_layer_embedding_size
     parts = {
         "weights": 4 * inventory.total,
         "gradients": 4 * inventory.trainable,
@@ -217,14 +223,6 @@ def memory_parts(
     # layer is recomputed, if need be, and has the gradients of the MLP's wide tensors.
     head_gradient = 4 * config.vocab_size * config.hidden_size
     working = tokens * 2 * wide * config.intermediate_size
-    if inventory.value_table:
-        # Looked up in fp32, cast and weighed, and the weighing keeps what went into it.
-        width = config.num_key_value_heads * config.head_dim
-        activations += tokens * (2 if compiled else 3) * wide * width
-    if inventory.layer_table:
-        # Looked up and normalized in fp32, which keeps what went into it, and cast.
-        activations += tokens * (4 + wide) * config.num_hidden_layers * config.per_layer_embedding_size
-    parts["activations"] = activations
     in_backward = lasting + loss_gradients + parts["weight_copies"] + activations + head_gradient
     in_backward += max(head_gradient, recomputed + working)
     # At its end all gradients are there, and the table has two: from the head and from the lookup. A compiled backward
@@ -253,8 +251,8 @@ def layer_bytes_per_token(config, precision: str, device_kind: str = "cuda", com
     - the MLP: the activation's own input and output, 2 w f; squared ReLU under CUDA's autocast runs in fp32, which adds
       4 f for its input there.
 
-    Compiled, all of it is in the compute dtype: the residual before each norm and the norm's output, 4 w d; queries and
-    keys before their norm, w (q + k), and the rest as above.
+    Compiled, all of it is in the compute dtype: the residual before the scales and before each norm, and the norms'
+    output, 5 w d; queries and keys before their norm, w (q + k), and the rest as above.
 
     The kernels (`kernels_creature.py`, half precision on CUDA) keep no input of the norms of queries and keys, and of
     squared ReLU its output alone, w f.
@@ -265,7 +263,7 @@ def layer_bytes_per_token(config, precision: str, device_kind: str = "cuda", com
     heads = config.num_attention_heads + config.num_key_value_heads
     kernels = _has_kernels(device_kind, wide, compiled)
     relu2 = config.hidden_act == "relu2"
-    norms = 2 * _norm_bytes(d, wide, device_kind, compiled) + (2 if compiled else 3) * wide * d
+    norms = 2 * _norm_bytes(d, wide, device_kind, compiled) + 3 * wide * d
     head_norms = 4 * heads + (0 if kernels else (wide if compiled else 4) * (q + k))
     attention = wide * (2 * q + 2 * k + (q if device_kind == "cpu" else 0)) + 4 * config.num_attention_heads
     mlp = wide * f if kernels and relu2 else 2 * wide * f
