@@ -220,6 +220,7 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
     sequences = input_ids.new_zeros(rows, max(longest, prompt + 1))
     sequences[:, :prompt] = input_ids
     finished = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
+    drawn = torch.zeros(rows, device=input_ids.device)
     decoder, length = None, prompt
     try:
         while True:
@@ -227,7 +228,8 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
             if logits_processor:
                 scores = logits_processor(sequences[:, :length].contiguous(), scores)
             if generation_config.do_sample:
-                tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
+                weights, tokens = draw(scores.softmax(dim=-1))
+                drawn += weights  # looked at where the host waits anyway
             else:
                 tokens = scores.argmax(dim=-1)
             if ends is not None:
@@ -236,6 +238,7 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
             sequences[:, length] = tokens
             length += 1
             if streamer is not None:
+                _check_drawn(drawn)
                 streamer.put(tokens.cpu())
             if length >= longest:
                 break
@@ -250,6 +253,7 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
         if decoder is not None and decoder.graph is not None:
             with _lock:  # for the next call of its shape, as the one used last
                 _kept.setdefault(model, {})[decoder.key] = decoder
+    _check_drawn(drawn)
     if streamer is not None:
         streamer.end()
     if ends is not None and check_every > 1:
@@ -257,6 +261,30 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
         if ended.any(dim=1).all():
             length = prompt + int(ended.int().argmax(dim=1).max()) + 1
     return sequences[:, :length].contiguous()
+
+
+def draw(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    One draw from each row of probabilities [B, N], the one that `torch.multinomial` makes: weights and indices, [B].
+
+    Exponential clocks, of which the first to ring wins: argmax p / q, q ~ Exp(1). `torch.multinomial` checks all
+    probabilities before, which takes a GPU longer than the draw, and bad ones end all work of the process on it. Here
+    such a row has the weight NaN.
+    """
+    if probabilities.device.type not in ("cpu", "cuda"):  # elsewhere a clock may ring at 0
+        indices = torch.multinomial(probabilities, num_samples=1)[:, 0]
+        return torch.zeros_like(indices, dtype=probabilities.dtype), indices
+    weights, indices = (probabilities / torch.empty_like(probabilities).exponential_()).max(dim=-1)
+    return weights, indices
+
+
+def _check_drawn(weights: torch.Tensor) -> None:
+    """Raise RuntimeError where a draw of a row had no probabilities to go by."""
+    if weights.isnan().any():
+        raise RuntimeError(
+            "There are no probabilities to sample from, as the scores of the next token are NaN or infinite: look for "
+            "such numbers in the model's weights, or leave out the logits processor that made them."
+        )
 
 
 def _decoder(model, prefilled: Cache, passes: int, generation_config) -> Decoder:

@@ -175,6 +175,35 @@ def test_bfloat16_and_inference_mode(prompt, decoded, how):
     assert first.shape == (3, PROMPT + NEW) and len(decoded) == 2
 
 
+def test_a_draw_is_that_of_torch():
+    probabilities = torch.randn(3, 2000).softmax(dim=-1) * (torch.rand(3, 2000) > 0.9)
+    torch.manual_seed(0)
+    expected = torch.multinomial(probabilities, num_samples=1)[:, 0]
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    assert torch.equal(decoding_creature.draw(probabilities)[1], expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nothing_is_drawn_where_scores_are_no_numbers(model, prompt, decoded, how, bad):
+    class Spoiler(LogitsProcessor):
+        """Spoils the scores of the last row at its third token."""
+
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] == PROMPT + 2:
+                scores[-1] = bad
+            return scores
+
+    settings = {**SAMPLED, "logits_processor": LogitsProcessorList([Spoiler()])}
+    with pytest.raises(RuntimeError, match="no probabilities to sample from"):
+        model.generate(prompt, **settings)
+    listener = Listener()
+    with pytest.raises(RuntimeError, match="no probabilities to sample from"):
+        model.generate(prompt[:1], **settings, streamer=listener)
+    assert len(listener.heard) == PROMPT + 2 and len(decoded) == 2
+
+
 def test_a_draw_follows_the_distribution(model, prompt, decoded):
     rows = prompt[:1].expand(4000, -1)
     torch.manual_seed(0)
