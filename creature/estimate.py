@@ -100,6 +100,7 @@ def _count(config_json: str, config_class: type) -> SimpleNamespace:
 
     import torch
 
+    from creature.optimizer import LARGEST_STACK
     from modeling_creature import STREAMS, MultiModalCreature
 
     values = {key: value for key, value in json.loads(config_json).items() if key != "model_type"}
@@ -123,6 +124,7 @@ def _count(config_json: str, config_class: type) -> SimpleNamespace:
     tables = table + values + scales
     body = total(backbone.parameters()) - tables - senses
     matrices = Counter(tuple(parameter.shape) for parameter in layers if parameter.ndim == 2)
+    stacks = Counter(tuple(sorted(shape)) for shape in matrices.elements())  # what Muon steps together
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return SimpleNamespace(
         token_table=table,
@@ -137,7 +139,7 @@ def _count(config_json: str, config_class: type) -> SimpleNamespace:
         streams=total(model.streams.parameters()),
         text_only=tables + body + head,
         trainable=total(trainable),
-        largest_stack=max(rows * columns * count for (rows, columns), count in matrices.items()),
+        largest_stack=max(rows * columns * min(count, LARGEST_STACK) for (rows, columns), count in stacks.items()),
         largest_matrix=max(rows * columns for rows, columns in matrices),
         total=total(model.parameters()),
     )

@@ -22,6 +22,9 @@ _POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 MOMENTUM = 0.9  # of Muon
+# Matrices in one compiled step of Muon, as many as the tiny creature has of one shape: the time to compile it grows
+# faster than their number (docs/log.md).
+LARGEST_STACK = 24
 _CACHED = 2**18  # numbers of a table that a CPU's core keeps near while it steps them
 # Peak learning rates at width 512: of the token table beside Muon, of everything under AdamW alone (docs/log.md).
 _RATE_BESIDE_MUON, _RATE_ALONE, _RATE_WIDTH = 8e-3, 2e-3, 512
@@ -135,6 +138,12 @@ def _row_step(
     param.addcmul_(average, lr * good / ((1 - beta1**taken) * divisor), value=-1)
 
 
+def _even_parts(items: list, largest: int) -> list[list]:
+    """The items in as few parts as hold at most `largest` each, of sizes that differ by one at most."""
+    parts = -(-len(items) // largest)
+    return [items[len(items) * part // parts : len(items) * (part + 1) // parts] for part in range(parts)]
+
+
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with the rows that other processes hold of it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -227,7 +236,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 square = torch.zeros(max(param.shape), device=param.device)
                 self.state[param].update(momentum_buffer=buffer, mean_square=square)
         lr, found_inf = self._scalars(group)
-        for same in stacks.values():
+        for same in (part for stack in stacks.values() for part in _even_parts(stack, LARGEST_STACK)):
             gradients = [param.grad for param in same]
             buffers = [self.state[param]["momentum_buffer"] for param in same]
             squares = [self.state[param]["mean_square"] for param in same]

@@ -9,7 +9,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from creature.optimizer import _POLAR_EXPRESS, SCALE_RATE, VALUE_TABLE_RATE, MuonAdamW, orthogonalize, parameter_groups
+from creature.optimizer import (
+    _POLAR_EXPRESS,
+    LARGEST_STACK,
+    SCALE_RATE,
+    VALUE_TABLE_RATE,
+    MuonAdamW,
+    orthogonalize,
+    parameter_groups,
+)
 
 
 def draw(*shape, seed=0):
@@ -120,6 +128,21 @@ def test_a_muon_step_is_orthogonal_and_as_large_as_the_rate():
     optimizer.step()
     values = torch.linalg.svdvals(parameter.detach()) / (0.02 * (64 / 16) ** 0.5)
     assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_many_matrices_are_stepped_in_few_stacks_of_one_size():
+    """Where they are stacked, which on a CPU they are not: what is compiled must not grow with the model."""
+    shapes = [(8, 8), (8, 8), (8, 32), (32, 8)] * 40
+    matrices = [torch.zeros(shape, device="meta", requires_grad=True) for shape in shapes]
+    for matrix in matrices:
+        matrix.grad = torch.zeros_like(matrix)
+    optimizer = MuonAdamW([{"params": matrices, "muon": True}])
+    stacks = []
+    optimizer._muon_step = lambda params, *_: stacks.append(params)
+    optimizer.step()
+    assert {len(stack) for stack in stacks} == {20} and len(stacks) == 8 and LARGEST_STACK >= 20
+    assert len({tuple(matrix.shape for matrix in stack) for stack in stacks}) == 2
+    assert {id(matrix) for stack in stacks for matrix in stack} == {id(matrix) for matrix in matrices}
 
 
 def test_no_gradient_is_no_step():
