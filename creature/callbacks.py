@@ -356,7 +356,7 @@ class FirstStep(TrainerCallback):
         self._begun: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        compiling = ", compiling (a minute or so the first time on a machine)" if args.torch_compile else ""
+        compiling = ", compiling (a minute or more the first time on a machine)" if args.torch_compile else ""
         say_waiting(f"the first step{compiling}")
         self._begun = time.perf_counter()
 
