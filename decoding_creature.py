@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-# The end of all rows is looked for once in so many tokens, for every look makes a GPU wait for the host.
+# The end of all rows, and draws that failed, are looked for once in so many tokens: every look makes a GPU wait.
 CHECK_EVERY = {"cpu": 1, "cuda": 16, "mps": 16}
 # Graphs stay with their model for the next call: the latest ones, with so many bytes of keys and values together.
 KEPT_GRAPHS, KEPT_BYTES = 8, 2**31
@@ -228,8 +228,8 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
             if logits_processor:
                 scores = logits_processor(sequences[:, :length].contiguous(), scores)
             if generation_config.do_sample:
-                weights, tokens = draw(scores.softmax(dim=-1))
-                drawn += weights  # looked at where the host waits anyway
+                weights, tokens = _draw(scores.softmax(dim=-1))
+                drawn += weights
             else:
                 tokens = scores.argmax(dim=-1)
             if ends is not None:
@@ -237,12 +237,12 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
                 finished |= (tokens[:, None] == ends).any(dim=1)
             sequences[:, length] = tokens
             length += 1
-            if streamer is not None:
+            look = length >= longest or (length - prompt) % check_every == 0
+            if look and generation_config.do_sample:
                 _check_drawn(drawn)
+            if streamer is not None:
                 streamer.put(tokens.cpu())
-            if length >= longest:
-                break
-            if ends is not None and (length - prompt) % check_every == 0 and finished.all():
+            if length >= longest or (look and ends is not None and finished.all()):
                 break
             if decoder is None:
                 decoder = _decoder(model, outputs.past_key_values, longest - length, generation_config)
@@ -253,7 +253,6 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
         if decoder is not None and decoder.graph is not None:
             with _lock:  # for the next call of its shape, as the one used last
                 _kept.setdefault(model, {})[decoder.key] = decoder
-    _check_drawn(drawn)
     if streamer is not None:
         streamer.end()
     if ends is not None and check_every > 1:
@@ -263,7 +262,7 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
     return sequences[:, :length].contiguous()
 
 
-def draw(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     One draw from each row of probabilities [B, N], the one that `torch.multinomial` makes: weights and indices, [B].
 

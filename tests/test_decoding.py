@@ -181,7 +181,7 @@ def test_a_draw_is_that_of_torch():
     expected = torch.multinomial(probabilities, num_samples=1)[:, 0]
     state = torch.get_rng_state()
     torch.manual_seed(0)
-    assert torch.equal(decoding_creature.draw(probabilities)[1], expected)
+    assert torch.equal(decoding_creature._draw(probabilities)[1], expected)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -202,6 +202,11 @@ def test_nothing_is_drawn_where_scores_are_no_numbers(model, prompt, decoded, ho
     with pytest.raises(RuntimeError, match="no probabilities to sample from"):
         model.generate(prompt[:1], **settings, streamer=listener)
     assert len(listener.heard) == PROMPT + 2 and len(decoded) == 2
+    with torch.no_grad():
+        model.lm_head.weight[0] = bad  # no processor: on a GPU looked at once in a while, and at the last token
+    for new in (1, NEW):
+        with pytest.raises(RuntimeError, match="no probabilities to sample from"):
+            model.generate(prompt, **SAMPLED | {"max_new_tokens": new})
 
 
 def test_a_draw_follows_the_distribution(model, prompt, decoded):

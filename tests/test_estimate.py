@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.throughput import configuration
 from configuration_creature import CreatureConfig
 from creature.errors import UserError
 from creature.estimate import (
@@ -211,21 +210,31 @@ def test_bad_names_are_told():
         memory_parts(micro_config(), 1, 8, optimizer="sgd")
 
 
+@pytest.fixture
+def scaling(monkeypatch):
+    """benchmarks/scaling.py as a module."""
+    monkeypatch.setattr(sys, "path", ["", *sys.path])  # whose first entry the benchmark replaces
+    spec = importlib.util.spec_from_file_location("scaling", PROJECT / "benchmarks" / "scaling.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize(
-    "name, micro_batch, context, accumulation, milliseconds, gib",
+    "row, micro_batch, accumulation, milliseconds, gib",
     [
-        ("text_only", 32, 2048, 1, 42.8, 9.35),
-        ("text_only", 64, 1024, 1, 38.9, 9.39),
-        ("text_only", 16, 4096, 1, 48.5, 9.39),
-        ("text_only", 8, 8192, 1, 62.1, 9.39),
-        ("small", 32, 2048, 1, 120.4, 19.62),
-        ("medium", 32, 2048, 1, 344.5, 46.47),
-        ("1b", 16, 2048, 2, 875.0, 50.45),
+        ("tiny", 32, 1, 42.8, 9.35),
+        ("tiny-1024", 64, 1, 38.9, 9.39),
+        ("tiny-4096", 16, 1, 48.5, 9.39),
+        ("tiny-8192", 8, 1, 62.1, 9.39),
+        ("small", 32, 1, 120.4, 19.62),
+        ("medium", 32, 1, 344.5, 46.47),
+        ("1b", 16, 2, 875.0, 50.45),
     ],
 )
-def test_the_estimate_of_steps_that_were_measured(name, micro_batch, context, accumulation, milliseconds, gib):
+def test_the_estimate_of_steps_that_were_measured(scaling, row, micro_batch, accumulation, milliseconds, gib):
     """On an H100 (docs/log.md)."""
-    config = configuration(name, max_position_embeddings=context)
+    config, context = scaling.build_config(row), scaling.ROWS[row][1]
     step = step_seconds(config, micro_batch, context, "NVIDIA H100 80GB HBM3", accumulation)
     assert 1000 * step == pytest.approx(milliseconds, rel=0.05)
     form = {"compiled": True, "float8": True, "accumulating": accumulation > 1}
@@ -279,12 +288,7 @@ def test_speed_and_where_it_is_from():
     assert tokens_per_second(config, 8, 2048, "RTX 3090 Laptop GPU") is None
 
 
-def test_scaling_fits_the_shares_to_its_rows(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "path", ["", *sys.path])  # whose first entry the benchmark replaces
-    spec = importlib.util.spec_from_file_location("scaling", PROJECT / "benchmarks" / "scaling.py")
-    scaling = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(scaling)
-
+def test_scaling_fits_the_shares_to_its_rows(scaling, monkeypatch, capsys):
     # Another card than the one that the present shares are of: slower products, a longer pause.
     real = replace(MEASURED_SHARES["H100 SXM"], products=0.6, head=0.6, layers=0.5, overhead=0.004)
     rows = []

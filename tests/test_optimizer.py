@@ -140,7 +140,7 @@ def test_many_matrices_are_stepped_in_few_stacks_of_one_size():
     stacks = []
     optimizer._muon_step = lambda params, *_: stacks.append(params)
     optimizer.step()
-    assert {len(stack) for stack in stacks} == {20} and len(stacks) == 8 and LARGEST_STACK >= 20
+    assert len(stacks) == 8 and {len(stack) for stack in stacks} == {20} and 20 <= LARGEST_STACK
     assert len({tuple(matrix.shape for matrix in stack) for stack in stacks}) == 2
     assert {id(matrix) for stack in stacks for matrix in stack} == {id(matrix) for matrix in matrices}
 
