@@ -65,13 +65,12 @@ def count_parameters(config) -> dict[str, int]:
     Parameters by part.
 
     Returns:
-        token_table; value_table (0 without `use_value_embeddings`); layer_table (0 without `per_layer_embedding_size`);
-        body (layers and norms); head (0 while it is tied to the table); senses and streams (beside the token table and
-        the tied head); text_only (tables + body + head); trainable (what a run with the configuration's `loss_weights`
-        trains); total.
+        token_table; body (layers and norms); head (0 while it is tied to the table); senses and streams (beside the
+        token table and the tied head); text_only (token_table + body + head); trainable (what a run with the
+        configuration's `loss_weights` trains); total.
     """
     inventory = _inventory(config)
-    names = ("token_table", "value_table", "layer_table", "body", "head", "senses", "streams")
+    names = ("token_table", "body", "head", "senses", "streams")
     return {name: getattr(inventory, name) for name in (*names, "text_only", "trainable", "total")}
 
 
@@ -114,30 +113,22 @@ def _count(config_json: str, config_class: type) -> SimpleNamespace:
 
     backbone = model.model
     table = backbone.embed_tokens.weight.numel()
-    values, scales = (
-        0 if module is None else module.weight.numel() for module in (backbone.embed_values, backbone.embed_per_layer)
-    )
     head = 0 if model.lm_head.weight is backbone.embed_tokens.weight else model.lm_head.weight.numel()
-    # A gate is too small to count, and no matrix to Muon.
-    layers = [weight for name, weight in backbone.layers.named_parameters() if "gate" not in name]
+    layers = list(backbone.layers.parameters())
     senses = total(backbone.senses.parameters())
-    tables = table + values + scales
-    body = total(backbone.parameters()) - tables - senses
+    body = total(backbone.parameters()) - table - senses
     matrices = Counter(tuple(parameter.shape) for parameter in layers if parameter.ndim == 2)
     stacks = Counter(tuple(sorted(shape)) for shape in matrices.elements())  # what Muon steps together
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return SimpleNamespace(
         token_table=table,
-        value_table=values,
-        layer_table=scales,
-        tables=tables,
         body=body,
         body_matrices=total(parameter for parameter in layers if parameter.ndim == 2),
         matrices=dict(matrices),  # shape -> how many
         head=head,
         senses=senses,
         streams=total(model.streams.parameters()),
-        text_only=tables + body + head,
+        text_only=table + body + head,
         trainable=total(trainable),
         largest_stack=max(rows * columns * min(count, LARGEST_STACK) for (rows, columns), count in stacks.items()),
         largest_matrix=max(rows * columns for rows, columns in matrices),
@@ -169,7 +160,7 @@ def memory_parts(
 
     Args:
         precision: "bf16" or "fp16" (autocast over fp32 master weights), or "fp32".
-        optimizer: "muon" (one fp32 state for the matrices and the tables, AdamW's two for the rest) or "adamw" (two).
+        optimizer: "muon" (one fp32 state for the matrices and the token table, two for the rest) or "adamw" (two).
         compiled: torch.compile fuses the element-wise work and recomputes it in the backward pass.
         float8: whether the head's products are made in float8, as on Hopper under bf16.
         accumulating: whether gradients of earlier micro-batches are there while the next one is computed.
@@ -189,7 +180,7 @@ def memory_parts(
     inventory = _inventory(config)
     tokens = micro_batch * block_size
     wide = PRECISION_BYTES[precision]
-    single = inventory.body_matrices + inventory.tables  # these have one state beside Muon
+    single = inventory.body_matrices + inventory.token_table  # these have one state beside Muon
     states = 8 * inventory.trainable - (4 * single if optimizer == "muon" else 0)
     per_layer = layer_bytes_per_token(config, precision, device_kind, compiled)
     layers = config.num_hidden_layers
@@ -203,13 +194,6 @@ def memory_parts(
     activations += (
         tokens * 2 * (_norm_bytes(config.hidden_size, wide, device_kind, compiled) + wide * config.hidden_size)
     )
-    if inventory.value_table:
-        # Looked up in fp32, cast and weighed, and the weighing keeps what went into it.
-        width = config.num_key_value_heads * config.head_dim
-        activations += tokens * (2 if compiled else 3) * wide * width
-    if inventory.layer_table:
-        # Looked up and normalized in fp32, which keeps what went into it, and cast.
-        activations += tokens * (4 + wide) * config.num_hidden_layers * config.per_layer_embedding_size
     parts = {
         "weights": 4 * inventory.total,
         "gradients": 4 * inventory.trainable,
@@ -231,7 +215,7 @@ def memory_parts(
     # pass hands over all of the body's at once, beside those that they are added to.
     fresh = 4 * inventory.body if compiled and accumulating else 0
     after_backward = lasting + parts["gradients"] + fresh + head_gradient + tokens * per_layer + working
-    # The fused AdamW works in place, and so do the tables' rows, compiled or a few at a time.
+    # The fused AdamW works in place, and so do the token table's rows, compiled or a few at a time.
     stack = inventory.largest_matrix if device_kind == "cpu" else inventory.largest_stack
     parts["optimizer_step"] = MUON_TEMPORARIES[device_kind] * stack if optimizer == "muon" else 0
     in_step = lasting + parts["gradients"] + parts["optimizer_step"]
@@ -414,7 +398,7 @@ def ideal_seconds(
     # the gradient is read twice and there is no second moment.
     weights += 12 * inventory.trainable
     if optimizer == "muon":
-        weights += muon_bytes + 28 * (inventory.trainable - inventory.body_matrices) - 4 * inventory.tables
+        weights += muon_bytes + 28 * (inventory.trainable - inventory.body_matrices) - 4 * inventory.token_table
     else:
         muon_flops = 0.0
         weights += 28 * inventory.trainable

@@ -148,8 +148,6 @@ def print_parameters(counts: dict[str, int]) -> None:
     print("parameters")
     labels = {
         "token_table": "token table (tied to the head)" if not counts["head"] else "token table",
-        "value_table": "table of values",
-        "layer_table": "table by layer",
         "head": "head of its own",
         "body": "layers and norms",
         "text_only": "= text only",

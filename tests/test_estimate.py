@@ -53,9 +53,6 @@ def micro_config(**changes) -> CreatureConfig:
     return CreatureConfig(**(sizes | changes))
 
 
-TABLES = {"use_value_embeddings": True, "per_layer_embedding_size": 8}
-
-
 def test_parameters_of_the_guides_creature():
     counts = count_parameters(CreatureConfig())
     assert counts["token_table"] == 50304 * 512
@@ -66,7 +63,7 @@ def test_parameters_of_the_guides_creature():
     assert counts["total"] == counts["text_only"] + counts["senses"] + counts["streams"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 2}, TABLES])
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 2}])
 def test_parameters_equal_the_built_model(changes):
     config = micro_config(**changes)
     model = MultiModalCreature(config)
@@ -75,10 +72,7 @@ def test_parameters_equal_the_built_model(changes):
     model.train_only()
     assert counts["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert counts["head"] == (0 if config.tie_word_embeddings else 512 * 64)
-    assert counts["value_table"] == (512 * 64 if config.use_value_embeddings else 0)
-    assert counts["layer_table"] == 512 * config.num_hidden_layers * config.per_layer_embedding_size
-    tables = sum(counts[name] for name in ("token_table", "value_table", "layer_table", "head"))
-    assert counts["text_only"] == tables + counts["body"]
+    assert counts["text_only"] == counts["token_table"] + counts["body"] + counts["head"]
 
 
 def test_a_stream_with_a_weight_is_trained():
@@ -160,7 +154,6 @@ def real_peak(config, batch, block, precision, optimizer, accumulation, checkpoi
     [
         (4, 256, "fp32", "adamw", 1, False, {}),
         (2, 256, "bf16", "muon", 2, False, {}),
-        (2, 256, "bf16", "muon", 2, False, TABLES),
         (1, 256, "bf16", "muon", 2, False, {"vocab_size": 50304, "hidden_size": 32}),  # the head weighs most
         (1, 32, "fp32", "muon", 1, False, {"hidden_size": 256, "intermediate_size": 1024}),  # the weights do
         (4, 256, "fp32", "adamw", 1, False, {"num_key_value_heads": 2, "hidden_act": "gelu"}),
@@ -223,10 +216,6 @@ def scaling(monkeypatch):
 @pytest.mark.parametrize(
     "row, micro_batch, accumulation, milliseconds, gib",
     [
-        ("tiny", 32, 1, 42.8, 9.35),
-        ("tiny-1024", 64, 1, 38.9, 9.39),
-        ("tiny-4096", 16, 1, 48.5, 9.39),
-        ("tiny-8192", 8, 1, 62.1, 9.39),
         ("small", 32, 1, 120.4, 19.62),
         ("medium", 32, 1, 344.5, 46.47),
         ("1b", 16, 2, 875.0, 50.45),

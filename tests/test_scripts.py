@@ -34,8 +34,6 @@ TOOLS = (
 )
 MICRO = {
     "hidden_size": 16,
-    "use_value_embeddings": True,  # as in the configuration that is the scripts' default
-    "per_layer_embedding_size": 8,
     "intermediate_size": 32,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
