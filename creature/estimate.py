@@ -42,7 +42,7 @@ class Shares:
     overhead: float
 
 
-# Measured with this library, per card (docs/log.md); `benchmarks/scaling.py --fit` prints such a line from its rows.
+# Measured with this library, per card (docs/results.md); `benchmarks/scaling.py --fit` prints such a line from its rows.
 MEASURED_SHARES: dict[str, Shares] = {
     # Tiny, small, medium, 1b, and tiny at 1,024, 4,096 and 8,192 ticks, the head in float8: all within 1.2 %.
     "H100 SXM": Shares(products=0.699, head=0.902, attention=0.758, layers=0.893, weights=0.899, overhead=0.00151),

@@ -40,7 +40,7 @@ from modeling_creature import MultiModalCreature
 DRY_RUN_EVAL_BLOCKS = 2
 # The fields of the tables beside the token table, and what stands for none.
 TOKEN_TABLES = {"use_value_embeddings": False, "per_layer_embedding_size": 0}
-# Times a text is seen above which they learn it by heart: what was gained at once is lost (docs/log.md).
+# Times a text is seen above which they learn it by heart: what was gained at once is lost (docs/experiments.md).
 TOKEN_TABLE_REPEATS = 1.5
 
 

@@ -11,7 +11,7 @@ from creature.estimate import fit_micro_batch, memory_parts, step_seconds
 from creature.hardware import Device, choose_precision, compiler_available, device_info
 from creature.optimizer import width_learning_rate
 
-# Shorter steps of a GPU wait for Python and its launches where the host is slow (docs/log.md).
+# Shorter steps of a GPU wait for Python and its launches where the host is slow (docs/experiments.md).
 RECORDED_SECONDS = 0.1
 
 

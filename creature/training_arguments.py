@@ -45,7 +45,7 @@ class CreatureTrainingArguments(TrainingArguments):
     weight_decay: float = field(default=0.05, metadata={"help": "Decay of the matrices of the body, of nothing else."})
     adam_beta1: float = field(default=0.8, metadata={"help": "Decay of the first moment."})
     adam_beta2: float = field(default=0.98, metadata={"help": "Decay of the second moment."})
-    # Early on, twice as many steps are worth more than gradients of half the noise (docs/log.md).
+    # Early on, twice as many steps are worth more than gradients of half the noise (docs/experiments.md).
     batch_warmup_steps: float = field(
         default=0.25,
         metadata={

@@ -222,7 +222,7 @@ def scaling(monkeypatch):
     ],
 )
 def test_the_estimate_of_steps_that_were_measured(scaling, row, micro_batch, accumulation, milliseconds, gib):
-    """On an H100 (docs/log.md)."""
+    """On an H100 (docs/results.md)."""
     config, context = scaling.build_config(row), scaling.ROWS[row][1]
     step = step_seconds(config, micro_batch, context, "NVIDIA H100 80GB HBM3", accumulation)
     assert 1000 * step == pytest.approx(milliseconds, rel=0.05)
