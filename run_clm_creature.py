@@ -34,8 +34,8 @@ def main() -> int | None:
     launch.keep_compiled_code()
     launch.say_waiting("loading torch and transformers")
     from creature import finishing, job, report
+    from creature.data.text.tokenizer import load_tokenizer
     from creature.machine import plan_run
-    from creature.tokenizer import load_tokenizer
 
     old = checkpoints.read_resumed(folder) if settings.resume else None
     config = job.build_config(settings)

@@ -79,8 +79,8 @@ def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict
 
     from configuration_creature import CreatureConfig
     from creature.data import block_collator, load_splits
+    from creature.data.text.tokenizer import load_tokenizer
     from creature.optimizer import MuonAdamW, parameter_groups
-    from creature.tokenizer import load_tokenizer
     from creature.trainer import halve_rows
     from modeling_creature import MultiModalCreature
 

@@ -200,7 +200,7 @@ def main() -> None:
     if options.fit:
         print_fit(read_rows(options.fit))
         return
-    from creature.stories import write_story_corpus
+    from creature.data.text.stories import write_story_corpus
 
     rows = {row["row"]: row for row in read_rows(options.output)} if options.output else {}
     with tempfile.TemporaryDirectory() as folder:

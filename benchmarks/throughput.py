@@ -119,9 +119,9 @@ def timed_steps(
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     from creature.data import block_collator
+    from creature.data.text.tokenizer import load_tokenizer
     from creature.hardware import device_info
     from creature.machine import graphs_pay
-    from creature.tokenizer import load_tokenizer
     from creature.trainer import CreatureTrainer
     from creature.training_arguments import CreatureTrainingArguments
 
@@ -210,7 +210,7 @@ def main() -> None:
     import torch
 
     from creature.data import load_splits
-    from creature.stories import write_story_corpus
+    from creature.data.text.stories import write_story_corpus
 
     with tempfile.TemporaryDirectory() as folder:
         source = options.data

@@ -37,9 +37,9 @@ def main() -> None:
     import datasets
     import numpy as np
 
-    from creature.corpus import tokenize_corpus
+    from creature.data.text.corpus import tokenize_corpus
+    from creature.data.text.tokenizer import END_OF_TEXT, load_tokenizer
     from creature.hardware import cpu_cores
-    from creature.tokenizer import END_OF_TEXT, load_tokenizer
 
     cores = cpu_cores()
     datasets.disable_progress_bars()
@@ -99,9 +99,9 @@ def collect(inputs: list[str] | None, size: int) -> list[str]:
 
 
 def read(inputs: list[str] | None):
-    from creature.readers import read_documents
-    from creature.sources import find_sources
-    from creature.stories import generate_stories
+    from creature.data.text.readers import read_documents
+    from creature.data.text.sources import find_sources
+    from creature.data.text.stories import generate_stories
 
     if not inputs:
         yield from generate_stories()

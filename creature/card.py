@@ -8,8 +8,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from creature.callbacks import format_seconds
 from creature.checkpoints import read_metrics
+from creature.data.text.sources import is_hub_name
 from creature.files import replace_file
-from creature.sources import is_hub_name
 
 # name in metrics.jsonl, name on the Hub, name for people, form
 EVALUATED = (

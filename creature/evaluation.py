@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from creature.data.text.readers import read_documents
+from creature.data.text.sources import TOKEN_FILES, find_sources
 from creature.errors import UserError
 from creature.metrics import IGNORE_INDEX
-from creature.readers import read_documents
-from creature.sources import TOKEN_FILES, find_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

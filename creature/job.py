@@ -25,14 +25,14 @@ from creature.callbacks import (
     Throughput,
 )
 from creature.data import Splits, block_collator, load_splits
+from creature.data.mixture import mix, parse_parts
+from creature.data.text.sources import is_hub_name
+from creature.data.text.tokenizer import gpt2_hash, load_tokenizer, special_ids, token_byte_lengths, tokenizer_hash
 from creature.errors import UserError, first_line, is_out_of_memory
 from creature.estimate import fit_micro_batch
 from creature.finishing import SAMPLING, sample
 from creature.launch import parent_to_watch
 from creature.machine import Plan, sharded, training_values
-from creature.mixture import mix, parse_parts
-from creature.sources import is_hub_name
-from creature.tokenizer import gpt2_hash, load_tokenizer, special_ids, token_byte_lengths, tokenizer_hash
 from creature.trainer import CreatureTrainer, schedule_steps
 from creature.training_arguments import CreatureTrainingArguments
 from modeling_creature import MultiModalCreature
@@ -150,7 +150,7 @@ def build_data(settings: Settings, plan: Plan, config: CreatureConfig, args) -> 
 
 
 def _sample_corpus(data: DataArguments, notes: list[str]) -> str:
-    from creature.stories import write_story_corpus
+    from creature.data.text.stories import write_story_corpus
 
     path = Path(data.cache_dir) / f"sample_stories_{data.sample_corpus_tokens}.txt"
     if not path.is_file():

@@ -134,7 +134,7 @@ def load_own_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer saved with a model, or with the run around a checkpoint, or GPT-2's where none was saved."""
     # AutoTokenizer looks at the configuration too, and asks for trust in remote code where it does not know the type.
     import modeling_creature  # noqa: F401
-    from creature.tokenizer import load_tokenizer
+    from creature.data.text.tokenizer import load_tokenizer
 
     for place in (Path(folder), Path(folder).parent):
         if any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):

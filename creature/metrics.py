@@ -99,8 +99,8 @@ class BitsPerByte(_TokenMetric):
     Loss in bits per byte of text, which unlike perplexity compares between tokenizers. predictions [N, T]: token losses
     in nats.
 
-    byte_lengths [vocab_size]: bytes that each id decodes to (`creature.tokenizer.token_byte_lengths`). A token of no
-    bytes, such as end-of-text, adds its loss and no byte.
+    byte_lengths [vocab_size]: bytes that each id decodes to (`token_byte_lengths` gives them). A token of no bytes,
+    such as end-of-text, adds its loss and no byte.
     """
 
     def __init__(self, byte_lengths, **kwargs):

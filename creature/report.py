@@ -133,10 +133,10 @@ def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, s
 
 
 def code_hash() -> str:
-    """sha256 over the model files, `creature/` and the script, in order of their names."""
+    """sha256 over the model files, the script and `creature/` with all folders in it, in order of their paths."""
     digest = hashlib.sha256()
-    for path in sorted([*PROJECT.glob("*_creature.py"), *Path(__file__).parent.glob("*.py")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted([*PROJECT.glob("*_creature.py"), *Path(__file__).parent.rglob("*.py")]):
+        digest.update(path.relative_to(PROJECT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -171,7 +171,7 @@ def check_configuration(arguments: argparse.Namespace, rest: list[str]) -> tuple
 
 
 def check_tokenizer() -> tuple[bool, str]:
-    from creature.tokenizer import gpt2_hash
+    from creature.data.text.tokenizer import gpt2_hash
 
     return True, f"GPT-2's vocabulary files are the published ones ({gpt2_hash()[:12]})"
 
@@ -191,8 +191,8 @@ def check_data(settings, config) -> tuple[bool, str]:
     if not source:
         raise UserError("none is named: make one with scripts/tokenize_corpus.py, and name it with --data")
     from creature.data import load_splits
-    from creature.mixture import parse_parts
-    from creature.sources import TOKEN_FILES
+    from creature.data.mixture import parse_parts
+    from creature.data.text.sources import TOKEN_FILES
 
     names, _ = parse_parts(source)
     count = 0

@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from creature.shards import collect_shards
+    from creature.data.text.shards import collect_shards
 
     manifest = collect_shards(
         arguments.input,

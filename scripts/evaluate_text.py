@@ -62,8 +62,8 @@ def main() -> None:
     folders = find_all(arguments.checkpoint) if arguments.all else [(0, find_model(arguments.checkpoint))]
     import transformers
 
+    from creature.data.text.tokenizer import token_byte_lengths
     from creature.hardware import device_info
-    from creature.tokenizer import token_byte_lengths
 
     transformers.utils.logging.disable_progress_bar()
     device = device_info(arguments.device)
@@ -121,7 +121,7 @@ def find_all(run: str) -> list[tuple[int, Path]]:
 def open_data(arguments: argparse.Namespace, config, tokenizer, folder: Path):
     """The blocks to evaluate, as a Dataset with the column input_ids."""
     from creature.data import load_splits
-    from creature.tokenizer import gpt2_hash, tokenizer_hash
+    from creature.data.text.tokenizer import gpt2_hash, tokenizer_hash
 
     name = "gpt2" if tokenizer_hash(tokenizer) == gpt2_hash() else str(folder)
     splits = load_splits(

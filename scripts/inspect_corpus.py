@@ -42,9 +42,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     from creature.data import open_streams
-    from creature.inspection import inspect_stream, read_tokens
+    from creature.data.text.inspection import inspect_stream, read_tokens
+    from creature.data.text.tokenizer import load_tokenizer
     from creature.plots import plot_corpus
-    from creature.tokenizer import load_tokenizer
 
     train, validation = open_streams(
         arguments.data, tokenizer_name=arguments.tokenizer_name, cache_dir=arguments.cache_dir

@@ -30,7 +30,7 @@ def main() -> None:
     output = Path(arguments.output)
     if output.exists() and not arguments.overwrite:
         raise UserError(f"{output} exists already: choose another --output, or pass --overwrite to replace it")
-    from creature.stories import write_story_corpus
+    from creature.data.text.stories import write_story_corpus
 
     counts = write_story_corpus(output, arguments.tokens, arguments.seed)
     print(f"{counts['stories']:,} stories, {counts['characters']:,} characters, {counts['tokens']:,} tokens: {output}")

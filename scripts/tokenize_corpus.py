@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from creature.corpus import tokenize_corpus
+    from creature.data.text.corpus import tokenize_corpus
 
     manifest = tokenize_corpus(
         arguments.input,

@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from creature.tokenizer_training import train_tokenizer
+    from creature.data.text.tokenizer_training import train_tokenizer
 
     counts = train_tokenizer(
         arguments.input,

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from creature import corpus, readers
-from creature.corpus import last_safe_cut, tokenize_corpus
+from creature.data.text import corpus, readers
+from creature.data.text.corpus import last_safe_cut, tokenize_corpus
+from creature.data.text.tokenizer import END_OF_TEXT, gpt2_hash, load_encoding
 from creature.errors import UserError
-from creature.tokenizer import END_OF_TEXT, gpt2_hash, load_encoding
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -474,7 +474,7 @@ def test_an_unreachable_hub_name_is_one_sentence(tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_memory_does_not_grow_with_one_long_line(tmp_path):
     script = (
-        "import sys; from creature.corpus import tokenize_corpus;"
+        "import sys; from creature.data.text.corpus import tokenize_corpus;"
         "tokenize_corpus([sys.argv[1]], sys.argv[2], workers=2, progress=False, validation_fraction=0);"
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )

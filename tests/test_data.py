@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from creature import blocks, data
-from creature.blocks import MappedBlocks, sampled_hash
-from creature.corpus import tokenize_corpus
-from creature.data import collate_blocks, load_splits
+from creature.data import blocks, collate_blocks, load_splits
+from creature.data import loading as data
+from creature.data.blocks import MappedBlocks, sampled_hash
+from creature.data.text.corpus import tokenize_corpus
+from creature.data.text.tokenizer import gpt2_hash
 from creature.errors import UserError
-from creature.tokenizer import gpt2_hash
 
 VOCABULARY = 50304
 TOKENS = np.random.default_rng(0).integers(0, 50257, 10_000).astype("<u2")

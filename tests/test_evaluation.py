@@ -10,10 +10,10 @@ import torch
 from creatures import micro_config
 from torch.nn.functional import cross_entropy
 
+from creature.data.text.tokenizer import load_tokenizer, token_byte_lengths
 from creature.errors import UserError
 from creature.evaluation import score_documents, whole_documents, windows
 from creature.metrics import IGNORE_INDEX, text_metrics
-from creature.tokenizer import load_tokenizer, token_byte_lengths
 from modeling_creature import MultiModalCreature
 
 PROJECT = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy  # noqa: E402
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
-from creature.tokenizer import load_tokenizer  # noqa: E402
+from creature.data.text.tokenizer import load_tokenizer  # noqa: E402
 from modeling_creature import MultiModalCreature  # noqa: E402
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

@@ -24,12 +24,13 @@ from damage import BROKEN_JSON, answer, changed, damaged, dumped, examples, no_h
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from creature import args, readers
-from creature.corpus import tokenize_corpus
+from creature import args
 from creature.data import load_splits
+from creature.data.text import readers
+from creature.data.text.corpus import tokenize_corpus
+from creature.data.text.readers import read_documents
+from creature.data.text.sources import find_sources
 from creature.errors import UserError, run_main
-from creature.readers import read_documents
-from creature.sources import find_sources
 
 TOKENS = np.random.default_rng(0).integers(0, 50257, 400).astype("<u2")
 
@@ -99,7 +100,7 @@ MANIFEST = {
 
 def test_a_damaged_manifest_is_taken_or_told(tmp_path):
     TOKENS.tofile(tmp_path / "a.bin")
-    from creature.tokenizer import gpt2_hash
+    from creature.data.text.tokenizer import gpt2_hash
 
     manifest = MANIFEST | {"tokenizer_hash": gpt2_hash()}
 

@@ -22,8 +22,8 @@ import modeling_creature
 import run_clm_creature
 from creature import checkpoints
 from creature.card import card_text
+from creature.data.text.stories import write_story_corpus
 from creature.errors import UserError
-from creature.stories import write_story_corpus
 
 PROJECT = Path(modeling_creature.__file__).parent
 NAME = "someone/micro"

@@ -6,11 +6,11 @@ import datasets
 import numpy as np
 import pytest
 
-from creature.corpus import tokenize_corpus
 from creature.data import load_splits
+from creature.data.text.corpus import tokenize_corpus
+from creature.data.text.sources import is_dataset_name, split_name
+from creature.data.text.tokenizer import load_encoding
 from creature.errors import UserError
-from creature.sources import is_dataset_name, split_name
-from creature.tokenizer import load_encoding
 
 CARD = """---
 license: cc0-1.0
@@ -89,7 +89,7 @@ def test_only_so_many_tokens_are_taken_and_no_more_is_read(repository, monkeypat
             read.append(number)
             yield {"text": f"number {number}"}
 
-    monkeypatch.setattr("creature.readers.load_hub", endless)
+    monkeypatch.setattr("creature.data.text.readers.load_hub", endless)
     assert tokenize("owner/endless", train_tokens=50_000)["tokens"] == 50_000
     assert len(read) < 200_000
 

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from creature import inspection
-from creature.blocks import TokenStream
-from creature.corpus import tokenize_corpus
+from creature.data.blocks import TokenStream
+from creature.data.text import inspection
+from creature.data.text.corpus import tokenize_corpus
+from creature.data.text.inspection import inspect_stream, read_tokens
 from creature.errors import run_main
-from creature.inspection import inspect_stream, read_tokens
 from creature.plots import plot_corpus
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "inspect_corpus.py"

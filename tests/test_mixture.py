@@ -17,8 +17,8 @@ from test_run import MICRO
 import run_clm_creature
 from creature import checkpoints
 from creature.data import load_splits
+from creature.data.mixture import mix, mixture_pattern, mixture_rows, parse_parts
 from creature.errors import UserError
-from creature.mixture import mix, mixture_pattern, mixture_rows, parse_parts
 
 weights = st.lists(st.integers(1, 50), min_size=2, max_size=8)
 

@@ -11,10 +11,10 @@ from test_run import MICRO
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_clm_creature
-from creature.corpus import tokenize_corpus
+from creature.data.text.corpus import tokenize_corpus
+from creature.data.text.tokenizer import load_tokenizer, special_ids, token_byte_lengths
+from creature.data.text.tokenizer_training import train_tokenizer
 from creature.errors import UserError
-from creature.tokenizer import load_tokenizer, special_ids, token_byte_lengths
-from creature.tokenizer_training import train_tokenizer
 
 STORIES = "\n<|endoftext|>\n".join(
     f"Kas {i} nägi jões {i * 7} kala ja ütles: “Tere, väike kala, kuhu sa ujud?” Kala ei vastanud." for i in range(400)

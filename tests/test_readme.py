@@ -20,8 +20,8 @@ import yaml
 
 from configuration_creature import CreatureConfig
 from creature.args import OTHER_NAMES, PROJECT, known_fields, parse_settings
+from creature.data.text.stories import write_story_corpus
 from creature.estimate import count_parameters
-from creature.stories import write_story_corpus
 
 README = PROJECT / "README.md"
 GUIDE = PROJECT / "docs" / "text_only_training.md"
@@ -241,7 +241,7 @@ def test_the_fields_and_names_in_the_guide_are_true():
 def test_the_errors_in_the_guide_are_those_that_the_code_prints():
     """Each quoted message, piece by piece between its gaps, is in some text of the code."""
     texts = []
-    for path in [*PROJECT.glob("*_creature.py"), *(PROJECT / "creature").glob("*.py")]:
+    for path in [*PROJECT.glob("*_creature.py"), *(PROJECT / "creature").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(node.value)

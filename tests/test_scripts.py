@@ -13,8 +13,8 @@ import torch
 
 from configuration_creature import CreatureConfig
 from creature import checkpoints
+from creature.data.text.tokenizer import load_tokenizer
 from creature.errors import run_main
-from creature.tokenizer import load_tokenizer
 from modeling_creature import MultiModalCreature
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"

@@ -18,8 +18,8 @@ from creatures import micro_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextIteratorStreamer, TextStreamer
 
 import modeling_creature
+from creature.data.text.tokenizer import load_tokenizer
 from creature.errors import UserError
-from creature.tokenizer import load_tokenizer
 
 PROJECT = Path(modeling_creature.__file__).parent
 TEMPLATE = PROJECT / "configs" / "chat_template.jinja"

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from creature.corpus import tokenize_corpus
 from creature.data import load_splits
+from creature.data.text.corpus import tokenize_corpus
+from creature.data.text.shards import collect_shards
+from creature.data.text.tokenizer import load_tokenizer
 from creature.errors import UserError
-from creature.shards import collect_shards
-from creature.tokenizer import load_tokenizer
 
 
 def write_shards(folder, documents, shards=3):
@@ -45,7 +45,7 @@ def test_the_shards_are_the_corpus_that_one_machine_makes(place, monkeypatch):
     assert manifest["splits"]["train"] == whole["splits"]["train"] | {"file": "corpus.bin"}
     assert not (place / "corpus.valid.bin").exists()
 
-    monkeypatch.setattr("creature.shards.PIECE", 50)  # documents that are longer, and many pieces
+    monkeypatch.setattr("creature.data.text.shards.PIECE", 50)  # documents that are longer, and many pieces
     split = collect(validation_fraction=0.2, overwrite=True)
     assert split["tokens"] == whole["tokens"] and split["documents"] == 120
     assert 8 < split["splits"]["validation"]["documents"] < 45
@@ -91,7 +91,7 @@ def test_datatrove_itself_writes_what_is_collected(place, own):
 
     name = "gpt2"
     if own:
-        from creature.tokenizer_training import train_tokenizer
+        from creature.data.text.tokenizer_training import train_tokenizer
 
         name = "tokenizer"
         train_tokenizer(["stories.jsonl"], name, vocab_size=400, progress=False)

@@ -6,11 +6,11 @@ from collections import Counter
 
 import pytest
 
+from creature.data.text.readers import MARKER, read_documents
+from creature.data.text.sources import find_sources
+from creature.data.text.stories import BOYS, GIRLS, PLOTS, generate_stories, write_story_corpus
+from creature.data.text.tokenizer import load_encoding
 from creature.errors import UserError
-from creature.readers import MARKER, read_documents
-from creature.sources import find_sources
-from creature.stories import BOYS, GIRLS, PLOTS, generate_stories, write_story_corpus
-from creature.tokenizer import load_encoding
 
 
 @pytest.fixture(scope="module")

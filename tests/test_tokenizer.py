@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from creature import tokenizer as module
-from creature.errors import UserError
-from creature.tokenizer import (
+from creature.data.text import tokenizer as module
+from creature.data.text.tokenizer import (
     END_OF_TEXT,
     gpt2_hash,
     load_encoding,
@@ -20,6 +19,7 @@ from creature.tokenizer import (
     token_byte_lengths,
     tokenizer_hash,
 )
+from creature.errors import UserError
 
 STRINGS = [
     "",
@@ -115,7 +115,7 @@ def test_the_hash_tells_vocabularies_apart_and_is_the_same_in_another_process(to
 
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[])))
     assert tokenizer_hash(other) != gpt2_hash()
-    script = "from creature.tokenizer import gpt2_hash; print(gpt2_hash())"
+    script = "from creature.data.text.tokenizer import gpt2_hash; print(gpt2_hash())"
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == gpt2_hash()
 

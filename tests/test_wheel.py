@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from creature import report
 from creature.args import CONFIGS, PROJECT, parse_settings
 
 pytestmark = pytest.mark.skipif(not (PROJECT / "setup.py").is_file(), reason="the project's folder is not here")
@@ -46,6 +47,7 @@ run("run_clm_creature", "--data", corpus, "--dry_run", "--hidden_size", 16, "--i
 run("creature_scripts.generate_text", "--checkpoint", "checkpoints/dry_run", "--prompt", "Once", "--max_new_tokens", 3)
 run("creature_scripts.check_environment", "--help")
 
+from creature import report
 from creature.args import CONFIGS, parse_settings
 from transformers import AutoTokenizer
 
@@ -99,6 +101,22 @@ def test_every_module_script_and_configuration_is_in_the_wheel(wheel):
     for name, path in sources.items():
         assert (wheel / name).read_bytes() == path.read_bytes(), name
     assert any(name.endswith("LICENSE") for name in packed)
+
+
+def test_the_code_hash_of_a_run_covers_every_folder_of_the_package(wheel, monkeypatch):
+    monkeypatch.setattr(report, "PROJECT", wheel)
+    monkeypatch.setattr(report, "__file__", str(wheel / "creature" / "report.py"))
+    hashes = [report.code_hash()]
+    for name in ("creature/files.py", "creature/data/mixture.py", "creature/data/text/sources.py", "creature/new/x.py"):
+        path = wheel / name
+        before = path.read_bytes() if path.exists() else None
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((before or b"") + b"# changed\n")
+        hashes.append(report.code_hash())
+        if before is not None:
+            path.write_bytes(before)
+    path.unlink()
+    assert len(set(hashes)) == 5 and report.code_hash() == hashes[0]
 
 
 def test_it_trains_and_generates_from_an_empty_folder_without_posix(wheel, tmp_path):

@@ -28,8 +28,8 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from creature.data.text.sources import Source, is_arrow_folder, split_name
 from creature.errors import UserError, first_line
-from creature.sources import Source, is_arrow_folder, split_name
 
 MARKER = "<|endoftext|>"
 CHUNK_BYTES = 1 << 18

@@ -6,10 +6,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from creature.corpus import read_pieces
+from creature.data.text.corpus import read_pieces
+from creature.data.text.tokenizer import END_OF_TEXT_TOKEN, NULL_TOKEN, PAD_TOKEN, load_tokenizer
 from creature.errors import UserError
 from creature.files import require_writable
-from creature.tokenizer import END_OF_TEXT_TOKEN, NULL_TOKEN, PAD_TOKEN, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -29,7 +29,7 @@ def train_tokenizer(
     progress: bool = True,
 ) -> dict:
     """
-    Learn a byte-level BPE tokenizer from `inputs` (see creature.sources) and save it as the folder `output`.
+    Learn a byte-level BPE tokenizer from `inputs` (see creature.data.text.sources) and save it as the folder `output`.
 
     The folder is what AutoTokenizer loads and `--tokenizer_name` takes. `vocab_size` counts the special tokens (end of
     text, NULL, padding) and is rounded up to a multiple of 64, as a model's table is; a small corpus may give fewer.

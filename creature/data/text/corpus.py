@@ -30,12 +30,12 @@ from pathlib import Path
 
 import numpy as np
 
+from creature.data.text.readers import read_documents
+from creature.data.text.sources import Source, find_sources
+from creature.data.text.tokenizer import END_OF_TEXT, gpt2_hash, load_encoding, load_tokenizer, tokenizer_hash
 from creature.errors import UserError
 from creature.files import is_disk_full, one_at_a_time, replace_file, require_writable
 from creature.hardware import cpu_cores
-from creature.readers import read_documents
-from creature.sources import Source, find_sources
-from creature.tokenizer import END_OF_TEXT, gpt2_hash, load_encoding, load_tokenizer, tokenizer_hash
 
 PIECE = 1 << 18  # characters tokenized at a time: large enough for speed, small enough for any number of threads
 LONGEST_RUN = 1 << 20  # characters without a safe place to cut, after which the cut is made anyway
@@ -357,7 +357,7 @@ def tokenize_corpus(
     progress: bool = True,
 ) -> dict:
     """
-    Tokenize `inputs` (files, folders, globs, Hub names; see creature.sources) into `output` and return its manifest.
+    Tokenize `inputs` (files, folders, globs, Hub names; see `find_sources`) into `output` and return its manifest.
 
     `output` ending in .bin: a stream of little-endian ids as nanoGPT reads it (uint16; uint32 for vocabularies beyond
     65,536, which the manifest says), with corpus.valid.bin and corpus.manifest.json beside it. Otherwise a folder for

@@ -15,7 +15,7 @@ from fractions import Fraction
 import datasets
 import numpy as np
 
-from creature.data import Splits
+from creature.data.loading import Splits
 from creature.errors import UserError
 
 

@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from creature.data.text.readers import MARKER
 from creature.errors import UserError
 from creature.files import replace_file
-from creature.readers import MARKER
 
 
 def _words(text: str) -> list[str]:
@@ -489,7 +489,7 @@ def write_story_corpus(path: str | Path, tokens: int = 300_000, seed: int = 0) -
 
     The end-of-text token after each story counts. Returns the numbers: stories, characters, tokens.
     """
-    from creature.tokenizer import load_encoding
+    from creature.data.text.tokenizer import load_encoding
 
     if tokens < 1:
         raise UserError(f"--tokens {tokens} is less than 1: 300000 is enough for a dry run")

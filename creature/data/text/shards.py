@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from creature.corpus import SPLITS, manifest_path
+from creature.data.text.corpus import SPLITS, manifest_path
+from creature.data.text.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_hash
 from creature.errors import UserError
 from creature.files import replace_file, sha256_file
-from creature.tokenizer import load_tokenizer, token_byte_lengths, tokenizer_hash
 
 HASHED = 1 << 14  # ids of a document's beginning that choose its split
 PIECE = 1 << 20  # about as many ids are in memory at a time, or one document

@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from creature.blocks import (
+from creature.data.blocks import (
     HASHED_WHOLE,
     TokenStream,
     arrow_column,
@@ -20,12 +20,12 @@ from creature.blocks import (
     flat_ids,
     sampled_hash,
 )
-from creature.corpus import manifest_path, tokenize_corpus
+from creature.data.text.corpus import manifest_path, tokenize_corpus
+from creature.data.text.readers import load_arrow_folder, load_hub
+from creature.data.text.sources import TOKEN_FILES, Source, find_sources, is_arrow_folder, is_dataset_name, split_name
+from creature.data.text.tokenizer import gpt2_hash, load_tokenizer, tokenizer_hash
 from creature.errors import UserError
 from creature.files import one_at_a_time, replace_file
-from creature.readers import load_arrow_folder, load_hub
-from creature.sources import TOKEN_FILES, Source, find_sources, is_arrow_folder, is_dataset_name, split_name
-from creature.tokenizer import gpt2_hash, load_tokenizer, tokenizer_hash
 
 TOKEN_TYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")  # that a manifest may name
 FEWEST_BOUNDARIES = 256  # of documents in a batch, ends included; more of them that are empty cost attention little
@@ -106,7 +106,7 @@ def _mark(path: Path) -> list[tuple]:
     """
     What tells whether the corpus at `path` has been replaced: its folder or files, as the system knows them.
 
-    Whoever replaces one holds a lock meanwhile (`creature.corpus`), so none of them is missing here.
+    Whoever replaces one holds a lock meanwhile (`creature.data.text.corpus`), so none of them is missing here.
     """
     within = path if path.is_dir() and not is_arrow_folder(path) else path.parent
     if not within.is_dir():

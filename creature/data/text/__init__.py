@@ -1,0 +1,1 @@
+"""Text: where it is, how it is read, and the corpus of token ids that it becomes."""
