@@ -188,7 +188,7 @@ class StopSignals(TrainerCallback):
             self._work = None
 
 
-class FiniteGuard(TrainerCallback):
+class NanGuard(TrainerCallback):
     """
     Stops the run at the first NaN or infinite gradient, before the optimizer step, so that the weights stay good.
 
@@ -209,7 +209,7 @@ class FiniteGuard(TrainerCallback):
             if not finite:
                 self._stop(step, output_dir, spared=True)
             return
-        self.settle(output_dir)
+        self.wait(output_dir)
         inner = getattr(optimizer, "optimizer", optimizer)
         spared = getattr(inner, "skips_found_inf", False) or all(g.get("fused") for g in inner.param_groups)
         if spared:
@@ -220,7 +220,7 @@ class FiniteGuard(TrainerCallback):
         event.record()
         self._pending = (flag, event, step, spared)
 
-    def settle(self, output_dir: str) -> None:
+    def wait(self, output_dir: str) -> None:
         """Wait for the check under way, if any; before a checkpoint, so that none holds a NaN."""
         if self._pending is not None:
             flag, event, step, spared = self._pending

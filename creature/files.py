@@ -51,7 +51,7 @@ def replace_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
 
 
 @contextmanager
-def telling_of_failed_writes(path: str | os.PathLike, remedy: Callable[[], str]) -> Iterator[None]:
+def explain_write_errors(path: str | os.PathLike, remedy: Callable[[], str]) -> Iterator[None]:
     """Turn whatever libraries and the system raise where `path` cannot be written into a UserError with a remedy."""
     try:
         yield

@@ -14,9 +14,9 @@ from creature.args import DataArguments, Settings
 from creature.card import write_card
 from creature.data import collate_blocks
 from creature.errors import UserError, first_line
-from creature.files import telling_of_failed_writes
+from creature.files import explain_write_errors
 from creature.loading import load_model
-from creature.saving import way_on
+from creature.saving import resume_hint
 from creature.trainer import CreatureTrainer
 
 SAMPLES = 3  # of the model card
@@ -77,7 +77,7 @@ def finish(trainer: CreatureTrainer, settings: Settings, data: DataArguments, ru
 def _publish(trainer: CreatureTrainer, folder: Path) -> None:
     """Put the final model and its tokenizer into the folder of the run, file by file, each whole."""
     aside = folder / checkpoints.WRITING_FOLDER
-    with telling_of_failed_writes(folder, lambda: way_on(folder)):
+    with explain_write_errors(folder, lambda: resume_hint(folder)):
         trainer.save_model(str(aside), _internal_call=True)  # is not pushed from here: the card is still missing
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:

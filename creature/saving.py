@@ -13,7 +13,7 @@ from transformers import TrainerState
 
 from creature import checkpoints
 from creature.errors import UserError, first_line, is_out_of_memory
-from creature.files import flush_folder, telling_of_failed_writes
+from creature.files import explain_write_errors, flush_folder
 from creature.loading import check_weights
 
 
@@ -112,12 +112,12 @@ class WholeCheckpoints:
         """Write the checkpoint aside, seal it, and put it in place in one step; then delete what is too old."""
         args, folder = self.args, Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
-        self.finite_guard.settle(args.output_dir)
+        self.nan_guard.wait(args.output_dir)
         limit, args.save_total_limit = args.save_total_limit, None
         self._aside = folder / checkpoints.WRITING_FOLDER
         with self.throughput.paused():
             try:
-                with telling_of_failed_writes(folder / name, lambda: way_on(folder)):
+                with explain_write_errors(folder / name, lambda: resume_hint(folder)):
                     self._write_checkpoint(model, trial, folder, name, limit)
             except Exception:
                 if args.should_save:
@@ -200,7 +200,7 @@ def _put_in_place(written: Path, final: Path) -> None:
     shutil.rmtree(written.parent, ignore_errors=True)
 
 
-def way_on(folder: Path) -> str:
+def resume_hint(folder: Path) -> str:
     """What to do after a failed save: resume from the newest whole checkpoint, where there is one."""
     kept, _ = checkpoints.newest_complete(folder)
     return f"--resume from {kept.name}, which is intact" if kept else "start again: no checkpoint was complete yet"

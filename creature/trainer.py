@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from creature import checkpoints
-from creature.callbacks import FiniteGuard, StopEvaluation, StopSignals, Throughput
+from creature.callbacks import NanGuard, StopEvaluation, StopSignals, Throughput
 from creature.compiling import fill_rows, or_eager
 from creature.errors import UserError, first_line
 from creature.files import replace_file
@@ -72,7 +72,7 @@ class CreatureTrainer(WholeCheckpoints, Trainer):
             )
         self.throughput = throughput or Throughput()
         self.signals = signals or StopSignals()
-        self.finite_guard = FiniteGuard(self._keep_batch)
+        self.nan_guard = NanGuard(self._keep_batch)
         # input_ids of two steps: of a step on a GPU, the guard knows in the next one.
         self._recent: deque[tuple[int, list[torch.Tensor]]] = deque(maxlen=2)
         for callback in (self.throughput, self.signals, _TrainBegin(self._restore_window, self._resume_evaluation)):
@@ -269,7 +269,7 @@ class CreatureTrainer(WholeCheckpoints, Trainer):
             grad_norm = grad_norm.full_tensor()
         # fp16 overflows by design: its gradient scaler skips such a step. Then only the loss must be finite.
         value = self._tr_loss if self.accelerator.scaler is not None else torch.as_tensor(grad_norm)
-        self.finite_guard.check(value, self.state.global_step + 1, self.optimizer, self.args.output_dir)
+        self.nan_guard.check(value, self.state.global_step + 1, self.optimizer, self.args.output_dir)
         return grad_norm
 
     def _keep_batch(self, step: int) -> str:

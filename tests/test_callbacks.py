@@ -107,7 +107,7 @@ def test_a_launcher_that_died_counts_as_a_signal():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_way_back(tmp_path, value):
-    guard = callbacks.FiniteGuard()
+    guard = callbacks.NanGuard()
     guard.check(torch.tensor(3.0), 4, None, str(tmp_path))
     with pytest.raises(UserError, match="in step 5.*no checkpoint yet"):
         guard.check(torch.tensor(value), 5, None, str(tmp_path))

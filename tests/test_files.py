@@ -10,6 +10,7 @@ import pytest
 from creature import files
 from creature.errors import UserError
 from creature.files import (
+    explain_write_errors,
     free_bytes,
     is_disk_full,
     lock_folder,
@@ -17,7 +18,6 @@ from creature.files import (
     replace_file,
     require_writable,
     sha256_file,
-    telling_of_failed_writes,
 )
 
 fcntl = files.fcntl  # None on Windows
@@ -154,12 +154,12 @@ def test_one_at_a_time(tmp_path, locks):
 )
 def test_a_failed_write_of_any_library_is_told_with_the_way_on(tmp_path, monkeypatch, error, free, words):
     monkeypatch.setattr(files, "free_bytes", lambda path: free)
-    with pytest.raises(UserError, match=words), telling_of_failed_writes(tmp_path / "a", lambda: "go on"):
+    with pytest.raises(UserError, match=words), explain_write_errors(tmp_path / "a", lambda: "go on"):
         raise error
 
 
 @pytest.mark.parametrize("error", [KeyError("a bug"), RuntimeError("shapes differ"), UserError("said already")])
 def test_what_is_no_failed_write_stays_what_it_is(tmp_path, error):
-    with pytest.raises(type(error)) as caught, telling_of_failed_writes(tmp_path, lambda: "go on"):
+    with pytest.raises(type(error)) as caught, explain_write_errors(tmp_path, lambda: "go on"):
         raise error
     assert caught.value is error

@@ -229,7 +229,7 @@ def test_no_step_without_a_log_reads_a_value_from_the_device(tmp_path, monkeypat
 
     settings = dict(max_steps=6, logging_steps=4, logging_first_step=False)
     trainer = make_trainer(tmp_path, rows=Rows(48), callbacks=[Count()], **settings)  # less than a pass
-    trainer.finite_guard.check = lambda *args: None  # looks at once on a CPU, and a step later on a GPU
+    trainer.nan_guard.check = lambda *args: None  # looks at once on a CPU, and a step later on a GPU
     with waits:
         trainer.train()
     per_step = [after - before for before, after in zip(counts, counts[1:], strict=False)]
