@@ -48,7 +48,6 @@ def main() -> int | None:
     job.check_documents(tokenizer, data, splits, plan.notes)
 
     steps = job.total_steps(args, plan, splits)
-    job.settle_token_tables(settings, plan, config, splits, steps, old)
     for name in {"warmup_steps", "batch_warmup_steps"} - settings.given if old else ():
         setattr(args, name, old["identity"].get(name, 0))  # a share of the old length, not of an extended one
     checkpoint = job.resume_point(settings, folder, args, old, steps)

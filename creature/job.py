@@ -38,10 +38,6 @@ from creature.training_arguments import CreatureTrainingArguments
 from modeling_creature import MultiModalCreature
 
 DRY_RUN_EVAL_BLOCKS = 2
-# The fields of the tables beside the token table, and what stands for none.
-TOKEN_TABLES = {"use_value_embeddings": False, "per_layer_embedding_size": 0}
-# Times a text is seen above which they learn it by heart: what was gained at once is lost (docs/experiments.md).
-TOKEN_TABLE_REPEATS = 1.5
 
 
 def build_config(settings: Settings) -> CreatureConfig:
@@ -167,30 +163,6 @@ def total_steps(args, plan: Plan, splits) -> int:
         return args.max_steps
     batches = -(-len(splits.train) // (plan.micro_batch * plan.world_size))
     return max(1, int(-(-args.num_train_epochs * max(1, -(-batches // plan.accumulation)) // 1)))
-
-
-def settle_token_tables(settings: Settings, plan: Plan, config: CreatureConfig, splits, steps: int, old) -> None:
-    """
-    Leave the tables beside the token table out of a new run that repeats its text, unless a flag asks for them; `old`
-    keeps its own.
-    """
-    tables = {name: getattr(config, name) for name in TOKEN_TABLES if name not in settings.given}
-    tables = {name: value for name, value in tables.items() if value}
-    if settings.dry_run or not tables:
-        return
-    if old:
-        for name in tables:
-            setattr(config, name, old["identity"]["model"].get(name, TOKEN_TABLES[name]))
-        return
-    seen = plan.times_seen(steps, splits.info["tokens"])
-    if seen > TOKEN_TABLE_REPEATS:
-        for name in tables:
-            setattr(config, name, TOKEN_TABLES[name])
-        flags = " ".join(f"--{name} {str(value).lower()}" for name, value in tables.items())
-        plan.notes.append(
-            f"the data will be seen {seen:.1f} times, so the model goes without the further tables by token, which "
-            f"would learn it by heart; {flags} keeps them"
-        )
 
 
 def resume_point(settings: Settings, folder: str, args, old: dict | None, steps: int) -> Path | None:

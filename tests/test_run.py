@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from creatures import TABLES
 from safetensors.torch import load_file
 
 import run_clm_creature
@@ -375,31 +374,13 @@ def test_bad_input_is_named_and_nothing_is_written(place, monkeypatch, flags, wo
     assert not Path("out").exists()
 
 
-def test_a_run_that_is_about_to_repeat_its_data_says_so_and_goes_without_the_tables(place, monkeypatch, capsys):
-    def has_tables(folder):
-        described = checkpoints.read_run(folder)["identity"]["model"]
-        values, layers = described["use_value_embeddings"], described["per_layer_embedding_size"] > 0
-        assert ("model.embed_values.weight" in weights(folder)) == values
-        assert ("model.embed_per_layer.weight" in weights(folder)) == layers
-        return values, layers
-
-    (place / "micro.yaml").write_text(yaml.safe_dump(MICRO | {"model": MICRO["model"] | TABLES}))
+def test_a_run_that_is_about_to_repeat_its_data_says_so(place, monkeypatch, capsys):
     settings = ("--eval_strategy", "no", "--decay_steps", 10)
     run(monkeypatch, "--max_steps", 20, "--output_dir", "once", *settings)
-    assert has_tables("once") == (True, True) and "the data will be seen" not in capsys.readouterr().out
+    assert "the data will be seen" not in capsys.readouterr().out
     run(monkeypatch, "--max_steps", 90, "--output_dir", "often", *settings)
     output = " ".join(capsys.readouterr().out.split())
-    assert has_tables("often") == (False, False) and "the data will be seen 5." in output
-    assert "learned by heart" in output and "without the further tables" in output
-    assert "--use_value_embeddings true --per_layer_embedding_size 8 keeps them" in output
-    run(monkeypatch, "--max_steps", 90, "--output_dir", "asked", *settings, "--use_value_embeddings", "true")
-    output = " ".join(capsys.readouterr().out.split())
-    assert has_tables("asked") == (True, False) and "by heart; --per_layer_embedding_size 8 keeps them" in output
-    # A run that is extended stays what it is, however long it becomes.
-    run(monkeypatch, "--max_steps", 40, "--output_dir", "once", *settings, "--resume")
-    assert has_tables("once") == (True, True)
-    run(monkeypatch, "--max_steps", 100, "--output_dir", "often", *settings, "--resume")
-    assert has_tables("often") == (False, False)
+    assert "the data will be seen 5." in output and "learned by heart" in output
 
 
 def test_out_of_memory_names_the_batch_that_fits(place, monkeypatch):
