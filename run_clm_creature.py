@@ -15,7 +15,7 @@ if __name__ == "__main__":
     startup.leave_on_signals()  # before all that takes long to import
 
 from creature import checkpoints, launch
-from creature.args import parse_settings
+from creature.settings import parse_settings
 
 
 def main() -> int | None:
@@ -33,9 +33,9 @@ def main() -> int | None:
     # Heavy imports come after the settings are known to be right.
     launch.keep_compiled_code()
     launch.say_waiting("loading torch and transformers")
-    from creature import finishing, job, report
+    from creature import finalize, job, report
     from creature.data.text.tokenizer import load_tokenizer
-    from creature.machine import plan_run
+    from creature.plan import plan_run
 
     old = checkpoints.read_resumed(folder) if settings.resume else None
     config = job.build_config(settings)
@@ -62,7 +62,7 @@ def main() -> int | None:
 
     trainer = job.build_trainer(settings, data, run, args, model, splits, tokenizer, seconds_before)
     job.train(trainer, plan, config, checkpoint)
-    finishing.finish(trainer, settings, data, run, splits)
+    finalize.finish(trainer, settings, data, run, splits)
     trainer.accelerator.end_training()
     trainer.signals.restore()
     return 0

@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 def configuration(name: str = "text_only", **changes):
     """The CreatureConfig of one of the project's configurations, with changes."""
     from configuration_creature import CreatureConfig
-    from creature.args import CONFIGS, parse_settings
+    from creature.settings import CONFIGS, parse_settings
 
     return CreatureConfig(**parse_settings(["--config", str(CONFIGS / f"{name}_config.yaml")]).model | changes)
 
@@ -121,7 +121,7 @@ def timed_steps(
     from creature.data import block_collator
     from creature.data.text.tokenizer import load_tokenizer
     from creature.hardware import device_info
-    from creature.machine import graphs_pay
+    from creature.plan import graphs_pay
     from creature.trainer import CreatureTrainer
     from creature.training_arguments import CreatureTrainingArguments
 

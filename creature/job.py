@@ -1,4 +1,4 @@
-"""The steps of the training job up to its end (finishing.py), each a function that `run_clm_creature.py` calls."""
+"""The steps of the training job up to its end (finalize.py), each a function that `run_clm_creature.py` calls."""
 
 import functools
 import shutil
@@ -13,7 +13,6 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from configuration_creature import CreatureConfig
 from creature import checkpoints, startup
-from creature.args import DataArguments, Settings
 from creature.callbacks import (
     ConsoleLog,
     DecayCheckpoint,
@@ -30,9 +29,10 @@ from creature.data.text.sources import is_hub_name
 from creature.data.text.tokenizer import gpt2_hash, load_tokenizer, special_ids, token_byte_lengths, tokenizer_hash
 from creature.errors import UserError, first_line, is_out_of_memory
 from creature.estimate import fit_micro_batch
-from creature.finishing import SAMPLING, sample
+from creature.finalize import SAMPLING, sample
 from creature.launch import parent_to_watch
-from creature.machine import Plan, sharded, training_values
+from creature.plan import Plan, sharded, training_values
+from creature.settings import DataArguments, Settings
 from creature.trainer import CreatureTrainer, schedule_steps
 from creature.training_arguments import CreatureTrainingArguments
 from modeling_creature import MultiModalCreature

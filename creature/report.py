@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from creature.args import PROJECT, Settings
 from creature.callbacks import format_seconds
 from creature.estimate import count_parameters, flops_per_token, tokens_per_second
 from creature.hardware import attention_kernel, peak_flops
 from creature.launch import own_command
-from creature.machine import Plan, sharded
 from creature.optimizer import MOMENTUM
+from creature.plan import Plan, sharded
+from creature.settings import PROJECT, Settings
 from creature.trainer import halved_steps, schedule_steps
 from losses_creature import float8_suits
 

@@ -154,7 +154,7 @@ def print_machine() -> None:
 
 
 def check_configuration(arguments: argparse.Namespace, rest: list[str]) -> tuple[tuple, str]:
-    from creature.args import parse_settings
+    from creature.settings import parse_settings
 
     flags = [*rest]
     for name in ("config", "data"):
@@ -177,7 +177,7 @@ def check_tokenizer() -> tuple[bool, str]:
 
 
 def check_memory(settings, config) -> tuple[object, str]:
-    from creature.machine import plan_run
+    from creature.plan import plan_run
 
     plan = plan_run(settings, config)
     return plan, (
@@ -252,8 +252,8 @@ def check_disk(settings, config) -> tuple[bool, str]:
 
 
 def check_dry_run(folder: str | None, config) -> tuple[bool, str]:
-    from creature.args import DRY_RUN_FOLDER
     from creature.checkpoints import differences, read_run
+    from creature.settings import DRY_RUN_FOLDER
 
     folder = folder or DRY_RUN_FOLDER
     command = "accelerate launch run_clm_creature.py --dry_run with the flags of the run"

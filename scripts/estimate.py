@@ -65,7 +65,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     arguments, rest = parse_arguments()
-    from creature.args import parse_settings
+    from creature.settings import parse_settings
 
     settings = parse_settings((["--config", arguments.config] if arguments.config else []) + rest)
     from creature import estimate

@@ -165,7 +165,7 @@ def evaluate(folder: Path, rows, lengths, tokenizer, device, arguments) -> tuple
         metrics.add_batch(output.token_losses, output.predictions, batch["labels"])
     sample = None
     if arguments.all:
-        from creature.finishing import sample as draw
+        from creature.finalize import sample as draw
 
         sample = draw(model, tokenizer, arguments.prompt)
     return metrics.compute(), sample

@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from creature.args import CORPUS_FLAGS, spellings  # noqa: E402
 from creature.errors import run_main  # noqa: E402
+from creature.settings import CORPUS_FLAGS, spellings  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:

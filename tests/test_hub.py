@@ -153,7 +153,7 @@ def test_a_repository_that_cannot_be_had_is_told_before_the_training(hub, monkey
 def test_a_failed_push_costs_nothing_and_says_how_to_do_it(hub, monkeypatch, capsys):
     from types import SimpleNamespace
 
-    from creature.finishing import _push
+    from creature.finalize import _push
 
     args = SimpleNamespace(hub_token=None, hub_revision=None)
     trainer = SimpleNamespace(args=args, hub_model_id=NAME, state=SimpleNamespace(global_step=12))

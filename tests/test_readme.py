@@ -19,9 +19,9 @@ import pytest
 import yaml
 
 from configuration_creature import CreatureConfig
-from creature.args import OTHER_NAMES, PROJECT, known_fields, parse_settings
 from creature.data.text.stories import write_story_corpus
 from creature.estimate import count_parameters
+from creature.settings import OTHER_NAMES, PROJECT, known_fields, parse_settings
 
 README = PROJECT / "README.md"
 GUIDE = PROJECT / "docs" / "text_only_training.md"

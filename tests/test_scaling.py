@@ -17,9 +17,9 @@ from test_run import MICRO
 
 import run_clm_creature
 from creature import checkpoints
-from creature.args import Settings
 from creature.errors import UserError
-from creature.machine import plan_run
+from creature.plan import plan_run
+from creature.settings import Settings
 
 PROJECT = Path(run_clm_creature.__file__).parent
 SETTINGS = ["--config", "micro.yaml", "--data", "corpus.bin", "--use_cpu", "--max_steps", "8"]
@@ -108,7 +108,7 @@ def test_what_a_sharded_run_saved_is_a_plain_model_with_its_own_code(runs):
 
 
 def test_how_much_fits_is_not_guessed_for_shards(monkeypatch):
-    monkeypatch.setattr("creature.machine.fit_micro_batch", lambda *args, **kwargs: 0)
+    monkeypatch.setattr("creature.plan.fit_micro_batch", lambda *args, **kwargs: 0)
     config = SimpleNamespace(max_position_embeddings=2048, hidden_size=512)
     for sharded, words in ((False, "smaller configuration"), (True, "give --per_device_train_batch_size")):
         monkeypatch.setenv("ACCELERATE_USE_FSDP", str(sharded))

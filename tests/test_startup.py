@@ -9,7 +9,7 @@ import psutil
 import pytest
 from test_run import place, start  # noqa: F401  a fixture
 
-from creature.args import PROJECT
+from creature.settings import PROJECT
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot send these signals to one process")
 SENTENCE = "before the first step: leaving; nothing was trained yet, so nothing is lost\n"

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from creature import report
-from creature.args import CONFIGS, PROJECT, parse_settings
+from creature.settings import CONFIGS, PROJECT, parse_settings
 
 pytestmark = pytest.mark.skipif(not (PROJECT / "setup.py").is_file(), reason="the project's folder is not here")
 
@@ -48,7 +48,7 @@ run("creature_scripts.generate_text", "--checkpoint", "checkpoints/dry_run", "--
 run("creature_scripts.check_environment", "--help")
 
 from creature import report
-from creature.args import CONFIGS, parse_settings
+from creature.settings import CONFIGS, parse_settings
 from transformers import AutoTokenizer
 
 assert parse_settings(["--config", "configs/small_config.yaml"]).model["hidden_size"] == 768

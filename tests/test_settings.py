@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from creature.args import DEFAULT_CONFIG, DRY_RUN_FOLDER, PROJECT, known_fields, parse_settings
 from creature.errors import UserError
+from creature.settings import DEFAULT_CONFIG, DRY_RUN_FOLDER, PROJECT, known_fields, parse_settings
 
 SCRIPT = PROJECT / "run_clm_creature.py"
 
@@ -112,7 +112,7 @@ def test_the_field_table_is_the_dataclasses_own():
     from dataclasses import fields
 
     from configuration_creature import CreatureConfig
-    from creature.args import DataArguments
+    from creature.settings import DataArguments
     from creature.training_arguments import CreatureTrainingArguments
 
     known = known_fields()

@@ -5,11 +5,11 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from creature.args import Settings
 from creature.errors import UserError
 from creature.estimate import fit_micro_batch, memory_parts, step_seconds
 from creature.hardware import Device, choose_precision, compiler_available, device_info
 from creature.optimizer import width_learning_rate
+from creature.settings import Settings
 
 # Shorter steps of a GPU wait for Python and its launches where the host is slow (docs/experiments.md).
 RECORDED_SECONDS = 0.1

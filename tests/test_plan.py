@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from configuration_creature import CreatureConfig
-from creature.args import Settings, parse_settings
 from creature.errors import UserError
 from creature.hardware import GIB, Device
-from creature.machine import plan_run, training_values
+from creature.plan import plan_run, training_values
+from creature.settings import Settings, parse_settings
 
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch):
@@ -38,7 +38,7 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch):
     ],
 )
 def test_the_batch_is_counted_in_tokens(monkeypatch, training, expected):
-    monkeypatch.setattr("creature.machine.fit_micro_batch", lambda *args, **kwargs: 3)
+    monkeypatch.setattr("creature.plan.fit_micro_batch", lambda *args, **kwargs: 3)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     settings = Settings(training={"use_cpu": True, "max_steps": 50} | training, given=set(training))
     plan = plan_run(settings, SimpleNamespace(max_position_embeddings=2048, hidden_size=512))
@@ -65,8 +65,8 @@ H100 = Device("cuda", "NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB, cores=16, bf1
 )
 def test_steps_that_a_host_would_hold_up_are_recorded_as_cuda_graphs(monkeypatch, changes, training, data, recorded):
     device = replace(H100, **changes)
-    monkeypatch.setattr("creature.machine._find_device", lambda *arguments: device)
-    monkeypatch.setattr("creature.machine.compiler_available", lambda device: (True, "it is there"))
+    monkeypatch.setattr("creature.plan._find_device", lambda *arguments: device)
+    monkeypatch.setattr("creature.plan.compiler_available", lambda device: (True, "it is there"))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     settings = Settings(training={"max_steps": 50} | training, data=data, given=set(training))
     plan = plan_run(settings, CreatureConfig())
@@ -93,7 +93,7 @@ def test_a_dry_run_on_a_cpu_says_what_it_scaled_down(monkeypatch):
     ],
 )
 def test_the_learning_rate_follows_from_the_width(monkeypatch, training, width, expected):
-    monkeypatch.setattr("creature.machine.fit_micro_batch", lambda *args, **kwargs: 1)
+    monkeypatch.setattr("creature.plan.fit_micro_batch", lambda *args, **kwargs: 1)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     settings = Settings(training={"use_cpu": True, "max_steps": 50} | training, given=set(training))
     plan_run(settings, SimpleNamespace(max_position_embeddings=2048, hidden_size=width))

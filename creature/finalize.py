@@ -10,13 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from creature import checkpoints
-from creature.args import DataArguments, Settings
 from creature.card import write_card
 from creature.data import collate_blocks
 from creature.errors import UserError, first_line
 from creature.files import explain_write_errors
 from creature.loading import load_model
 from creature.saving import resume_hint
+from creature.settings import DataArguments, Settings
 from creature.trainer import CreatureTrainer
 
 SAMPLES = 3  # of the model card
