@@ -15,7 +15,8 @@ from damage import BROKEN_JSON, Trap, answer, changed, damaged, dumped, examples
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from creature import args, checkpoints
+from creature import checkpoints
+from creature.settings import Settings
 
 LINE = {"step": 3, "tokens": 192, "time": 1.5, "loss": 3.2, "loss_internal_text": 3.2, "loss_audio": 2.0, "mfu": 0.3}
 LINE |= {"tokens_per_second": 100.5, "peak_memory_bytes": 10**9, "eval_loss": 3.0}
@@ -117,7 +118,7 @@ def ask_for(folder, resume: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "choose_checkpoint", lambda *_: (Path("checkpoint-1"), []))
         for steps in (8, 10, 12):
-            job.resume_point(args.Settings(resume=True), str(folder), arguments, old, steps)
+            job.resume_point(Settings(resume=True), str(folder), arguments, old, steps)
     job.check_identity(old, RUN, accept=False)
 
 

@@ -24,7 +24,7 @@ from damage import BROKEN_JSON, answer, changed, damaged, dumped, examples, no_h
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from creature import args
+from creature import settings
 from creature.data import load_splits
 from creature.data.text import readers
 from creature.data.text.corpus import tokenize_corpus
@@ -235,14 +235,14 @@ YAMLS = [
 @pytest.fixture
 def fields_once(monkeypatch):
     """Read the table of fields once, not for every example."""
-    monkeypatch.setattr(args, "known_fields", functools.cache(args.known_fields))
+    monkeypatch.setattr(settings, "known_fields", functools.cache(settings.known_fields))
 
 
 def settle(argv) -> None:
     """What happens to settings before torch is needed; then what the model's own checks say."""
     from creature.job import build_config
 
-    build_config(args.parse_settings(argv))
+    build_config(settings.parse_settings(argv))
 
 
 def test_a_damaged_yaml_file_is_taken_or_told(tmp_path, monkeypatch, fields_once):
