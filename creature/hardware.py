@@ -1,4 +1,4 @@
-"""What the machine has: device, memory, precision, attention kernel, peak arithmetic, and the micro-batch that fits."""
+"""What the machine has: device, memory, peak FLOP/s; and the precision, attention kernel and compiler that follow."""
 
 import importlib.util
 import os
@@ -15,66 +15,64 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU model: peak dense bf16 rate (fp16 where there is no bf16) in FLOP/s, memory in GiB and in bytes/s."""
+    """A GPU model: its peak dense bf16 FLOP/s (fp16 where there is no bf16) and its memory in GiB."""
 
     peak_flops: float
     memory_gib: float
-    bandwidth: float
 
 
-# Dense rates with fp32 accumulation, as training runs them: never the doubled figure "with sparsity", and for GeForce
-# never the doubled one "with fp16 accumulate" (the RTX 3090 has 71, not 142). Sources: NVIDIA's data sheets of the
+# Dense rates with fp32 accumulation, as in training: never the doubled figure "with sparsity", and for GeForce never
+# the doubled one "with fp16 accumulate" (the RTX 3090 has 71, not 142). Sources: NVIDIA's data sheets of the
 # professional cards; for GeForce the white papers of the architectures (GA102, Ada, Blackwell), row "Peak FP16 Tensor
 # TFLOPS with FP32 Accumulate", at boost clock: twice the shader's fp32 rate, where professional cards have four times.
-# A name that is not here has no rate: laptop and "D" versions are slower in unknown ways. Bandwidths are those of the
-# data sheets; where one name stands for two forms (A100), that of the slower one.
+# A name that is not here has no rate, because laptop and "D" versions are slower by unknown amounts.
 CARDS = {
     # Ampere, GA10x
-    "RTX 3060": Card(25.5e12, 12, 360e9),
-    "RTX 3060 Ti": Card(32.4e12, 8, 448e9),
-    "RTX 3070": Card(40.6e12, 8, 448e9),
-    "RTX 3070 Ti": Card(43.5e12, 8, 608e9),
-    "RTX 3080": Card(59.5e12, 10, 760e9),  # the rarer 12 GB version has the same name and is 3 % faster
-    "RTX 3080 Ti": Card(68.2e12, 12, 912e9),
-    "RTX 3090": Card(71.2e12, 24, 936e9),
-    "RTX 3090 Ti": Card(80.0e12, 24, 1008e9),
-    "RTX A4000": Card(76.7e12, 16, 448e9),
-    "RTX A5000": Card(111.1e12, 24, 768e9),
-    "RTX A6000": Card(154.8e12, 48, 768e9),
-    "A10": Card(125e12, 24, 600e9),
-    "A10G": Card(70e12, 24, 600e9),
-    "A40": Card(149.7e12, 48, 696e9),
-    "A100": Card(312e12, 80, 1935e9),
+    "RTX 3060": Card(25.5e12, 12),
+    "RTX 3060 Ti": Card(32.4e12, 8),
+    "RTX 3070": Card(40.6e12, 8),
+    "RTX 3070 Ti": Card(43.5e12, 8),
+    "RTX 3080": Card(59.5e12, 10),  # the rarer 12 GB version shares this name and is 3 % faster
+    "RTX 3080 Ti": Card(68.2e12, 12),
+    "RTX 3090": Card(71.2e12, 24),
+    "RTX 3090 Ti": Card(80.0e12, 24),
+    "RTX A4000": Card(76.7e12, 16),
+    "RTX A5000": Card(111.1e12, 24),
+    "RTX A6000": Card(154.8e12, 48),
+    "A10": Card(125e12, 24),
+    "A10G": Card(70e12, 24),
+    "A40": Card(149.7e12, 48),
+    "A100": Card(312e12, 80),
     # Ada
-    "RTX 4060": Card(30.2e12, 8, 272e9),
-    "RTX 4060 Ti": Card(44.1e12, 8, 288e9),
-    "RTX 4070": Card(58.3e12, 12, 504e9),
-    "RTX 4070 SUPER": Card(71.0e12, 12, 504e9),
-    "RTX 4070 Ti": Card(80.2e12, 12, 504e9),
-    "RTX 4070 Ti SUPER": Card(88.2e12, 16, 672e9),
-    "RTX 4080": Card(97.5e12, 16, 717e9),
-    "RTX 4080 SUPER": Card(104.4e12, 16, 736e9),
-    "RTX 4090": Card(165.2e12, 24, 1008e9),
-    "RTX 6000 Ada": Card(364.2e12, 48, 960e9),
-    "L4": Card(121e12, 24, 300e9),
-    "L40": Card(181e12, 48, 864e9),
-    "L40S": Card(362e12, 48, 864e9),
+    "RTX 4060": Card(30.2e12, 8),
+    "RTX 4060 Ti": Card(44.1e12, 8),
+    "RTX 4070": Card(58.3e12, 12),
+    "RTX 4070 SUPER": Card(71.0e12, 12),
+    "RTX 4070 Ti": Card(80.2e12, 12),
+    "RTX 4070 Ti SUPER": Card(88.2e12, 16),
+    "RTX 4080": Card(97.5e12, 16),
+    "RTX 4080 SUPER": Card(104.4e12, 16),
+    "RTX 4090": Card(165.2e12, 24),
+    "RTX 6000 Ada": Card(364.2e12, 48),
+    "L4": Card(121e12, 24),
+    "L40": Card(181e12, 48),
+    "L40S": Card(362e12, 48),
     # Blackwell
-    "RTX 5070": Card(61.7e12, 12, 672e9),
-    "RTX 5070 Ti": Card(87.9e12, 16, 896e9),
-    "RTX 5080": Card(112.6e12, 16, 960e9),
-    "RTX 5090": Card(209.5e12, 32, 1792e9),
-    "B200": Card(2250e12, 180, 8000e9),
+    "RTX 5070": Card(61.7e12, 12),
+    "RTX 5070 Ti": Card(87.9e12, 16),
+    "RTX 5080": Card(112.6e12, 16),
+    "RTX 5090": Card(209.5e12, 32),
+    "B200": Card(2250e12, 180),
     # Hopper
-    "H100 PCIe": Card(756e12, 80, 2000e9),
-    "H100 NVL": Card(835e12, 94, 3900e9),
-    "H100 SXM": Card(989e12, 80, 3350e9),
-    "H200": Card(989e12, 141, 4800e9),
-    "H200 NVL": Card(835e12, 141, 4800e9),
-    # Volta and Turing: fp16, for they have no bf16
-    "V100 PCIe": Card(112e12, 16, 900e9),
-    "V100 SXM": Card(125e12, 16, 900e9),
-    "T4": Card(65e12, 16, 320e9),
+    "H100 PCIe": Card(756e12, 80),
+    "H100 NVL": Card(835e12, 94),
+    "H100 SXM": Card(989e12, 80),
+    "H200": Card(989e12, 141),
+    "H200 NVL": Card(835e12, 141),
+    # Volta and Turing: fp16, because they have no bf16
+    "V100 PCIe": Card(112e12, 16),
+    "V100 SXM": Card(125e12, 16),
+    "T4": Card(65e12, 16),
 }
 
 
@@ -83,9 +81,9 @@ class Device:
     """
     The device that a run uses.
 
-    kind: "cuda", "mps" or "cpu". name: as the driver gives it. memory_bytes, free_bytes: of the GPU, or of the machine.
-    cores: CPU cores this process may use. bf16: whether the hardware computes in bfloat16. count: GPUs that are there.
-    capability: CUDA's (major, minor), else None.
+    kind: "cuda", "mps" or "cpu". name: as the driver reports it. memory_bytes, free_bytes: of the GPU, or of the
+    machine. cores: CPU cores this process may use. bf16: whether the hardware computes in bfloat16. count: number of
+    GPUs. capability: CUDA's (major, minor), else None.
     """
 
     kind: str
@@ -99,23 +97,23 @@ class Device:
 
     @property
     def is_hopper(self) -> bool:
-        """Whether the head is made in float8 here, under bf16."""
+        """Whether this is an H100, H200 or GH200, where the head is computed in float8 under bf16."""
         return self.capability is not None and self.capability[0] == 9
 
 
 def device_info(kind: str | None = None) -> Device:
     """
-    The device that training would take: a CUDA GPU, else Apple's, else the CPU; or the one of the kind given.
+    The device that training uses: a CUDA GPU, else Apple's, else the CPU; or the one of the given kind.
 
-    Raises UserError when a kind is asked for that is not there.
+    Raises UserError when there is no device of that kind.
     """
     import torch
 
-    mps = torch.backends.mps.is_available()
-    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    kind = kind or next(name for name, present in there.items() if present)
-    if not there.get(kind):
-        raise UserError(f"there is no {kind} device here: use {' or '.join(name for name in there if there[name])}")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kinds = [name for name in available if available[name]]
+    kind = kind or kinds[0]
+    if kind not in kinds:
+        raise UserError(f"there is no {kind} device here: use {' or '.join(kinds)}")
     if kind == "cuda":
         index = torch.cuda.current_device()
         free, total = torch.cuda.mem_get_info(index)
@@ -133,7 +131,7 @@ def device_info(kind: str | None = None) -> Device:
 
 
 def cpu_cores() -> int:
-    """CPU cores that this process may use: its affinity and its container's quota count, where the system has them."""
+    """CPU cores that this process may use, by its affinity and its container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _read_words("/sys/fs/cgroup/cpu.max")  # cgroup v2: "quota period", microseconds
     if len(quota) == 2 and quota[0].isdigit():
@@ -153,7 +151,7 @@ def system_memory() -> tuple[int, int]:
     ):
         limit, used = _read_words(f"/sys/fs/cgroup/{limit_file}"), _read_words(f"/sys/fs/cgroup/{used_file}")
         if limit and limit[0].isdigit() and used and int(limit[0]) < memory.total:
-            # What the kernel keeps only as file cache counts as used, but is given back when it is needed.
+            # File cache counts as used, but the kernel frees it on demand.
             stat = _read_words(f"/sys/fs/cgroup/{stat_file}")
             reclaimable = int(stat[stat.index(cache) + 1]) if cache in stat else 0
             total = min(total, int(limit[0]))
@@ -162,14 +160,14 @@ def system_memory() -> tuple[int, int]:
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The processor's name, or at least its architecture."""
     words = _read_words("/proc/cpuinfo", until="flags")
     line = re.search(r"model name : (.+?) (?:stepping|microcode|cpu MHz) :", " ".join(words))
     return line.group(1) if line else platform.processor() or platform.machine() or "CPU"
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether the CPU has bf16 matrix instructions (AVX512-BF16 or AMX); Linux tells, elsewhere the answer is no."""
+    """Whether the CPU has bf16 matrix instructions (AVX512-BF16 or AMX); False where the system does not say."""
     flags = set(_read_words("/proc/cpuinfo"))
     return bool(flags & {"avx512_bf16", "amx_bf16"})
 
@@ -188,14 +186,9 @@ def _read_words(path: str, until: str | None = None) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def is_hopper(card: str) -> bool:
-    """Whether a card of CARDS is of the generation that makes the head in float8."""
-    return card.startswith(("H100", "H200"))
-
-
 def card_name(name: str) -> str | None:
     """
-    The key in CARDS of a GPU's name as a driver or a person writes it, or None when it is not known exactly.
+    The key in CARDS for a GPU's name as a driver or a person writes it, or None when it is not known exactly.
 
     "NVIDIA GeForce RTX 3090" -> "RTX 3090"; "NVIDIA H100 80GB HBM3" -> "H100 SXM"; a laptop GPU, a card's slice (MIG)
     or a virtual GPU -> None.
@@ -206,7 +199,7 @@ def card_name(name: str) -> str | None:
     words = [word for word in words if word not in noise and not re.fullmatch(r"\d+g[bi]?b?", word)]
     words = ["sxm" if re.fullmatch(r"sxm\d?", word) else word for word in words]
     if words == ["h100"] and hbm3 or words in (["h100"], ["v100"]):
-        words.append("sxm")  # the SXM module of the H100 is named by its memory alone
+        words.append("sxm")  # the driver names the SXM module of the H100 by its memory alone
     if words[:1] in (["a100"], ["h200"]) and words[1:] in (["sxm"], ["pcie"]):
         words = words[:1]  # one rate for both forms
     known = {key.lower(): key for key in CARDS}
@@ -233,14 +226,14 @@ def choose_precision(device: Device) -> tuple[str, str]:
 def attention_kernel(
     device: Device, precision: str, implementation: str = "sdpa", *, masked: bool = False
 ) -> tuple[str, str]:
-    """(the kernel that causal attention runs with, the reason); masked: whether documents are kept apart."""
+    """(the kernel of causal attention, the reason); masked: whether documents are kept apart."""
     if implementation != "sdpa":
         return implementation, "as configured"
     half = device.kind == "cuda" and precision != "fp32"
     if masked and half and triton_available() and (device.capability is None or device.capability >= (8, 0)):
-        return "flash", "varlen_attn in half precision on this GPU, which is told where documents begin"
+        return "flash", "varlen_attn in half precision on this GPU, given the boundaries of documents"
     if masked:
-        return "with a mask", "documents are kept apart, and the kernels that know only the causal order cannot do that"
+        return "with a mask", "documents are kept apart, and the causal kernels cannot do that"
     if half:
         if device.capability is None or device.capability >= (8, 0):
             return "flash", "scaled_dot_product_attention in half precision on this GPU"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from creature.errors import UserError
-from creature.estimate import fit_micro_batch, memory_parts, step_seconds
+from creature.estimate import fit_micro_batch, memory_parts, tokens_per_second
 from creature.hardware import Device, choose_precision, compiler_available, device_info
 from creature.optimizer import width_learning_rate
 from creature.settings import Settings
@@ -179,11 +179,11 @@ def graphs_pay(
     Whether compiled steps of one process are worth recording as CUDA graphs (torch.compile's "reduce-overhead"): the
     device is so fast that a slow host would hold it up, has room to spare, and the steps have the form measured so.
     """
-    seconds = step_seconds(config, micro_batch, block_size, device.name) if device.kind == "cuda" else None
-    if seconds is None or seconds >= RECORDED_SECONDS or accumulation > 1 or separate_documents:
+    speed = tokens_per_second(config, block_size, device.name) if device.kind == "cuda" else None
+    if speed is None or accumulation > 1 or separate_documents or micro_batch * block_size / speed >= RECORDED_SECONDS:
         return False
-    form = {"compiled": True, "float8": device.is_hopper, "accumulating": False}
-    return 2 * memory_parts(config, micro_batch, block_size, precision, **form)["peak"] < device.free_bytes
+    peak = memory_parts(config, micro_batch, block_size, device, precision, compiled=True)["peak"]
+    return 2 * peak < device.free_bytes
 
 
 def _records_graphs(plan: Plan, settings: Settings, config) -> bool:

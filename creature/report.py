@@ -77,10 +77,7 @@ def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, s
     tokens = steps * plan.tokens_per_step
     flops = flops_per_token(config, plan.block_size)
     peak = peak_flops(plan.device.name) if plan.device.kind == "cuda" else None
-    optimizer = "muon" if args.matrix_learning_rate else "adamw"
-    speed = tokens_per_second(
-        config, plan.micro_batch, plan.block_size, plan.device.name, plan.accumulation, optimizer
-    ) if peak else None  # fmt: skip
+    speed = tokens_per_second(config, plan.block_size, plan.device.name) if peak else None
     own = identity(settings, plan, args, config, data_info, steps)
     epochs = plan.times_seen(steps, data_info["tokens"])
     if epochs > REPEATS and not settings.dry_run:

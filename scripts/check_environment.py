@@ -231,10 +231,11 @@ def check_output(settings) -> tuple[bool, str]:
 def check_disk(settings, config) -> tuple[bool, str]:
     """Weights and optimizer state for every checkpoint that is kept, the one being written, and the final model."""
     from creature.estimate import count_parameters, memory_parts
+    from creature.hardware import device_info
 
     training = settings.training
     weights = 4 * count_parameters(config)["total"]
-    each = weights + memory_parts(config, 1, 8, "fp32", device_kind="cpu")["optimizer_state"]
+    each = weights + memory_parts(config, 1, 8, device_info("cpu"))["optimizer_state"]
     steps, save_steps = max(training.get("max_steps", 1), 1), training.get("save_steps", 5000)
     planned = int(-(-steps // save_steps)) if save_steps >= 1 else int(1 / save_steps)
     kept = training.get("save_total_limit", 3)

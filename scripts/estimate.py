@@ -18,27 +18,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from creature.errors import UserError, run_main  # noqa: E402
 
 CARDS_SHOWN = ("RTX 3090", "RTX 4090", "A100", "H100 SXM", "H200")
-PARTS = {
+PARAMETERS = {
+    "token_table": "token table",
+    "head": "head of its own",
+    "body": "layers and norms",
+    "text_only": "= text only",
+    "senses": "other senses and efference copies",
+    "streams": "other streams",
+    "total": "= total",
+    "trainable": "trained with this configuration",
+}
+MEMORY = {
     "weights": "weights (fp32, frozen senses and streams too)",
     "gradients": "gradients (fp32)",
     "optimizer_state": "optimizer state (fp32)",
     "weight_copies": "weights in the compute dtype",
     "activations": "activations",
     "head": "head and loss, one chunk at a time",
-    "optimizer_step": "temporaries of the optimizer (when the last two are gone)",
+    "optimizer_step": "the optimizer's temporaries, when the last three are freed",
     "peak": "= peak",
 }
 
 
 class Row(NamedTuple):
-    """A device to estimate for: its precision, whether it compiles, its key in CARDS, else its timed FLOP/s."""
+    """A device to estimate for, with its training speed in tokens/s and where that figure is from."""
 
     name: str
     device: Any
     precision: str
     compiled: bool
-    card: str | None
-    rate: float | None = None
+    speed: float
+    source: str
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -54,7 +64,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         "--precision", choices=("bf16", "fp16", "fp32"), help="default bf16 on cards, this machine's own"
     )
     parser.add_argument("--activation_checkpointing", action="store_true", help="recompute the layers' activations")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--eager", action="store_true", help="memory without torch.compile")
     arguments, rest = parser.parse_known_args()
     for name in ("micro_batch", "tokens"):
         value = getattr(arguments, name)
@@ -76,154 +86,109 @@ def main() -> None:
     block = settings.data.get("block_size") or config.max_position_embeddings
     step_tokens = training.get("tokens_per_step", 65536)
     tokens = arguments.tokens or max(training.get("max_steps", -1), 0) * step_tokens
-    cards = [_find_card(name) for name in arguments.card or CARDS_SHOWN]
+    rows = [_card_row(name, config, block, arguments) for name in arguments.card or CARDS_SHOWN]
+    rows.append(_own_row(config, block, arguments))
 
     counts, flops = estimate.count_parameters(config), estimate.flops_per_token(config, block)
     name = arguments.config or "configs/text_only_config.yaml"
-    print(f"{name}: {config.num_hidden_layers} layers x {config.hidden_size}, block {block:,}\n")
-    print_parameters(counts)
+    print(f"{name}: {config.num_hidden_layers} layers x {config.hidden_size}, block {block:,}\n\nparameters")
+    for part, label in PARAMETERS.items():
+        if counts[part]:
+            tied = " (tied to the head)" if part == "token_table" and not counts["head"] else ""
+            print(f"  {label + tied:<34} {counts[part]:>15,}")
     print(f"\nFLOPs per token, forward and backward: {flops:.4g} (6 x matrices and head, plus causal attention)")
 
-    rows = [_card_row(name, arguments) for name in cards] + [_own_row(arguments)]
-    options = {"optimizer": arguments.optimizer, "activation_checkpointing": arguments.activation_checkpointing}
-    print_memory(config, block, rows[0], arguments.micro_batch, options, step_tokens)
-    print_cards(config, block, rows, arguments.micro_batch, options, tokens, step_tokens)
-    print("\nassumed: not measured on this card; it is taken to give what its chip gives elsewhere, or three quarters.")
-    print("Speeds are of compiled training, and contain the optimizer.")
-    print("Memory is what the framework allocates; a batch fits when it leaves a tenth of the device's memory free.")
+    form = {"optimizer": arguments.optimizer, "activation_checkpointing": arguments.activation_checkpointing}
+
+    def memory(row: Row) -> tuple[int, dict[str, int]]:
+        """(the micro-batch given or the one that fits, 0 for none; the memory of a step with it, or with 1)."""
+        batch, limit = arguments.micro_batch, max(1, step_tokens // block)
+        options = form | {"compiled": row.compiled}
+        if batch is None:
+            batch = estimate.fit_micro_batch(config, block, row.device, row.precision, limit=limit, **options)
+        return batch, estimate.memory_parts(config, max(batch, 1), block, row.device, row.precision, **options)
+
+    print_memory(rows[0], block, arguments.optimizer, *memory(rows[0]))
+    print_table(rows, [memory(row) for row in rows], tokens)
+    print("\nMFU: the share of the card's peak FLOP/s that training reaches; assumed where it was not measured.")
+    print("Speeds are of compiled training, the optimizer included.")
+    print("Memory is what torch allocates; a batch fits when it leaves a tenth of the device's memory free.")
     if arguments.activation_checkpointing:
-        print("Recomputing activations makes a step up to a third longer; the hours do not contain that.")
+        print("Recomputing activations makes a step up to a third longer, which the hours do not include.")
     if not tokens:
         print("Give --tokens, or max_steps in the configuration, for the hours of a run.")
 
 
-def _find_card(name: str) -> str:
-    from creature.hardware import CARDS, card_name
-
-    key = card_name(name)
-    if key is None:
-        raise UserError(f"no rate is known for the card {name!r}: known are {', '.join(CARDS)}")
-    return key
-
-
-def _card_row(name: str, arguments) -> Row:
+def _card_row(name: str, config, block: int, arguments) -> Row:
     from creature import hardware
 
-    card = hardware.CARDS[name]
-    memory = int((card.memory_gib - 0.5) * hardware.GIB)  # half a GiB is the driver's
-    bf16 = not name.startswith(("T4", "V100"))
-    capability = (9, 0) if hardware.is_hopper(name) else (8, 0) if bf16 else (7, 0)
-    device = hardware.Device("cuda", name, memory, memory, 8, bf16, 1, capability)
+    card = hardware.card_name(name)
+    if card is None:
+        raise UserError(f"unknown card {name!r}: use one of {', '.join(hardware.CARDS)}")
+    memory = int((hardware.CARDS[card].memory_gib - 0.5) * hardware.GIB)  # the driver takes half a GiB
+    bf16 = not card.startswith(("T4", "V100"))
+    capability = (9, 0) if card.startswith(("H100", "H200")) else (8, 0) if bf16 else (7, 0)
+    device = hardware.Device("cuda", card, memory, memory, 8, bf16, 1, capability)
     precision = arguments.precision or hardware.choose_precision(device)[0]
-    return Row(name, device, precision, not arguments.eager, name)
+    return Row(card, device, precision, not arguments.eager, *_expected_speed(config, block, card))
 
 
-def _own_row(arguments) -> Row:
-    """This machine; where its card has no known rate, a matrix product is timed."""
+def _own_row(config, block: int, arguments) -> Row:
+    """This machine; where the peak of its device is unknown, a matrix product is timed."""
     from creature import estimate, hardware
 
     device = hardware.device_info()
     precision = arguments.precision or hardware.choose_precision(device)[0]
     compiled = device.kind == "cuda" and hardware.compiler_available(device)[0] and not arguments.eager
-    card = hardware.card_name(device.name) if device.kind == "cuda" else None
-    rate = None if card else estimate.matmul_flops(device.kind, precision)
-    return Row("this machine", device, precision, compiled, card, rate)
+    if card := hardware.card_name(device.name):
+        return Row("this machine", device, precision, compiled, *_expected_speed(config, block, card))
+    share, rate = estimate.ASSUMED_SHARE_OF_MATMUL, estimate.matmul_flops(device.kind, precision)
+    speed = share * rate / estimate.flops_per_token(config, block)
+    source = f"{share:.0%}, assumed, of {rate / 1e9:,.0f} GFLOP/s timed now"
+    return Row("this machine", device, precision, compiled, speed, source)
 
 
-def _speed(config, block: int, row: Row, batch: int, optimizer: str, step_tokens: int) -> tuple[float, str]:
-    """(tokens/s, where that number is from) of a device with a micro-batch."""
-    from creature import estimate, hardware
+def _expected_speed(config, block: int, card: str) -> tuple[float, str]:
+    from creature import estimate
 
-    flops = estimate.flops_per_token(config, block)
-    if row.card is None:
-        share = estimate.ASSUMED_SHARE_OF_MATMUL
-        return share * row.rate / flops, f"{share:.0%} of {row.rate / 1e9:,.0f} GFLOP/s timed now"
-    accumulation = max(1, step_tokens // (batch * block))
-    speed = estimate.tokens_per_second(config, batch, block, row.card, accumulation, optimizer)
-    mfu = flops * speed / hardware.CARDS[row.card].peak_flops
-    return speed, f"MFU {mfu:.2f} {estimate.card_shares(row.card)[1]}"
+    mfu, source = estimate.expected_mfu(card)
+    return estimate.tokens_per_second(config, block, card), f"MFU {mfu:.2f} {source}"
 
 
-def print_parameters(counts: dict[str, int]) -> None:
-    print("parameters")
-    labels = {
-        "token_table": "token table (tied to the head)" if not counts["head"] else "token table",
-        "head": "head of its own",
-        "body": "layers and norms",
-        "text_only": "= text only",
-        "senses": "other senses and efference copies",
-        "streams": "other streams",
-        "total": "= total",
-        "trainable": "trained with this configuration",
-    }
-    for name, label in labels.items():
-        if counts[name]:
-            print(f"  {label:<34} {counts[name]:>15,}")
-
-
-def print_memory(config, block: int, row: Row, micro_batch: int | None, options: dict, step_tokens: int) -> None:
-    batch = micro_batch or _fit(config, block, row, options, step_tokens) or 1
-    parts = _memory(config, block, row, batch, options, step_tokens)
-    form = f"{row.precision}, {'compiled' if row.compiled else 'eager'}, {options['optimizer']}"
-    print(f"\nmemory of a step on {row.name}, micro-batch {batch} x {block:,} tokens ({form})")
-    for part, label in PARTS.items():
+def print_memory(row: Row, block: int, optimizer: str, batch: int, parts: dict[str, int]) -> None:
+    form = f"{row.precision}, {'compiled' if row.compiled else 'eager'}, {optimizer}"
+    print(f"\nmemory of a step on {row.name}, micro-batch {max(batch, 1)} x {block:,} tokens ({form})")
+    for part, label in MEMORY.items():
         if parts[part]:
             print(f"  {label:<58} {parts[part] / 2**30:>7.2f} GiB")
 
 
-def print_cards(config, block: int, rows: list[Row], micro_batch, options: dict, tokens, step_tokens: int) -> None:
+def print_table(rows: list[Row], memories: list[tuple[int, dict[str, int]]], tokens: float) -> None:
     header = ("card", "memory", "micro-batch", "peak", "tokens/s", "tokens a day", "hours", "")
     table = [header]
-    for row in rows:
-        batch = micro_batch or _fit(config, block, row, options, step_tokens)
-        peak = _memory(config, block, row, max(batch, 1), options, step_tokens)["peak"]
-        fits = peak <= row.device.free_bytes
-        speed, source = _speed(config, block, row, max(batch, 1), options["optimizer"], step_tokens)
+    for row, (batch, parts) in zip(rows, memories, strict=True):
+        fits = parts["peak"] <= row.device.free_bytes
         table.append(
             (
                 row.name,
                 f"{row.device.memory_bytes / 2**30:.0f} GiB",
                 (f"{batch}" if fits else f"{batch} does not fit") if batch else "none fits",
-                f"{peak / 2**30:.1f} GiB",
-                f"{speed:,.0f}",
-                _count(speed * 86400),
-                f"{tokens / speed / 3600:,.1f}" if tokens else "-",
-                source,
+                f"{parts['peak'] / 2**30:.1f} GiB",
+                f"{row.speed:,.0f}",
+                _billions(row.speed * 86400),
+                f"{tokens / row.speed / 3600:,.1f}" if tokens else "-",
+                row.source,
             )
         )
     widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-    print(f"\n{_count(tokens)} tokens on" if tokens else "")
+    print(f"\n{_billions(tokens)} tokens on" if tokens else "")
     for line in table:
         cells = [line[0].ljust(widths[0])] + [line[i].rjust(widths[i]) for i in range(1, len(header) - 1)] + [line[-1]]
         print("  " + "  ".join(cells).rstrip())
 
 
-def _count(number: float) -> str:
+def _billions(number: float) -> str:
     return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.3g} M"
-
-
-def _memory(config, block: int, row: Row, batch: int, options: dict, step_tokens: int) -> dict[str, int]:
-    from creature.estimate import memory_parts
-
-    return memory_parts(
-        config,
-        batch,
-        block,
-        row.precision,
-        device_kind=row.device.kind,
-        compiled=row.compiled,
-        float8=row.device.is_hopper,
-        accumulating=batch * block < step_tokens,
-        **options,
-    )
-
-
-def _fit(config, block: int, row: Row, options: dict, step_tokens: int) -> int:
-    """The micro-batch that fits the device, no larger than a step's batch."""
-    from creature.estimate import fit_micro_batch
-
-    limit = max(1, step_tokens // block)
-    return fit_micro_batch(config, block, row.device, row.precision, compiled=row.compiled, limit=limit, **options)
 
 
 if __name__ == "__main__":

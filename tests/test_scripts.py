@@ -154,7 +154,7 @@ def test_estimate_takes_the_runs_fields_and_cards(tool):
 
 def test_estimate_refuses_in_words(tool):
     code, _, err = tool("estimate", "--card", "GTX 9")
-    assert code == 1 and "no rate is known for the card 'GTX 9'" in err
+    assert code == 1 and "unknown card 'GTX 9': use one of" in err
     assert "did you mean hidden_size" in tool("estimate", "--hiden_size", "3")[2]
     code, _, err = tool("estimate", "--num_attention_heads", "7")
     assert code == 1 and "multiple of num_attention_heads" in err
