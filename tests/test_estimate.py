@@ -10,7 +10,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from configuration_creature import CreatureConfig
-from creature.args import CONFIGS, parse_settings
 from creature.errors import UserError
 from creature.estimate import (
     count_parameters,
@@ -23,6 +22,7 @@ from creature.estimate import (
 )
 from creature.hardware import Device
 from creature.optimizer import MuonAdamW, parameter_groups
+from creature.settings import CONFIGS, parse_settings
 from modeling_creature import MultiModalCreature
 
 GPU = Device("cuda", "NVIDIA GeForce RTX 3090", 24 * 2**30, 23 * 2**30, 8, True, 1, (8, 6))
