@@ -6,13 +6,9 @@
 
 Settings come from a YAML file (--config, configs/text_only_config.yaml by default) with the sections model, data and
 training; any field of any section is also a flag, with dashes or underscores: --hidden_size 256 --learning-rate 1e-3.
---help lists them all. Ctrl+C or SIGTERM finishes the step, saves, and says how to resume.
+--help lists them all. Ctrl+C or SIGTERM finishes the step, saves, and says how to resume; before the first step it ends
+the run at once.
 """
-
-if __name__ == "__main__":
-    from creature import startup
-
-    startup.leave_on_signals()  # before all that takes long to import
 
 from creature import checkpoints, launch
 from creature.settings import parse_settings

@@ -38,6 +38,7 @@ sys.path[0] = str(PROJECT)
 
 KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "disk full", "truncated file", "flipped bit", "newest deleted")
 DAMAGES = KINDS[4:]
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PHASES = ("starting", "training", "saving", "finishing")
 DISK_BYTES = 48 << 20  # room for some dozen checkpoints
 PATIENCE = 120  # seconds without an end after a fault, after which an attempt counts as hung
@@ -113,8 +114,6 @@ class Run:
 
     def _start(self, *flags: str) -> tuple[int, list[int]]:
         """(what reads the output of all its processes, their ids)."""
-        from creature import startup
-
         count = self.options.processes
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -122,11 +121,10 @@ class Run:
         reader, writer = os.pipe()
         pids = []
         for rank in range(count):
-            with startup.signals_blocked():  # as long as the run could not catch them
-                pid = os.fork()
-                if not pid:
-                    startup.leave_on_signals()
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a fork takes them once it can handle them
+            pid = os.fork()
             if pid:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
                 pids.append(pid)
                 continue
             world = {"WORLD_SIZE": count, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
@@ -203,7 +201,11 @@ def _become_run(writer: int, place: Path, folder: Path, steps: int, flags: tuple
         import run_clm_creature
         from creature import launch
 
-        launch.run(run_clm_creature.main)
+        def main() -> int | None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            return run_clm_creature.main()
+
+        launch.run(main)
     except SystemExit as end:
         code = end.code
     except BaseException:

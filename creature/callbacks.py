@@ -1,4 +1,4 @@
-"""What watches a run, one small class each: throughput, signals, non-finite values, samples, advice, logs."""
+"""The callbacks of a run: throughput, stop signals, NaN check, samples, advice, logs."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from creature.checkpoints import METRICS_FILE, newest_complete, read_run, update_run
 from creature.errors import UserError
-from creature.launch import say_waiting, seconds_since_launch
+from creature.launch import say_waiting, seconds_since_launch, set_handlers, was_interrupted
 from creature.terminal import give_terminal_back
 
 
@@ -24,9 +24,9 @@ class Throughput(TrainerCallback):
     """
     Tokens and samples per second and MFU over the last logging window, without evaluation, saving and compiling.
 
-    The first step of a process compiles and warms up, so the clock starts after it: a log of that step has no rates
-    and no time left. The Trainer waits for the device before each log, so the window ends when its work is done, not
-    when it was enqueued.
+    The clock starts after the first step of a process, which compiles and warms up: a log of that step has no rates
+    and no time left. The Trainer reads the loss from the device before each log, so a window ends when its work is
+    done, not when it was enqueued.
     """
 
     def __init__(self, flops_per_token: float | None = None, peak_flops: float | None = None):
@@ -56,7 +56,7 @@ class Throughput(TrainerCallback):
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent in here is no training time."""
+        """A context whose time is left out of the rates."""
         start = time.perf_counter()
         try:
             yield
@@ -89,59 +89,57 @@ def _wait_for_device(device: torch.device) -> None:
 
 
 class StopEvaluation(Exception):
-    """Raised out of the evaluation loop when a signal asked to stop."""
+    """Raised in the evaluation loop when a signal asked to stop."""
 
 
 class StopSignals(TrainerCallback):
     """
-    First Ctrl+C or SIGTERM: finish the step, save, stop. Second: leave at once.
+    The first Ctrl+C or SIGTERM finishes the step, saves and stops; a second one leaves at once.
 
-    With several processes all agree on the step to stop at: each step starts to share its flag in the background, on
-    the CPU, and the next step reads what was shared, so nobody waits. A launcher that dies counts as a signal too.
+    Several processes must agree on the step to stop at: each step starts an all-reduce of the flag in the background,
+    on the CPU, and the next step reads its result, so that nobody waits. A launcher that died counts as a signal.
     """
 
-    # What arrives this soon after the first signal is that one again: `timeout` signals a process and then its group,
-    # and a launcher of several processes passes on what they have got from the terminal already.
+    # A signal this soon after the first is the same one: `timeout` signals a process and then its group, and a launcher
+    # of several processes passes on what the terminal has sent to all of them.
     same_signal_seconds = 2.0 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0.25
 
     def __init__(self, launcher_pid: int | None = None):
         """launcher_pid: the parent process whose end means to stop, None where the parent may leave."""
-        self.requested = ""
+        self.requested = ""  # the signal's name
         self.stopped = False
         self.launcher_pid = launcher_pid
         self.training = False
-        self._when = 0.0
+        self._requested_at = 0.0
         self._previous: dict[int, object] = {}
         self._group = self._shared = self._work = None
 
     def install(self) -> "StopSignals":
         """Take over the signals; only a main thread can, elsewhere this does nothing."""
-        for name in ("SIGINT", "SIGTERM"):
-            with contextlib.suppress(ValueError, OSError):
-                number = getattr(signal, name)
-                self._previous[number] = signal.signal(number, self._on_signal)
+        self._previous = set_handlers(self._on_signal)
+        if was_interrupted():  # by a signal of the start, which a library has swallowed
+            raise KeyboardInterrupt
         return self
 
     def restore(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Give the signals back to the handlers before `install`."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._previous.clear()
 
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self.requested and time.monotonic() - self._when > self.same_signal_seconds:
-            self._tell("second signal: leaving at once; the last checkpoint is whole\n")
+    def _on_signal(self, number, frame):
+        if self.requested and time.monotonic() - self._requested_at > self.same_signal_seconds:
+            self._print("second signal: leaving at once; the last checkpoint is complete\n")
             give_terminal_back()
             os._exit(128 + number)
         if not self.requested:
-            self.requested, self._when = signal.Signals(number).name, time.monotonic()
-            self._tell(f"\n{self.requested}: finishing the step and saving; a second one leaves at once\n")
+            self.requested, self._requested_at = signal.Signals(number).name, time.monotonic()
+            self._print(f"\n{self.requested}: finishing the step and saving; a second one leaves at once\n")
 
     @staticmethod
-    def _tell(text: str) -> None:
+    def _print(text: str) -> None:
         if os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, text.encode())
+                os.write(2, text.encode())  # `print` may not be called again while it is under way
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.stopped, self.training = False, True
@@ -149,9 +147,9 @@ class StopSignals(TrainerCallback):
             self._group = torch.distributed.new_group(backend="gloo")
 
     def poll(self) -> bool:
-        """Whether all processes stop now. With several processes, call it equally often in each."""
+        """Whether all processes stop now; to be called equally often in each process."""
         if self.launcher_pid and not self.requested and os.getppid() != self.launcher_pid:
-            self.requested, self._when = "the launcher is gone", time.monotonic()
+            self.requested, self._requested_at = "the launcher is gone", time.monotonic()
         if self._group is None:
             return bool(self.requested)
         agreed = False
@@ -169,15 +167,15 @@ class StopSignals(TrainerCallback):
         return control
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """The Trainer comes here after a stop too: nothing is due then but a log, where the epoch is really over."""
+        """The Trainer calls this after a stop too: then only a log is due, and only if the epoch really is over."""
         if self.stopped:
             control.should_log &= state.epoch == int(state.epoch)
-            control.should_save = control.should_log  # again, so that what is logged is not logged twice
+            control.should_save = control.should_log  # save again, or the resumed run logs the same again
             control.should_evaluate = False
         return control
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        if self.training and self.poll():  # when it is over, all is saved: the last evaluation is worth its time
+        if self.training and self.poll():  # after training all is saved, so the last evaluation is finished
             self.stopped = True
             raise StopEvaluation
 
@@ -192,45 +190,45 @@ class NanGuard(TrainerCallback):
     """
     Stops the run at the first NaN or infinite gradient, before the optimizer step, so that the weights stay good.
 
-    On a CPU the check is immediate. On a GPU the flag travels to the host in the background and is read a step later,
-    so that nothing waits; until then torch's fused optimizers, and those with `skips_found_inf`, leave the weights as
-    they are where their attribute `found_inf` is 1. In any case no checkpoint is written meanwhile.
+    On a CPU the check is immediate. On a GPU the flag is copied to the host in the background and read a step later,
+    so that nothing waits. Until then the attribute `found_inf` makes torch's fused optimizers, and those with
+    `skips_found_inf`, leave the weights as they are. No checkpoint is written before the flag was read.
     """
 
     def __init__(self, keep_batch: Callable[[int], str] = lambda step: ""):
-        """keep_batch: puts what a step has trained on where one can look at it, and says where."""
+        """keep_batch: writes the batch of a step to a file and returns a phrase that names the file."""
         self.keep_batch = keep_batch
         self._pending: tuple[torch.Tensor, torch.cuda.Event, int, bool] | None = None
 
     def check(self, value: torch.Tensor, step: int, optimizer, output_dir: str) -> None:
-        """value: 0-D, whatever must be finite in this step. Raises UserError for this step or the one before."""
+        """value: 0-D, must be finite. Raises UserError for this step, or on a GPU for the step before."""
         finite = torch.isfinite(value)
         if finite.device.type != "cuda":
             if not finite:
-                self._stop(step, output_dir, spared=True)
+                self._stop(step, output_dir, weights_kept=True)
             return
         self.wait(output_dir)
         inner = getattr(optimizer, "optimizer", optimizer)
-        spared = getattr(inner, "skips_found_inf", False) or all(g.get("fused") for g in inner.param_groups)
-        if spared:
+        weights_kept = getattr(inner, "skips_found_inf", False) or all(g.get("fused") for g in inner.param_groups)
+        if weights_kept:
             inner.found_inf = (~finite).float()
         flag = torch.empty((), dtype=torch.bool, pin_memory=True)
         flag.copy_(finite, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._pending = (flag, event, step, spared)
+        self._pending = (flag, event, step, weights_kept)
 
     def wait(self, output_dir: str) -> None:
-        """Wait for the check under way, if any; before a checkpoint, so that none holds a NaN."""
+        """Wait for the check under way, if any; called before a checkpoint, so that none holds a NaN."""
         if self._pending is not None:
-            flag, event, step, spared = self._pending
+            flag, event, step, weights_kept = self._pending
             self._pending = None
             event.synchronize()
             if not flag:
-                self._stop(step, output_dir, spared)
+                self._stop(step, output_dir, weights_kept)
 
-    def _stop(self, step: int, output_dir: str, spared: bool) -> None:
-        when = "before the weights changed" if spared else "before anything was saved"
+    def _stop(self, step: int, output_dir: str, weights_kept: bool) -> None:
+        when = "before the weights changed" if weights_kept else "before anything was saved"
         kept, _ = newest_complete(output_dir)
         last = f"the last good checkpoint is {kept.name}: --resume it" if kept else "no checkpoint yet: start again"
         raise UserError(
@@ -240,7 +238,7 @@ class NanGuard(TrainerCallback):
 
 
 class DecayCheckpoint(TrainerCallback):
-    """Saves where the learning rate begins to fall, and keeps that checkpoint: from there a run can be extended."""
+    """Saves the step at which the learning rate begins to fall: an extended run resumes from that checkpoint."""
 
     def __init__(self, step: int):
         self.step = step
@@ -252,7 +250,7 @@ class DecayCheckpoint(TrainerCallback):
 
 
 class Samples(TrainerCallback):
-    """Prints a continuation of a prompt every so many steps, on the main process; `sample(prompt) -> text` makes it."""
+    """Prints a continuation of a prompt every `every` steps, on the main process; sample: prompt -> text."""
 
     def __init__(self, sample, prompt: str, every: int):
         self.sample, self.prompt, self.every = sample, prompt, every
@@ -264,18 +262,18 @@ class Samples(TrainerCallback):
 
 class HealthAdvice(TrainerCallback):
     """
-    Says what to look at when a run is not well; each thing once, a spike each time.
+    Prints what to look at when the loss jumps, stays above 5 after 40 M tokens, or the run is slow.
 
-    A fresh model starts at ln(50304) = 10.8, and a loss above 5 is normal for the first tens of millions of tokens, so
-    that threshold counts only after them.
+    A fresh model starts at ln(50304) = 10.8, and a loss above 5 is normal for the first tens of millions of tokens. A
+    jump is compared with the mean of the `patience` logs before it; each of the other two is printed once.
     """
 
     def __init__(self, loss_limit=5.0, after_tokens=40e6, patience=10, min_samples_per_second=5.0, say=None):
-        """patience: logging windows that must show progress; say: where advice goes (the console by default)."""
-        self.loss_limit, self.after_tokens, self.patience = loss_limit, after_tokens, patience
+        """say: where the advice goes, the console by default."""
+        self.loss_limit, self.after_tokens = loss_limit, after_tokens
         self.min_samples_per_second = min_samples_per_second
         self.say = say or _say
-        self._losses: deque[float] = deque(maxlen=2 * patience)
+        self._losses: deque[float] = deque(maxlen=patience)
         self._said: set[str] = set()
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -284,45 +282,36 @@ class HealthAdvice(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
-        loss, rate = logs["loss"], logs.get("samples_per_second")
+        loss, rate = logs["loss"], logs.get("samples_per_second", math.inf)
         if logs.get("tokens", 0) >= self.after_tokens and loss > self.loss_limit:
-            self._once(
+            self._say_once(
                 "high",
                 f"the loss is still above {self.loss_limit:g} after {logs['tokens']:,} tokens: check that the data is "
                 "clean text in one language (decode some of it), and try a learning rate 3x lower or higher",
             )
-        recent = list(self._losses)[-self.patience :]
-        if len(recent) == self.patience and loss > sum(recent) / len(recent) + 1:
+        if len(self._losses) == self._losses.maxlen and loss > sum(self._losses) / len(self._losses) + 1:
             self.say(
-                f"advice: the loss jumped to {loss:.2f} at step {state.global_step} from {recent[-1]:.2f}: if it does "
-                "not come back, resume from the checkpoint before with a lower --learning_rate"
+                f"advice: the loss jumped to {loss:.2f} at step {state.global_step} from {self._losses[-1]:.2f}: if it "
+                "does not come back, resume from the checkpoint before with a lower --learning_rate"
             )
         self._losses.append(loss)
-        if len(self._losses) == 2 * self.patience and logs.get("learning_rate", 1) > 0:
-            losses = list(self._losses)
-            if sum(losses[self.patience :]) > 0.999 * sum(losses[: self.patience]):
-                self._once(
-                    "still",
-                    f"the loss has stood still at {loss:.2f} over the last {2 * self.patience} logs: the learning rate "
-                    "may be too low or too high, or the model has learned what the data holds; compare eval_loss",
-                )
-        if rate is not None and rate < self.min_samples_per_second and state.global_step > 1:
+        if rate < self.min_samples_per_second and state.global_step > 1:
             look = (
                 "this is a CPU: use a GPU for a real run, or a smaller --block_size"
                 if args.device.type == "cpu"
                 else "look whether another program uses the GPU (nvidia-smi), whether torch.compile and bf16 are on "
                 "(see the table above), and whether --per_device_train_batch_size could be larger"
             )
-            self._once("slow", f"{rate:.2g} samples a second are fewer than {self.min_samples_per_second:g}: {look}")
+            self._say_once("slow", f"{rate:.2g} samples a second, fewer than {self.min_samples_per_second:g}: {look}")
 
-    def _once(self, kind: str, text: str) -> None:
+    def _say_once(self, kind: str, text: str) -> None:
         if kind not in self._said:
             self._said.add(kind)
             self.say(f"advice: {text}")
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log to metrics.jsonl, one JSON object a line; time goes on over a resume."""
+    """Appends every log to metrics.jsonl, one JSON object a line; `time` counts the training before a resume too."""
 
     keys = (
         "loss", "grad_norm", "learning_rate", "tokens_per_second", "samples_per_second", "mfu", "epoch",
@@ -350,29 +339,29 @@ class MetricsFile(TrainerCallback):
 
 
 class FirstStep(TrainerCallback):
-    """Says what the first step waits for, then when it was done; run.json keeps that as `seconds_to_first_step`."""
+    """Prints when the first step starts and ends, and writes `seconds_to_first_step` into run.json."""
 
     def __init__(self):
-        self._begun: float | None = None
+        self._start: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         compiling = ", compiling (a minute or more the first time on a machine)" if args.torch_compile else ""
         say_waiting(f"the first step{compiling}")
-        self._begun = time.perf_counter()
+        self._start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._begun is None or not state.is_world_process_zero:
+        if self._start is None or not state.is_world_process_zero:
             return
         _wait_for_device(args.device)
         seconds = seconds_since_launch()
-        _say(f"first step done {seconds:.1f} s after the launch; it took {time.perf_counter() - self._begun:.1f} s")
-        self._begun = None
+        _say(f"first step done {seconds:.1f} s after the launch; it took {time.perf_counter() - self._start:.1f} s")
+        self._start = None
         if read_run(args.output_dir) is not None:
             update_run(args.output_dir, seconds_to_first_step=round(seconds, 1))
 
 
 class ConsoleLog(ProgressCallback):
-    """A progress bar with the time that is left, where there is a terminal, and one readable line for each log."""
+    """One readable line for each log, with the time left, and on a terminal a progress bar."""
 
     def __init__(self, throughput: Throughput, bar: bool | None = None):
         super().__init__()
@@ -399,7 +388,7 @@ class ConsoleLog(ProgressCallback):
         _say(log_line(state.global_step, state.max_steps, logs, left), self.training_bar)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.prediction_bar is not None:  # a signal left it open
+        if self.prediction_bar is not None:  # left open by StopEvaluation
             self.prediction_bar.close()
             self.prediction_bar = None
         if self.training_bar is not None:
@@ -407,7 +396,7 @@ class ConsoleLog(ProgressCallback):
 
 
 def log_line(step: int, max_steps: int, logs: dict, seconds_left: float = math.nan) -> str:
-    """One log as a line for people: loss, losses by stream, gradient, rate, speed, time left; or an evaluation."""
+    """One log as a line for the console: losses, gradient norm, learning rate, speed, time left; or an evaluation."""
     parts = [f"step {step:>6,}/{max_steps:,}"]
     streams = [key for key in logs if key.startswith("loss_")]
     shapes = {"loss": "{:.4f}"} | {key: "{:.4f}" for key in streams}
@@ -425,7 +414,7 @@ def log_line(step: int, max_steps: int, logs: dict, seconds_left: float = math.n
 
 
 def format_seconds(seconds: float) -> str:
-    """Hours, minutes and seconds as 1:02:03, with days before where there are any."""
+    """A duration as 1:02:03 (hours, minutes, seconds), with days in front where there are any."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)

@@ -12,7 +12,7 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from configuration_creature import CreatureConfig
-from creature import checkpoints, startup
+from creature import checkpoints
 from creature.callbacks import (
     ConsoleLog,
     DecayCheckpoint,
@@ -250,9 +250,7 @@ def build_trainer(
     """The Trainer with everything that watches the run."""
     tokenizer.model_max_length = model.config.max_position_embeddings  # saved with it, and what `truncation=True` means
     throughput = Throughput(run["flops_per_token"], run["peak_flops"])
-    with startup.signals_blocked():
-        startup.hand_over()
-        signals = StopSignals(parent_to_watch()).install()
+    signals = StopSignals(parent_to_watch()).install()
     trainer = CreatureTrainer(
         model=model,
         args=args,

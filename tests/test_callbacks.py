@@ -137,18 +137,16 @@ def test_a_run_that_is_well_gets_no_advice():
     assert advise([10.8 - 0.15 * i for i in range(60)]) == []
 
 
-def test_each_ailment_is_told_once_with_what_to_look_at():
+def test_advice_says_what_to_look_at():
     high = advise([9.0 - 0.01 * i for i in range(60)])
     assert len(high) == 1 and "above 5" in high[0] and "data" in high[0]
-    still = advise([3.0] * 60)
-    assert len(still) == 1 and "stood still" in still[0] and "learning rate" in still[0]
     slow = advise([3.0 - 0.01 * i for i in range(20)], rate=1.5)
     assert len(slow) == 1 and "fewer than 5" in slow[0] and "GPU" in slow[0]
     spike = advise([3.0 - 0.01 * i for i in range(15)] + [6.0])
     assert len(spike) == 1 and "jumped" in spike[0] and "step 16" in spike[0]
 
 
-def test_a_jump_is_told_right_after_a_resume_too():
+def test_a_jump_right_after_a_resume_is_reported_too():
     said = []
     health = callbacks.HealthAdvice(say=said.append)
     history = [{"loss": 3.0 - 0.01 * step, "step": step} for step in range(1, 12)] + [{"eval_loss": 2.9, "step": 11}]

@@ -87,7 +87,7 @@ def test_ctrl_c_reaches_the_script_and_the_launcher_ends_with_0(terminal):
 @posix
 def test_ctrl_z_does_not_lose_the_terminal(terminal):
     terminal.read_until("working")
-    terminal.press(b"\x1a")  # nobody watches this group for stops, so the launcher is not stopped and all goes on
+    terminal.press(b"\x1a")  # is ignored
     time.sleep(1)
     terminal.press(b"\x03")
     terminal.read_until("saved")
