@@ -1,11 +1,11 @@
-"""Training speed and memory: the creature beside GPT-2 of the same shape, both in the Hugging Face Trainer, in one run.
+"""Training speed and memory of the creature in CreatureTrainer beside GPT-2 of the same shape in the stock Trainer.
 
 examples:
   python benchmarks/throughput.py --data data/corpus.bin
   python benchmarks/throughput.py --micro_batch 1 --block_size 256 --steps 4 --warmup 1      # a laptop
 
-Without --data it trains on made-up stories. Every row runs the same blocks in the same order; the figure is the median
-of the timed steps, after a warm-up that holds the compiling. Rows whose model or card has no room say so.
+Without --data it trains on generated stories. All rows train on the same blocks in the same order. The figure is the
+median of the timed steps; compiling happens in the warm-up steps before them. A row that runs out of memory says so.
 """
 
 import argparse
@@ -15,35 +15,35 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 # In place of this folder, whose tokenize.py would hide the standard library's module of that name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# Name, model, columns of the vocabulary, compiled, documents of a block kept apart.
-ROWS = (
-    ("creature", "creature", 50304, True, False),
-    ("creature, backbone alone", "backbone", 50304, True, False),
-    ("creature, documents apart", "creature", 50304, True, True),
-    ("creature, eager", "creature", 50304, False, False),
-    ("creature, backbone alone, eager", "backbone", 50304, False, False),
-    ("GPT-2, 50304 columns", "gpt2", 50304, True, False),
-    ("GPT-2, 50304 columns, eager", "gpt2", 50304, False, False),
-    ("GPT-2, 50257 columns, eager", "gpt2", 50257, False, False),
-)
+# Name: model, columns of the vocabulary, compiled, documents of a block kept apart.
+ROWS = {
+    "creature": ("creature", 50304, True, False),
+    "creature, documents apart": ("creature", 50304, True, True),
+    "creature, eager": ("creature", 50304, False, False),
+    "GPT-2, 50304 columns": ("gpt2", 50304, True, False),
+    "GPT-2, 50304 columns, eager": ("gpt2", 50304, False, False),
+    "GPT-2, 50257 columns, eager": ("gpt2", 50257, False, False),
+}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="token stream or text (default: made-up stories)")
+    parser.add_argument("--data", help="token stream or text (default: generated stories)")
     parser.add_argument("--micro_batch", type=int, default=32, help="blocks a micro-batch (default 32)")
     parser.add_argument("--block_size", type=int, default=2048, help="tokens a block (default 2048)")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches a step (default 1)")
     parser.add_argument("--steps", type=int, default=40, help="timed steps (default 40)")
     parser.add_argument("--warmup", type=int, default=10, help="steps before them (default 10)")
-    parser.add_argument("--rows", nargs="+", help="names of rows (default: all)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile (default: on a GPU)")
-    return parser.parse_args()
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="(default: all)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compiled rows (default: on a GPU)")
+    options = parser.parse_args()
+    if options.warmup < 1 or options.steps < 2:
+        parser.error("give at least --warmup 1 and --steps 2: a step is timed from the end of the one before")
+    return options
 
 
 def configuration(name: str = "text_only", **changes):
@@ -60,12 +60,9 @@ def build(kind: str, columns: int):
 
     from modeling_creature import MultiModalCreature
 
-    if kind in ("creature", "backbone"):
+    if kind == "creature":
         model = MultiModalCreature(configuration(vocab_size=columns))
         model.train_only()
-        if kind == "backbone":  # the senses and streams that round one leaves silent are not even there
-            del model.streams
-            model.model.senses = _no_senses()
         return model
     config = GPT2Config(n_embd=512, n_layer=6, n_head=8, n_positions=2048, vocab_size=columns)
     config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.0  # the creature has no dropout either
@@ -73,21 +70,8 @@ def build(kind: str, columns: int):
     return GPT2LMHeadModel(config)
 
 
-def _no_senses():
-    """What stands for the senses of a creature that has none."""
-    from torch import nn
-
-    class NoSenses(nn.Module):
-        own_voice = SimpleNamespace(code_table=None)
-
-        def forward(self, senses, table) -> list:
-            return []
-
-    return NoSenses()
-
-
 def clear_device() -> None:
-    """Forget the models and graphs of the row before."""
+    """Free the models and graphs of the row before, and reset the peak of memory."""
     import torch
 
     torch._dynamo.reset()
@@ -109,11 +93,11 @@ def timed_steps(
     separate_documents: bool = False,
 ) -> tuple[float, float]:
     """
-    Train `model` on `blocks` in its Trainer, bf16 on a GPU: (median seconds of an optimizer step, peak GiB). A creature
-    records CUDA graphs where a run would.
+    (median seconds of an optimizer step, peak GiB or NaN on a CPU) of `model` training on `blocks`: a creature in
+    CreatureTrainer, recorded as CUDA graphs where a run would be; any other model in the stock Trainer. bf16 on a GPU.
 
-    A step is timed from the end of the one before, after `warmup` of them, which hold the compiling. On a CPU the GiB
-    are NaN. Raises torch.OutOfMemoryError where the batch has no room.
+    A step is timed from the end of the one before; the first `warmup` steps, in which the model is compiled, are not
+    timed. Raises torch.OutOfMemoryError where the batch does not fit.
     """
     import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -127,7 +111,7 @@ def timed_steps(
 
     cuda = torch.cuda.is_available()
     own = model.config.model_type == "creature"
-    ends: list = []  # seconds, or on a GPU events, which let the host run ahead as it does in a real run
+    ends: list = []  # seconds; on a GPU events, so that the host runs ahead as in a real run
 
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -143,7 +127,7 @@ def timed_steps(
     records = own and compiled and graphs_pay(model.config, device_info(), "bf16", *batch, separate_documents)
     with tempfile.TemporaryDirectory() as folder:
         args = (CreatureTrainingArguments if own else TrainingArguments)(
-            **({"batch_warmup_steps": 0} if own else {}),  # what most of a run is made of
+            **({"batch_warmup_steps": 0} if own else {}),  # whole batches, as in most steps of a run
             output_dir=folder,
             max_steps=warmup + steps,
             per_device_train_batch_size=micro_batch,
@@ -158,8 +142,8 @@ def timed_steps(
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=cuda,
-            accelerator_config={"non_blocking": cuda},  # as the job has it: copies of pinned memory need not wait
-            dataloader_drop_last=True,  # a shorter batch would be compiled anew
+            accelerator_config={"non_blocking": cuda},  # as in the job: copies from pinned memory need not wait
+            dataloader_drop_last=True,  # a shorter batch would be compiled again
         )
         trainer = (CreatureTrainer if own else Trainer)(
             model=model,
@@ -178,14 +162,16 @@ def timed_steps(
     return seconds, torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
 
 
-def measure(row: tuple, blocks, options: argparse.Namespace) -> str:
+def measure(name: str, blocks, options: argparse.Namespace) -> str:
     """Train one row; returns its line of the table."""
     import torch
 
-    name, kind, columns, compiled, apart = row
+    kind, columns, compiled, apart = ROWS[name]
+    model = build(kind, columns)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     try:
         seconds, memory = timed_steps(
-            build(kind, columns),
+            model,
             blocks,
             micro_batch=options.micro_batch,
             steps=options.steps,
@@ -195,18 +181,13 @@ def measure(row: tuple, blocks, options: argparse.Namespace) -> str:
             separate_documents=apart,
         )
     except torch.OutOfMemoryError:
-        return f"{name:32}  out of memory"
+        return f"{name:32}  {trained:12,}  out of memory"
     speed = options.micro_batch * options.accumulation * options.block_size / seconds
-    return f"{name:32}  {1000 * seconds:10.2f}  {speed:12,.0f}  {memory:9.2f}"
+    return f"{name:32}  {trained:12,}  {1000 * seconds:10.2f}  {speed:12,.0f}  {memory:9.2f}"
 
 
 def main() -> None:
     options = parse_arguments()
-    names = [row[0] for row in ROWS]
-    if unknown := sorted(set(options.rows or []) - set(names)):
-        raise SystemExit(f"unknown rows {', '.join(unknown)}: use {', '.join(names)}")
-    if options.warmup < 1 or options.steps < 2:
-        raise SystemExit("give at least --warmup 1 and --steps 2: a step is timed from the end of the one before")
     import torch
 
     from creature.data import load_splits
@@ -221,12 +202,12 @@ def main() -> None:
             write_story_corpus(source, max(needed, 4 * options.block_size), seed=0)
         blocks = load_splits(source, block_size=options.block_size, vocab_size=50304, cache_dir=folder).train
         compiles = torch.cuda.is_available() if options.compile is None else options.compile
-        chosen = [row for row in ROWS if (compiles or not row[3]) and row[0] in (options.rows or [row[0]])]
-        lines = [measure(row, blocks, options) for row in chosen]
-    tokens = f"{options.accumulation} x {options.micro_batch} x {options.block_size} tokens a step"
-    print(f"{tokens}, 6 x 512, median of {options.steps} steps")
-    print(f"{'':32}  {'ms a step':>10}  {'tokens/s':>12}  {'peak GiB':>9}")
-    print("\n".join(lines))
+        tokens = f"{options.accumulation} x {options.micro_batch} x {options.block_size} tokens a step"
+        print(f"{tokens}, 6 x 512, median of {options.steps} steps")
+        print(f"{'':32}  {'parameters':>12}  {'ms a step':>10}  {'tokens/s':>12}  {'peak GiB':>9}")
+        for name in options.rows:
+            if compiles or not ROWS[name][2]:
+                print(measure(name, blocks, options), flush=True)
 
 
 if __name__ == "__main__":
