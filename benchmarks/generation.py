@@ -1,14 +1,13 @@
-"""Speed of `model.generate`: the creature by default and compiled, beside the loop of transformers and GPT-2.
+"""Speed of `model.generate`: the creature, default and compiled, beside transformers' own loop and GPT-2.
 
 examples:
   python benchmarks/generation.py                                          # a GPU: batches of 1, 8 and 64, bfloat16
   python benchmarks/generation.py --device cpu --batch 1 --new_tokens 64   # a laptop, float32
-  python benchmarks/generation.py --device cpu --batch 1 --threads 1 --pairs 5
 
-All models are fresh, of one shape (6 layers x 512, 8 heads, 50304 columns), and their texts have no end, so that every
-row makes as many tokens. The first call, which records or compiles, is timed alone; the speed is the median of the runs
-after it, everything in `generate` included. What is compiled runs at the smallest and the largest batch alone, and slow
-figures get fewer runs. --pairs times creature and GPT-2 in turns and gives the median of the ratios.
+All models are untrained and have one shape (6 layers x 512, 8 heads, 50304 columns). End-of-text is switched off, so
+that every row generates the same number of tokens. The first call, which records or compiles, is timed alone; the speed
+is the median of the later calls, everything in `generate` included. Compiled rows run at the smallest and the largest
+batch only, and slow ones get fewer calls. The last line compares the default's tokens with those of transformers' loop.
 """
 
 import argparse
@@ -20,10 +19,10 @@ from pathlib import Path
 # In place of this folder, whose tokenize.py would hide the standard library's module of that name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-ENOUGH = 2.0  # s of timed calls, after which a figure gets no further one
+ENOUGH = 2.0  # s of timed calls, after which no further call is made
 
-# Name, model, what `generate` is given, whether it is compiled, on a GPU alone. "dynamic" asks for the loop of
-# transformers; the dict of `compile_config` becomes a CompileConfig.
+# Name, model, arguments of `generate`, whether it is compiled, which only a GPU runs. "dynamic" selects transformers'
+# loop; the dict of `compile_config` becomes a CompileConfig.
 ROWS = (
     ("creature", "creature", {}, False),
     ("creature, compiled", "creature", {"compile_config": {}}, True),
@@ -40,14 +39,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="rows at once (default 1 8 64)")
     parser.add_argument("--prompt_tokens", type=int, default=16, help="length of the prompt (default 16)")
     parser.add_argument("--new_tokens", type=int, default=256, help="length of the continuation (default 256)")
-    parser.add_argument("--runs", type=int, default=5, help="timed calls a figure, at most (default 5)")
-    parser.add_argument("--threads", type=int, help="threads of the CPU (default: as torch has them)")
-    parser.add_argument("--pairs", type=int, help="creature and GPT-2 in turns, so many times, in place of the table")
-    return parser.parse_args()
+    parser.add_argument("--runs", type=int, default=5, help="timed calls a row, at most (default 5)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    options = parser.parse_args()
+    if min(*options.batch, options.prompt_tokens, options.new_tokens, options.runs) < 1:
+        parser.error("--batch, --prompt_tokens, --new_tokens and --runs must be at least 1")
+    return options
 
 
 def build(kind: str, device: str, **changes):
-    """A fresh model in evaluation mode: bfloat16 on a GPU."""
+    """An untrained model in evaluation mode: bfloat16 on a GPU, else float32."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -70,7 +71,7 @@ def prompt_of(rows: int, options: argparse.Namespace):
 
 
 def seconds(model, prompt, options: argparse.Namespace, **settings) -> float:
-    """The time of one call, until its tokens are there."""
+    """Seconds of one call, until its tokens are on the device."""
     import torch
 
     if options.device == "cuda":
@@ -85,7 +86,7 @@ def seconds(model, prompt, options: argparse.Namespace, **settings) -> float:
 
 
 def measure(row: tuple, options: argparse.Namespace) -> list[str]:
-    """One row of the table at every batch size."""
+    """The lines of a row, one for each batch size."""
     import torch
     from transformers import CompileConfig
 
@@ -109,10 +110,10 @@ def measure(row: tuple, options: argparse.Namespace) -> list[str]:
 
 
 def equal_tokens(options: argparse.Namespace) -> str:
-    """Whether the default gives the tokens of the loop of transformers, in float32."""
+    """A line that says in how many rows the default gives the tokens of transformers' loop, in float32."""
     import torch
 
-    # Tied and untrained, a model repeats one token for ever, and every loop would agree.
+    # Untrained and tied, a model repeats one token, and any two loops would agree.
     model = build("creature", options.device, tie_word_embeddings=False).float()
     prompt = prompt_of(min(8, max(options.batch)), options)
     settings = {"max_new_tokens": options.new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -124,27 +125,8 @@ def equal_tokens(options: argparse.Namespace) -> str:
     return f"float32, default against the loop of transformers: {same} of {len(prompt)} rows equal, {kinds} tokens"
 
 
-def compare(options: argparse.Namespace) -> str:
-    """Creature and GPT-2 in turns, default arguments both."""
-    creature, gpt2 = build("creature", options.device), build("gpt2", options.device)
-    lines = []
-    for rows in options.batch:
-        prompt = prompt_of(rows, options)
-        seconds(creature, prompt, options), seconds(gpt2, prompt, options)
-        pairs = [(seconds(creature, prompt, options), seconds(gpt2, prompt, options)) for _ in range(options.pairs)]
-        own, other = (1000 * statistics.median(times) / options.new_tokens for times in zip(*pairs, strict=True))
-        ratio = statistics.median(theirs / ours for ours, theirs in pairs)
-        lines.append(
-            f"batch {rows}: creature {own:.2f} ms a token, GPT-2 {other:.2f}; "
-            f"the creature is {ratio:.2f} times as fast (median of {options.pairs} pairs)"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     options = parse_arguments()
-    if min(*options.batch, options.prompt_tokens, options.new_tokens, options.runs, options.pairs or 1) < 1:
-        raise SystemExit("--batch, --prompt_tokens, --new_tokens, --runs and --pairs must be at least 1")
     import torch
     import transformers
 
@@ -156,9 +138,6 @@ def main() -> None:
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     name += f", torch {torch.__version__}, transformers {transformers.__version__}, {options.new_tokens} new tokens"
     print(name)
-    if options.pairs:
-        print(compare(options))
-        return
     print(f"{'':32}  {'batch':>5}  {'tokens/s':>10}  {'ms a token':>10}  {'runs':>4}  {'first call s':>12}")
     for row in ROWS:
         if options.device == "cuda" or not row[3]:

@@ -1,4 +1,4 @@
-"""What a change is worth: train variants of the creature on the same tokens from the same seed, and print a table.
+"""What a change is worth: train variants of the creature on the same tokens with the same seed, and print a table.
 
 examples:
   python benchmarks/loss_per_token.py --train data/corpus.bin --validation data/corpus.valid.bin base \\
@@ -6,10 +6,10 @@ examples:
   python benchmarks/loss_per_token.py --train a.bin --validation b.bin --eager --steps 20 --micro_batch 2 \\
       --validation_blocks 8 base
 
-A variant is a name and, after a colon, fields that differ: of CreatureConfig, or of the training below, where
+A variant is a name and, after a colon, the fields that differ: of CreatureConfig, or of TRAINING below. There,
 separate_documents keeps the documents of a block apart, in training and in validation, and batch_warmup is the share of
-the steps in which each half of the batch is an update of its own. The loop is the bare one (no
-Trainer, no checkpoints, no logging), so tokens/s is the ceiling of `run_clm_creature.py`.
+the steps in which each half of the batch is an update of its own. The loop is bare (no Trainer, no checkpoints, no
+logging), so tokens/s is the ceiling of `run_clm_creature.py`.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="optimizer steps; default: the training tokens once")
     parser.add_argument("--micro_batch", type=int, default=32, help="blocks a step (default 32)")
     parser.add_argument("--block_size", type=int, default=2048, help="tokens a block (default 2048)")
-    parser.add_argument("--validation_blocks", type=int, help="evaluate on so many blocks only")
+    parser.add_argument("--validation_blocks", type=int, help="evaluate on this many blocks only")
     parser.add_argument("--eager", action="store_true", help="do not compile")
     return parser.parse_args()
 
@@ -58,7 +58,7 @@ def parse_variant(text: str) -> tuple[str, dict]:
 
 
 def batches(blocks, size: int, seed: int, device: str, collate):
-    """Endless shuffled batches of `size` rows of the dataset `blocks`, as `collate` makes them."""
+    """Endless shuffled and collated batches of `size` rows of the dataset `blocks`, on the device."""
     import torch
 
     epoch = 0
@@ -137,14 +137,14 @@ def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict
 
 
 def evaluate(model, blocks, device: str, collate, rows: int = 16) -> float:
-    """Mean loss in nats of the next tokens of all blocks."""
+    """Mean loss per token of all blocks, in nats."""
     import torch
 
     model.eval()
     total, count = 0.0, 0
     for first in range(0, len(blocks), rows):
-        chosen = list(range(first, min(first + rows, len(blocks))))
-        batch = {name: tensor.to(device) for name, tensor in collate(blocks.__getitems__(chosen)).items()}
+        indices = list(range(first, min(first + rows, len(blocks))))
+        batch = {name: tensor.to(device) for name, tensor in collate(blocks.__getitems__(indices)).items()}
         with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
             losses = model(**batch, return_logits=False).token_losses
         total, count = total + losses.double().sum().item(), count + losses.numel()
