@@ -127,11 +127,11 @@ def check_saved(model, checkpoint: Path, dataset) -> None:
 
 
 def _plot(folder: Path) -> None:
-    from creature.plots import plot_run, plot_throughput
+    from creature.plots import plot_runs
 
     try:
-        plot_run([folder], folder / "loss.png")
-        plot_throughput([folder], folder / "throughput.png")
+        plot_runs([folder], folder / "loss.png")
+        plot_runs([folder], folder / "throughput.png", ("tokens_per_second", "mfu"))
     except Exception as error:  # a picture is not worth a finished run
         print(f"no plots were drawn: {error}", flush=True)
 

@@ -44,7 +44,7 @@ def main() -> None:
     from creature.data import open_streams
     from creature.data.text.inspection import inspect_stream, read_tokens
     from creature.data.text.tokenizer import load_tokenizer
-    from creature.plots import plot_corpus
+    from creature.plots import plot_lengths
 
     train, validation = open_streams(
         arguments.data, tokenizer_name=arguments.tokenizer_name, cache_dir=arguments.cache_dir
@@ -83,7 +83,7 @@ def main() -> None:
 
     output = arguments.output or Path(arguments.data).stem + ".png"
     title = f"{Path(stream.name).name}: {len(found.lengths):,} documents, {found.tokens:,} tokens"
-    print(f"\n{plot_corpus(found.lengths, found.counts, frequent, output, title, arguments.block_size)}")
+    print(f"\n{plot_lengths(found.lengths, output, title, arguments.block_size)}")
 
 
 def report(found, arguments: argparse.Namespace, end_of_text: int) -> list[tuple[str, str]]:

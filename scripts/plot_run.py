@@ -3,11 +3,10 @@
 examples:
   python scripts/plot_run.py checkpoints/text_only
   python scripts/plot_run.py checkpoints/text_only checkpoints/small
-  python scripts/plot_run.py checkpoints/text_only checkpoints/small --x tokens --output curves.png
+  python scripts/plot_run.py checkpoints/text_only checkpoints/small --x time --output curves.png
 
-Training loss raw and smoothed, validation loss as dots, a line for each stream where there are several, and tokens per
-second. Several runs lie over each other, by default over steps, tokens and time side by side. Works while a run is
-still training.
+Training loss raw and smoothed, validation loss as dots, a panel for each stream where a run trains several, and tokens
+per second. Several runs lie over each other, by default over tokens. Works while a run is still training.
 """
 
 import argparse
@@ -24,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, with metrics.jsonl in it")
     parser.add_argument(
-        "--x", choices=("step", "tokens", "time", "all"), help="horizontal axis (default step; all for several runs)"
+        "--x", choices=("step", "tokens", "time"), help="x axis (default step, for several runs tokens)"
     )
     parser.add_argument("--output", help="a .png, .svg or .pdf file (default: RUN/curves.png, or runs.png for several)")
     return parser.parse_args()
@@ -32,12 +31,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from creature.plots import plot_run
+    from creature.plots import plot_runs
 
     output = arguments.output or (Path(arguments.runs[0]) / "curves.png" if len(arguments.runs) == 1 else "runs.png")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        path = plot_run(arguments.runs, output, arguments.x or ("step" if len(arguments.runs) == 1 else "all"))
+        x = arguments.x or ("step" if len(arguments.runs) == 1 else "tokens")
+        path = plot_runs(arguments.runs, output, x=x)
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     print(path)

@@ -23,10 +23,10 @@ LINE |= {"tokens_per_second": 100.5, "peak_memory_bytes": 10**9, "eval_loss": 3.
 
 
 def draw_metrics(folder, x: str) -> None:
-    from creature.plots import plot_run
+    from creature.plots import plot_runs
 
     checkpoints.rewind_metrics(folder, 100)
-    plot_run([folder], folder / "loss.svg", x)
+    plot_runs([folder], folder / "loss.svg", x=x)
 
 
 @pytest.mark.filterwarnings("ignore:.*left out")

@@ -16,7 +16,7 @@ from creature.data.text import inspection
 from creature.data.text.corpus import tokenize_corpus
 from creature.data.text.inspection import inspect_stream, read_tokens
 from creature.errors import run_main
-from creature.plots import plot_corpus
+from creature.plots import plot_lengths
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "inspect_corpus.py"
 END = 50256
@@ -190,15 +190,11 @@ def test_it_refuses_in_words(tool, corpus):
     assert tool("corpus.bin", "--top", 0)[0] == 2
 
 
-def test_the_figure_shows_lengths_tokens_and_ranks(tmp_path, monkeypatch):
+def test_the_figure_shows_the_lengths(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *a, **k: saved.append(figure))
-    lengths = np.array([0, 1, 10, 10, 10, 3000])
-    counts = np.array([5, 0, 2, 9])
-    plot_corpus(lengths, counts, [(" the", 9), ("$\n", 5)], tmp_path / "a.png", "title", 2048)
-    hist, bars, ranks = saved[0].axes
+    plot_lengths(np.array([0, 1, 10, 10, 10, 3000]), tmp_path / "a.png", "title", 2048)
+    (hist,) = saved[0].axes
     assert sum(bar.get_height() for bar in hist.patches) == 6  # none falls outside
     assert [text.get_text() for text in hist.get_legend().get_texts()] == ["median 10", "block 2,048"]
-    assert [bar.get_width() for bar in bars.patches] == [56.25, 31.25]
-    assert list(ranks.lines[0].get_ydata()) == [9, 5, 2]
-    plot_corpus(np.array([4]), np.array([4]), [("a", 4)], tmp_path / "one.png")  # a single document, a single id
+    plot_lengths(np.array([4]), tmp_path / "one.png")  # a single document

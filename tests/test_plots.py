@@ -1,4 +1,4 @@
-"""The figures: what is drawn, what is left out, and what is told when there is nothing to draw."""
+"""The figures: what is drawn, what is left out, and the errors where there is nothing to draw."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import matplotlib.figure
 import pytest
 
 from creature.errors import UserError
-from creature.plots import plot_progression, plot_run, plot_throughput, smooth
+from creature.plots import plot_progression, plot_runs, smooth
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def legend(axes):
 
 
 def test_one_run(tmp_path, figures):
-    output = plot_run([make_run(tmp_path / "text_only")], tmp_path / "loss.png")
+    output = plot_runs([make_run(tmp_path / "text_only")], tmp_path / "loss.png")
     assert output.read_bytes().startswith(b"\x89PNG")
     loss, throughput = figures[0].axes
     assert loss.get_title(loc="left") == "text_only"
@@ -56,80 +56,67 @@ def test_one_run(tmp_path, figures):
 
 
 def test_the_scale_shows_what_comes_after_the_first_fall(tmp_path, figures):
-    plot_run([make_run(tmp_path / "run", steps=400)], tmp_path / "loss.png")
+    plot_runs([make_run(tmp_path / "run", steps=400)], tmp_path / "loss.png")
     assert figures[0].axes[0].get_ylim()[1] < 6  # the curve begins at 8.9
 
 
-def test_overlay_and_axes(tmp_path, figures):
+def test_several_runs_over_steps_tokens_and_time(tmp_path, figures):
     runs = [make_run(tmp_path / "a" / "text_only"), make_run(tmp_path / "b" / "text_only", steps=30)]
-    plot_run(runs, tmp_path / "steps.png")
-    plot_run(runs, tmp_path / "tokens.svg", "tokens")
-    plot_run(runs, tmp_path / "time.pdf", "time")
-    assert any("a/text_only" == label for label in legend(figures[0].axes[0]))  # told apart by the folder above
-    assert figures[1].axes[0].lines[0].get_xdata()[-1] == 600_000
-    assert figures[2].axes[1].get_xlabel() == "time (hours)"
-    assert figures[2].axes[0].lines[0].get_xdata()[-1] == pytest.approx(600 * 30 / 3600)
+    plot_runs(runs, tmp_path / "steps.png")
+    plot_runs(runs, tmp_path / "tokens.svg", x="tokens")
+    plot_runs(runs, tmp_path / "time.pdf", x="time")
+    assert "a/text_only" in legend(figures[0].axes[0])  # distinguished by the folder above
+    assert [figure.axes[1].get_xlabel() for figure in figures] == ["step", "tokens", "time (hours)"]
+    assert [figure.axes[0].lines[0].get_xdata()[-1] for figure in figures] == [600, 600_000, 5.0]
+    with pytest.raises(UserError, match="given twice"):
+        plot_runs([runs[0], runs[0]], tmp_path / "twice.png")
 
 
-def test_runs_side_by_side_over_steps_tokens_and_time(tmp_path, figures):
-    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", steps=30)]
-    plot_run(runs, tmp_path / "all.png", "all")
-    assert [axes.get_xlabel() for axes in figures[0].axes] == ["step", "tokens", "time (hours)"]
-    assert [axes.lines[0].get_xdata()[-1] for axes in figures[0].axes] == [600, 600_000, 5.0]
-    assert len({axes.get_ylim() for axes in figures[0].axes}) == 1
-    assert [bool(axes.get_legend()) for axes in figures[0].axes] == [False, False, True]
-    for run in runs:  # as older runs wrote them
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        without = [{k: v for k, v in line.items() if k != "tokens"} for line in lines]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in without))
-    plot_run(runs, tmp_path / "less.png", "all")
-    assert [axes.get_xlabel() for axes in figures[1].axes] == ["step", "time (hours)"]
-
-
-def test_streams_have_lines_only_when_there_are_several(tmp_path, figures):
-    plot_run([make_run(tmp_path / "one")], tmp_path / "one.png")
-    plot_run([make_run(tmp_path / "two", streams=("audio",))], tmp_path / "two.png")
-    assert not any("internal_text" in label for label in legend(figures[0].axes[0]))
-    assert {"internal_text", "audio"} <= set(legend(figures[1].axes[0]))
+def test_streams_have_panels_only_when_there_are_several(tmp_path, figures):
+    plot_runs([make_run(tmp_path / "one")], tmp_path / "one.png")
+    plot_runs([make_run(tmp_path / "two", streams=("audio",))], tmp_path / "two.png")
+    labels = [[axes.get_ylabel() for axes in figure.axes] for figure in figures]
+    assert labels[0] == ["loss (nats per token)", "tokens/s"]
+    assert labels[1] == ["loss (nats per token)", "audio loss", "internal_text loss", "tokens/s"]
 
 
 def test_throughput_has_mfu_where_it_is_known(tmp_path, figures):
-    run = make_run(tmp_path / "run")
-    plot_throughput([run], tmp_path / "known.png")
+    run, metrics = make_run(tmp_path / "run"), ("tokens_per_second", "mfu")
+    plot_runs([run], tmp_path / "known.png", metrics)
     text = (run / "metrics.jsonl").read_text().replace('"mfu": 0.4', '"mfu": null')
     (run / "metrics.jsonl").write_text(text)
-    plot_throughput([run], tmp_path / "unknown.png")
+    plot_runs([run], tmp_path / "unknown.png", metrics)
     assert [len(figure.axes) for figure in figures] == [2, 1]
-    assert figures[0].axes[1].lines[0].get_ydata()[0] == pytest.approx(40)
+    assert figures[0].axes[1].lines[0].get_ydata()[0] == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("tail", ['{"step": 61', "\x00\x00\n", '{"step": "x"}\n'])
 def test_a_broken_last_line_is_left_out_with_a_warning(tmp_path, tail):
     run = make_run(tmp_path / "run", tail=tail)
     with pytest.warns(UserWarning, match="1 of 67 lines"):
-        plot_run([run], tmp_path / "loss.png")
+        plot_runs([run], tmp_path / "loss.png")
 
 
 def test_nan_and_a_single_point_are_drawn_around(tmp_path, figures):
     run = make_run(tmp_path / "run", steps=1, tail='{"step": 20, "loss": NaN}\n', evaluations=False)
-    plot_run([run], tmp_path / "loss.png")
+    plot_runs([run], tmp_path / "loss.png")
     assert list(figures[0].axes[0].lines[0].get_xdata()) == [10]
 
 
-def test_nothing_to_plot_is_told(tmp_path):
+def test_nothing_to_plot_is_an_error(tmp_path):
     run = make_run(tmp_path / "run")
     with pytest.raises(UserError, match="no run folder"):
-        plot_run([tmp_path / "missing"], tmp_path / "x.png")
+        plot_runs([tmp_path / "missing"], tmp_path / "x.png")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="has no metrics.jsonl"):
-        plot_run([tmp_path / "empty"], tmp_path / "x.png")
+        plot_runs([tmp_path / "empty"], tmp_path / "x.png")
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="nothing to plot yet"):
-        plot_run([tmp_path / "empty"], tmp_path / "x.png")
+        plot_runs([tmp_path / "empty"], tmp_path / "x.png")
     with pytest.raises(UserError, match="unknown x axis 'epoch'"):
-        plot_run([run], tmp_path / "x.png", "epoch")
+        plot_runs([run], tmp_path / "x.png", x="epoch")
     with pytest.raises(UserError, match="end in .png"):
-        plot_run([run], tmp_path / "x.jpg")
+        plot_runs([run], tmp_path / "x.jpg")
     assert not list(tmp_path.glob("x.*"))
 
 
