@@ -38,9 +38,9 @@ def main() -> int | None:
     plan = plan_run(settings, config, old["identity"] if old else None)
     args = job.build_arguments(settings, plan, old)
     launch.say_waiting("opening the data")
-    splits, data = job.build_data(settings, plan, config, args)
+    splits, info, data = job.build_data(settings, plan, config, args)
     tokenizer = load_tokenizer(data.tokenizer_name)
-    splits.info["tokenizer_hash"] = job.check_tokenizer(tokenizer, splits.info, config)
+    info["tokenizer_hash"] = job.check_tokenizer(tokenizer, info, config)
     job.check_documents(tokenizer, data, splits, plan.notes)
 
     steps = job.total_steps(args, plan, splits)
@@ -49,7 +49,7 @@ def main() -> int | None:
     checkpoint = job.resume_point(settings, folder, args, old, steps)
     launch.say_waiting("building the model")
     model = job.build_model(config, args)
-    run = report.describe_run(settings, plan, args, model, splits.info, steps)
+    run = report.describe_run(settings, plan, args, model, info, steps)
     if old:
         job.check_identity(old, run, settings.accept_changes)
     seconds_before = job.open_folder(folder, args, run, checkpoint, keep=bool(settings.resume), mark=mark)

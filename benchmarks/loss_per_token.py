@@ -78,7 +78,7 @@ def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict
     import torch
 
     from configuration_creature import CreatureConfig
-    from creature.data import block_collator, load_splits
+    from creature.data import DataArguments, block_collator, load_data
     from creature.data.text.tokenizer import load_tokenizer
     from creature.optimizer import MuonAdamW, parameter_groups
     from creature.trainer import halve_rows
@@ -87,8 +87,12 @@ def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict
     device = "cuda" if torch.cuda.is_available() else "cpu"
     training = {key: fields.get(key, default) for key, default in TRAINING.items()}
     config = CreatureConfig(**model_fields | {k: v for k, v in fields.items() if k not in TRAINING})
-    sizes = {"block_size": options.block_size, "vocab_size": config.vocab_size}
-    blocks = load_splits(options.train, validation_fraction=0.0, **sizes).train
+
+    def open_blocks(name: str):
+        data = DataArguments(name, validation_fraction=0.0)
+        return load_data(data, options.block_size, config.vocab_size)[0]["train"]
+
+    blocks = open_blocks(options.train)
     steps = options.steps or len(blocks) // options.micro_batch
 
     torch._dynamo.reset()
@@ -128,7 +132,7 @@ def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict
     _wait(device)
     speed = (steps - warm) * options.micro_batch * options.block_size / (time.perf_counter() - started)
     memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
-    held_out = load_splits(options.validation, validation_fraction=0.0, **sizes).train
+    held_out = open_blocks(options.validation)
     if options.validation_blocks:
         held_out = held_out.select(range(min(options.validation_blocks, len(held_out))))
     loss = evaluate(model, held_out, device, collate)

@@ -57,7 +57,7 @@ def measure(name: str, source: str, folder: str, options: argparse.Namespace) ->
     """Train one row; returns its line of the table."""
     from benchmarks.throughput import clear_device, timed_steps
     from creature import estimate
-    from creature.data import load_splits
+    from creature.data import DataArguments, load_data
     from creature.hardware import device_info, peak_flops
     from modeling_creature import MultiModalCreature
 
@@ -74,7 +74,7 @@ def measure(name: str, source: str, folder: str, options: argparse.Namespace) ->
     accumulation = max(1, limit // batch)
     start = f"{name:10}  {f'{accumulation} x {batch} x {context}':>14}  "
     try:
-        blocks = load_splits(source, block_size=context, vocab_size=config.vocab_size, cache_dir=folder).train
+        blocks = load_data(DataArguments(source, cache_dir=folder), context, config.vocab_size)[0]["train"]
         model = MultiModalCreature(config)
         model.train_only()
         form = {"micro_batch": batch, "accumulation": accumulation, "compiled": compiled}

@@ -190,7 +190,7 @@ def main() -> None:
     options = parse_arguments()
     import torch
 
-    from creature.data import load_splits
+    from creature.data import DataArguments, load_data
     from creature.data.text.stories import write_story_corpus
 
     with tempfile.TemporaryDirectory() as folder:
@@ -200,7 +200,8 @@ def main() -> None:
             needed = options.accumulation * options.micro_batch * options.block_size
             needed *= min(options.warmup + options.steps, 20)
             write_story_corpus(source, max(needed, 4 * options.block_size), seed=0)
-        blocks = load_splits(source, block_size=options.block_size, vocab_size=50304, cache_dir=folder).train
+        data = DataArguments(source, cache_dir=folder)
+        blocks = load_data(data, options.block_size, vocab_size=50304)[0]["train"]
         compiles = torch.cuda.is_available() if options.compile is None else options.compile
         tokens = f"{options.accumulation} x {options.micro_batch} x {options.block_size} tokens a step"
         print(f"{tokens}, 6 x 512, median of {options.steps} steps")

@@ -99,7 +99,7 @@ def collect(inputs: list[str] | None, size: int) -> list[str]:
 
 
 def read(inputs: list[str] | None):
-    from creature.data.text.readers import read_documents
+    from creature.data.text.readers import Documents
     from creature.data.text.sources import find_sources
     from creature.data.text.stories import generate_stories
 
@@ -107,12 +107,7 @@ def read(inputs: list[str] | None):
         yield from generate_stories()
         return
     for source in find_sources(inputs)[0]:
-        parts = []
-        for text, ends in read_documents(source):
-            parts.append(text)
-            if ends:
-                yield "".join(parts)
-                parts = []
+        yield from Documents(source).whole()
 
 
 if __name__ == "__main__":

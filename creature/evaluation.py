@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from creature.data.text.readers import read_documents
+from creature.data.text.readers import Documents
 from creature.data.text.sources import TOKEN_FILES, find_sources
 from creature.errors import UserError
 from creature.metrics import IGNORE_INDEX
@@ -64,14 +64,9 @@ def whole_documents(data: str, text_column: str = "text") -> Iterator[tuple[str,
         raise UserError(f"{data} holds tokens, and documents are read as text: name the text that it was made of")
     sources, _ = find_sources([data])
     for source in sources:
-        parts, number = [], 1
-        for part, ends in read_documents(source, text_column):
-            parts.append(part)
-            if ends:
-                text = "".join(parts)
-                if text:
-                    yield source.name if number == 1 else f"{source.name}:{number}", text
-                parts, number = [], number + 1
+        for number, text in enumerate(Documents(source, text_column).whole(), 1):
+            if text:
+                yield source.name if number == 1 else f"{source.name}:{number}", text
 
 
 def windows(ids: np.ndarray, before: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -57,7 +57,7 @@ def finish(trainer: CreatureTrainer, settings: Settings, data: DataArguments, ru
     model = _plain_model(trainer, folder)
     samples = [sample(model, trainer.processing_class, data.prompt, 80, seed) for seed in range(SAMPLES)]
     if settings.dry_run:
-        check_saved(model, folder / f"checkpoint-{step}", splits.train)
+        check_saved(model, folder / f"checkpoint-{step}", splits["train"])
         print(f"continuation: {samples[0]}", flush=True)
     run = (checkpoints.read_run(folder) or run) | {"status": "finished", "steps_done": step, "samples": samples}
     run |= {"dry_run": "passed"} if settings.dry_run else {}

@@ -1,6 +1,5 @@
 """The steps of the training job up to its end (finalize.py), each a function that `run_clm_creature.py` calls."""
 
-import functools
 import shutil
 import time
 from dataclasses import replace
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import transformers
 from accelerate import DistributedType
+from datasets import DatasetDict
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -23,9 +23,7 @@ from creature.callbacks import (
     StopSignals,
     Throughput,
 )
-from creature.data import Splits, block_collator, load_splits
-from creature.data.mixture import mix, parse_parts
-from creature.data.text.sources import is_hub_name
+from creature.data import block_collator, load_data
 from creature.data.text.tokenizer import gpt2_hash, load_tokenizer, special_ids, token_byte_lengths, tokenizer_hash
 from creature.errors import UserError, first_line, is_out_of_memory
 from creature.estimate import fit_micro_batch
@@ -104,45 +102,32 @@ def _check_trackers(names: list[str]) -> None:
         ) from error
 
 
-def build_data(settings: Settings, plan: Plan, config: CreatureConfig, args) -> tuple[Splits, DataArguments]:
-    """(the splits, the data section): opened, or made first where no data was named. The main process goes first."""
+def build_data(settings: Settings, plan: Plan, config: CreatureConfig, args) -> tuple[DatasetDict, dict, DataArguments]:
+    """(the blocks, facts about them, the data section): a sample corpus is written first where no data was named."""
     (data,) = transformers.HfArgumentParser(DataArguments).parse_dict(settings.data)
     with args.main_process_first(desc="data"):
-        load = functools.partial(
-            load_splits,
-            block_size=plan.block_size,
-            vocab_size=config.vocab_size,
-            tokenizer_name=data.tokenizer_name,
-            validation_fraction=data.validation_fraction,
-            cache_dir=data.cache_dir,
-            text_column=data.text_column,
-            train_tokens=data.train_tokens,
-        )
+        data = replace(data, data=data.data or _sample_corpus(data, plan.notes))
         blocks = args.max_steps * plan.tokens_per_step // plan.block_size
-        splits = mix(data.data or _sample_corpus(data, plan.notes), load, blocks, args.data_seed)
-    if splits.ordered:
+        splits, info = load_data(data, plan.block_size, config.vocab_size, mixture_blocks=blocks, seed=args.data_seed)
+    if info["ordered"]:
         args.train_sampling_strategy = "sequential"
         plan.notes += [
             f"{part['path']} gives {part['share']:.4g} of the blocks: its {part['tokens']:,} tokens are seen "
             f"{part['times_seen']:.3g} times"
-            for part in splits.info["parts"]
+            for part in info["parts"]
         ]
     if "vocab_size" not in settings.given and data.tokenizer_name != "gpt2":
         plan.notes.append(f"vocab_size {config.vocab_size:,} and the special ids follow from {data.tokenizer_name}")
-    # For the model card: Hub names, and names of files and folders without the way to them on this machine.
-    names, _ = parse_parts(data.data or splits.info["path"])
-    splits.info["source"] = ", ".join(name if is_hub_name(name) else Path(name).name for name in names)
     limit = data.max_eval_blocks or (DRY_RUN_EVAL_BLOCKS if settings.dry_run else None)
-    if splits.validation is None or not len(splits.validation):
-        splits = replace(splits, validation=None)
+    if "validation" not in splits:
         if "eval_strategy" in settings.given and args.eval_strategy != "no":
             raise UserError("no validation text to evaluate on: raise --validation_fraction, or use --eval_strategy no")
         args.eval_strategy = transformers.trainer_utils.IntervalStrategy("no")
         plan.notes.append("no validation text, so nothing is evaluated; --validation_fraction holds some out")
-    elif limit and limit < len(splits.validation):
-        splits = replace(splits, validation=splits.validation.select(range(limit)))
+    elif limit and limit < len(splits["validation"]):
+        splits["validation"] = splits["validation"].select(range(limit))
         plan.notes.append(f"evaluating on the first {limit} validation blocks")
-    return splits, data
+    return splits, info, data
 
 
 def _sample_corpus(data: DataArguments, notes: list[str]) -> str:
@@ -161,7 +146,7 @@ def total_steps(args, plan: Plan, splits) -> int:
     """Optimizer steps of the whole run, from max_steps or from the epochs."""
     if args.max_steps > 0:
         return args.max_steps
-    batches = -(-len(splits.train) // (plan.micro_batch * plan.world_size))
+    batches = -(-len(splits["train"]) // (plan.micro_batch * plan.world_size))
     return max(1, int(-(-args.num_train_epochs * max(1, -(-batches // plan.accumulation)) // 1)))
 
 
@@ -254,8 +239,8 @@ def build_trainer(
     trainer = CreatureTrainer(
         model=model,
         args=args,
-        train_dataset=splits.train,
-        eval_dataset=splits.validation,
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation"),
         data_collator=block_collator(tokenizer, data.separate_documents),
         processing_class=tokenizer,
         byte_lengths=token_byte_lengths(tokenizer, model.config.vocab_size),
@@ -326,10 +311,10 @@ def check_tokenizer(tokenizer, info: dict, config: CreatureConfig) -> str:
     return own
 
 
-def check_documents(tokenizer, data: DataArguments, splits: Splits, notes: list[str]) -> None:
+def check_documents(tokenizer, data: DataArguments, splits: DatasetDict, notes: list[str]) -> None:
     """UserError where documents cannot be kept apart, a note where there are none to keep apart."""
     block_collator(tokenizer, data.separate_documents)
-    if data.separate_documents and not any(tokenizer.eos_token_id in row["input_ids"] for row in splits.train):
+    if data.separate_documents and not any(tokenizer.eos_token_id in row["input_ids"] for row in splits["train"]):
         notes.append("separate_documents has no effect: nothing in the data ends with the tokenizer's end-of-text")
 
 

@@ -190,29 +190,19 @@ def check_data(settings, config) -> tuple[bool, str]:
     source = settings.data.get("data")
     if not source:
         raise UserError("none is named: make one with scripts/tokenize_corpus.py, and name it with --data")
-    from creature.data import load_splits
+    from creature.data import DataArguments, load_data
     from creature.data.mixture import parse_parts
-    from creature.data.text.sources import TOKEN_FILES
+    from creature.data.text.sources import find_sources
 
-    names, _ = parse_parts(source)
+    names = [source] if isinstance(source, str) else parse_parts(source)[0] if len(source) > 1 else source
+    block_size = settings.data.get("block_size") or config.max_position_embeddings
     count = 0
     for name in names:
-        path = Path(name)
-        tokens = path.suffix in TOKEN_FILES or (
-            path.is_dir() and any(file.suffix in (*TOKEN_FILES, ".arrow") for file in path.rglob("*"))
-        )
-        if not tokens and not path.exists():
-            raise UserError(f"{name} is not here: check the path, or make it with scripts/tokenize_corpus.py")
-        if not tokens:
+        sources, _ = find_sources([name], tokens=True)
+        if sources[0].kind not in ("tokens", "arrow"):
             return True, f"{name}, text; it is tokenized when the run begins"
-        splits = load_splits(
-            name,
-            block_size=settings.data.get("block_size") or config.max_position_embeddings,
-            vocab_size=config.vocab_size,
-            tokenizer_name=settings.data.get("tokenizer_name", "gpt2"),
-            train_tokens=settings.data.get("train_tokens"),
-        )
-        count += splits.info["tokens"]
+        data = DataArguments(**settings.data | {"data": name})
+        count += load_data(data, block_size, config.vocab_size)[1]["tokens"]
     advice = ""
     if count < TOKENS_RECOMMENDED:
         least = "the least to learn from is 10 M, " if count < TOKENS_MINIMUM else ""

@@ -120,25 +120,19 @@ def find_all(run: str) -> list[tuple[int, Path]]:
 
 def open_data(arguments: argparse.Namespace, config, tokenizer, folder: Path):
     """The blocks to evaluate, as a Dataset with the column input_ids."""
-    from creature.data import load_splits
+    from creature.data import DataArguments, load_data
     from creature.data.text.tokenizer import gpt2_hash, tokenizer_hash
 
     name = "gpt2" if tokenizer_hash(tokenizer) == gpt2_hash() else str(folder)
-    splits = load_splits(
-        arguments.data,
-        block_size=arguments.block_size or config.max_position_embeddings,
-        vocab_size=config.vocab_size,
-        tokenizer_name=name,
-        validation_fraction=0.0,
-        cache_dir=arguments.cache_dir,
-    )
-    split = arguments.split or ("train" if splits.validation is None else "validation")
-    rows = splits.train if split == "train" else splits.validation
+    data = DataArguments(arguments.data, tokenizer_name=name, validation_fraction=0.0, cache_dir=arguments.cache_dir)
+    splits, _ = load_data(data, arguments.block_size or config.max_position_embeddings, config.vocab_size)
+    split = arguments.split or ("validation" if "validation" in splits else "train")
+    rows = splits.get(split)
     if rows is None:
         raise UserError(f"{arguments.data} has no validation split of at least one block: leave out --split")
     if arguments.max_blocks:
         rows = rows.select(range(min(arguments.max_blocks, len(rows))))
-    whole = "all of it" if splits.validation is None else f"its {split} split"
+    whole = f"its {split} split" if "validation" in splits else "all of it"
     apart = ", documents kept apart" if arguments.separate_documents else ""
     print(f"{arguments.data}: {whole}, {len(rows):,} blocks{apart}", file=sys.stderr)
     return rows

@@ -41,15 +41,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from creature.data import open_streams
+    from creature.data import DataArguments
     from creature.data.text.inspection import inspect_stream, read_tokens
+    from creature.data.text.opening import open_corpus
     from creature.data.text.tokenizer import load_tokenizer
     from creature.plots import plot_lengths
 
-    train, validation = open_streams(
-        arguments.data, tokenizer_name=arguments.tokenizer_name, cache_dir=arguments.cache_dir
-    )
-    stream = train if arguments.split == "train" else validation
+    data = DataArguments(arguments.data, tokenizer_name=arguments.tokenizer_name, cache_dir=arguments.cache_dir)
+    stream = getattr(open_corpus(data), arguments.split)
     if stream is None:
         raise UserError(f"{arguments.data} has no validation split of its own: leave out --split")
     tokenizer = load_tokenizer(arguments.tokenizer_name)

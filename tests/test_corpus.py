@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from blocks import open_blocks
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -183,8 +184,6 @@ def test_files_folders_and_globs_in_a_fixed_order_without_repeats(tmp_path):
 )
 @example([["a" * 300 + " b"]], 2, 8, 5, 0.0, "txt", 16)
 def test_no_token_is_lost_or_duplicated(tmp_path_factory, files, workers, piece, chunk, fraction, kind, block_size):
-    from creature.data import load_splits
-
     folder = tmp_path_factory.mktemp("property")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "PIECE", piece)
@@ -203,10 +202,7 @@ def test_no_token_is_lost_or_duplicated(tmp_path_factory, files, workers, piece,
         ids = expected_ids(documents)
         assert np.fromfile(folder / "out.bin", "<u2").tolist() == ids
         if len(ids) >= block_size:
-            splits = load_splits(
-                str(folder / "out.bin"), block_size=block_size, vocab_size=50257, validation_fraction=0
-            )
-            rows = np.concatenate(splits.train["input_ids"][:]).tolist()
+            rows = np.concatenate(open_blocks(folder / "out.bin", block_size).train["input_ids"][:]).tolist()
             assert rows == ids[: len(ids) // block_size * block_size]
 
 

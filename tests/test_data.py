@@ -10,22 +10,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from blocks import open_blocks
 from torch.utils.data import DataLoader
 
-from creature.data import blocks, collate_blocks, load_splits
-from creature.data import loading as data
-from creature.data.blocks import MappedBlocks, sampled_hash
+from creature.data import blocks as dataset_module
+from creature.data import collate_blocks
+from creature.data.blocks import BlockTable
+from creature.data.text import opening, token_stream
 from creature.data.text.corpus import tokenize_corpus
 from creature.data.text.tokenizer import gpt2_hash
 from creature.errors import UserError
 
 VOCABULARY = 50304
 TOKENS = np.random.default_rng(0).integers(0, 50257, 10_000).astype("<u2")
-
-
-def open_blocks(source, block_size=64, **options):
-    options = {"vocab_size": VOCABULARY, "validation_fraction": 0, "progress": False, **options}
-    return load_splits(str(source), block_size=block_size, **options)
 
 
 def rows(dataset) -> np.ndarray:
@@ -129,8 +126,8 @@ def test_without_a_validation_stream_the_end_is_held_out(tmp_path):
 
 def test_text_is_tokenized_once_and_again_when_it_changes(tmp_path, monkeypatch):
     calls = []
-    real = data.tokenize_corpus
-    monkeypatch.setattr(data, "tokenize_corpus", lambda *a, **k: calls.append(a) or real(*a, **k))
+    real = opening.tokenize_corpus
+    monkeypatch.setattr(opening, "tokenize_corpus", lambda *a, **k: calls.append(a) or real(*a, **k))
     text = tmp_path / "text" / "a.txt"
     text.parent.mkdir()
     text.write_text("one two three four " * 100)
@@ -182,12 +179,14 @@ def test_opening_and_pickling_do_not_touch_the_data(tmp_path, monkeypatch):
     open_blocks(save_bin(tmp_path / "small.bin"))  # imports and caches
     before = pa.total_allocated_bytes()
     checked = []
-    check_ids = blocks.check_ids
-    monkeypatch.setattr(blocks, "check_ids", lambda ids, *rest: checked.append(len(ids)) or check_ids(ids, *rest))
+    check_ids = token_stream.check_ids
+    monkeypatch.setattr(token_stream, "check_ids", lambda ids, *rest: checked.append(len(ids)) or check_ids(ids, *rest))
     splits = open_blocks(path, 2048, validation_fraction=0.01)
-    assert 0 < sum(checked) <= (blocks.SAMPLES + 1) * blocks.SAMPLE  # samples, where a manifest knows the largest id
+    assert (
+        0 < sum(checked) <= (token_stream.SAMPLES + 1) * token_stream.SAMPLE
+    )  # samples, where a manifest knows the largest id
     for dataset in (splits.train, splits.train.select(range(5, 100)), splits.train.remove_columns([])):
-        assert isinstance(dataset.data, MappedBlocks)
+        assert isinstance(dataset.data, BlockTable)
         pickled = pickle.dumps(dataset)
         assert len(pickled) < 10_000
         assert len(pickle.loads(pickled)) == len(dataset)
@@ -216,11 +215,11 @@ def test_the_fingerprint_follows_the_content(tmp_path):
     assert first.info["data_hash"] == same.info["data_hash"] != other.info["data_hash"]
     large = tmp_path / "large.bin"
     large.write_bytes(bytes(5 << 20))
-    before = sampled_hash(large)
+    before = token_stream.sampled_hash(large)
     with open(large, "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\1")
-    assert sampled_hash(large) != before
+    assert token_stream.sampled_hash(large) != before
 
 
 def test_batches_are_fast_and_right(tmp_path):
@@ -408,7 +407,7 @@ def test_a_slip_in_a_path_does_not_ask_the_hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("output", ["out.bin", "folder"])
-@pytest.mark.parametrize("moment", ["_find_streams", "dataset_of_blocks"])
+@pytest.mark.parametrize("moment", [(opening, "open_corpus"), (dataset_module, "dataset_of_blocks")])
 def test_a_corpus_that_is_replaced_while_it_is_opened_is_the_new_one_whole(tmp_path, monkeypatch, output, moment):
     for name in ("old", "new"):
         documents = "\n".join(json.dumps({"text": f"{name} {number} " * 20}) for number in range(60))
@@ -420,7 +419,7 @@ def test_a_corpus_that_is_replaced_while_it_is_opened_is_the_new_one_whole(tmp_p
 
     tokenize("old")
     tokenize("new", f"other_{output}")
-    real, waiting = getattr(data, moment), ["new"]
+    real, waiting = getattr(*moment), ["new"]
 
     def replaced_meanwhile(*args, **kwargs):
         found = real(*args, **kwargs)
@@ -428,7 +427,7 @@ def test_a_corpus_that_is_replaced_while_it_is_opened_is_the_new_one_whole(tmp_p
             tokenize(waiting.pop())
         return found
 
-    monkeypatch.setattr(data, moment, replaced_meanwhile)
+    monkeypatch.setattr(*moment, replaced_meanwhile)
     opened = open_blocks(tmp_path / output, 16)
     expected = open_blocks(tmp_path / f"other_{output}", 16)
     assert np.array_equal(rows(opened.train), rows(expected.train))

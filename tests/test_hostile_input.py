@@ -25,10 +25,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from creature import settings
-from creature.data import load_splits
+from creature.data import DataArguments, load_data
 from creature.data.text import readers
 from creature.data.text.corpus import tokenize_corpus
-from creature.data.text.readers import read_documents
+from creature.data.text.readers import Documents
 from creature.data.text.sources import find_sources
 from creature.errors import UserError, run_main
 
@@ -42,12 +42,10 @@ TOKENS = np.random.default_rng(0).integers(0, 50257, 400).astype("<u2")
 
 def open_tokens(path, block_size=64):
     """Open, and read every row: a file that is taken has to be readable to the end."""
-    options = {"vocab_size": 50304, "cache_dir": str(path.parent / "cache"), "progress": False}
-    splits = load_splits(str(path), block_size=block_size, **options)
-    for rows in (splits.train, splits.validation):
-        if rows is not None:
-            ids = np.asarray(rows["input_ids"][:])
-            assert ids.shape[1] == block_size and 0 <= ids.min() and ids.max() < 50304
+    splits, _ = load_data(DataArguments(str(path), cache_dir=str(path.parent / "cache")), block_size, 50304)
+    for rows in splits.values():
+        ids = np.asarray(rows["input_ids"][:])
+        assert ids.shape[1] == block_size and 0 <= ids.min() and ids.max() < 50304
 
 
 @functools.cache
@@ -193,7 +191,7 @@ def test_a_name_that_cannot_be_is_told(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
     for work in (
-        lambda: load_splits(name, block_size=64, vocab_size=50304, progress=False),
+        lambda: load_data(DataArguments(name), 64, 50304, progress=False),
         lambda: tokenize_corpus([name], str(tmp_path / "out.bin"), progress=False),
         lambda: tokenize_corpus([__file__], name, progress=False),
     ):
@@ -314,7 +312,7 @@ def test_a_parquet_column_that_cannot_be_text_is_told_as_such(tmp_path, monkeypa
     monkeypatch.setattr(readers, "MAX_UNPACKED", 100_000)
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", use_dictionary=False, compression="zstd")
     with pytest.raises(UserError, match=words):
-        list(read_documents(find_sources([str(tmp_path / "a.parquet")])[0][0]))
+        list(Documents(find_sources([str(tmp_path / "a.parquet")])[0][0]))
 
 
 def peak_of(work) -> int:
@@ -365,7 +363,7 @@ def test_no_file_takes_more_than_twice_the_memory_of_a_good_one(tmp_path):
 
     def work(path):
         if path.suffix == ".parquet":
-            return lambda: sum(len(text) for text, _ in read_documents(find_sources([str(path)])[0][0]))
+            return lambda: sum(len(text) for text, _ in Documents(find_sources([str(path)])[0][0]))
         if path.suffix == ".gz":
             return lambda: tokenize_corpus([str(path)], str(tmp_path / "out.bin"), overwrite=True, progress=False)
         if path.suffix == ".yaml":

@@ -5,10 +5,10 @@ import json
 import datasets
 import numpy as np
 import pytest
+from blocks import open_blocks
 
-from creature.data import load_splits
 from creature.data.text.corpus import tokenize_corpus
-from creature.data.text.sources import is_dataset_name, split_name
+from creature.data.text.sources import find_sources
 from creature.data.text.tokenizer import load_encoding
 from creature.errors import UserError
 
@@ -60,14 +60,20 @@ def test_a_folder_with_a_card_is_the_dataset_that_the_card_describes(repository)
     with pytest.raises(UserError, match="secret.parquet, outside itself"):
         tokenize("stories:tokens")
     (repository / "README.md").write_text("# Without a card\n")
-    assert tokenize("stories/data")["documents"] == 65 and not is_dataset_name("stories")
+    assert tokenize("stories/data")["documents"] == 65 and find_sources(["stories"])[0][0].kind != "hub"
 
 
 def test_names():
-    assert split_name("owner/name") == ("owner/name", "", "")
-    assert split_name("owner/name:config:test[:10]") == ("owner/name", "config", "test[:10]")
-    assert split_name("owner/name::test") == ("owner/name", "", "test")
-    assert is_dataset_name("owner/name:config") and not is_dataset_name("corpus.bin") and not is_dataset_name("a/b.txt")
+    for name, configuration, split in (
+        ("owner/name", "", "train"),
+        ("owner/name:config:test", "config", "test"),
+        ("owner/name::test", "", "test"),
+    ):
+        source = find_sources([name])[0][0]
+        assert (source.kind, source.path, source.configuration, source.split) == ("hub", None, configuration, split)
+    for name in ("corpus.bin", "a/b.txt", "a/b.bin"):
+        with pytest.raises(UserError, match="does not exist"):
+            find_sources([name])
 
 
 def test_only_so_many_tokens_are_taken_and_no_more_is_read(repository, monkeypatch):
@@ -84,31 +90,31 @@ def test_only_so_many_tokens_are_taken_and_no_more_is_read(repository, monkeypat
 
     read = []
 
-    def endless(name):
+    def endless(source):
         for number in range(10**9):
             read.append(number)
             yield {"text": f"number {number}"}
 
-    monkeypatch.setattr("creature.data.text.readers.load_hub", endless)
+    monkeypatch.setattr("creature.data.text.readers.open_rows", endless)
     assert tokenize("owner/endless", train_tokens=50_000)["tokens"] == 50_000
     assert len(read) < 200_000
 
 
 def test_training_opens_them_and_stops_there(repository):
-    options = {"block_size": 16, "vocab_size": 50304, "validation_fraction": 0.1, "cache_dir": "cache"}
-    splits = load_splits("stories", **options, train_tokens=400, progress=False)
+    options = {"block_size": 16, "validation_fraction": 0.1, "cache_dir": "cache"}
+    splits = open_blocks("stories", **options, train_tokens=400)
     assert splits.info["tokens"] == 400 and len(splits.train) == 25
-    more = load_splits("stories", **options, progress=False)
+    more = open_blocks("stories", **options)
     assert more.info["tokens"] > 400 and (more.train[3]["input_ids"] == splits.train[3]["input_ids"]).all()
-    rows = load_splits("stories:tokens", **options | {"validation_fraction": 0}, train_tokens=130, progress=False)
+    rows = open_blocks("stories:tokens", **options | {"validation_fraction": 0}, train_tokens=130)
     assert rows.info["tokens"] == 130
     assert np.concatenate(rows.train["input_ids"]).tolist() == list(range(128))
+    np.arange(100, dtype="<u2").tofile("corpus.bin")
     with pytest.raises(UserError, match="less than one block of 16"):
-        load_splits("corpus.bin" if np.arange(100, dtype="<u2").tofile("corpus.bin") else "corpus.bin",
-                    **options, train_tokens=10, progress=False)  # fmt: skip
+        open_blocks("corpus.bin", **options, train_tokens=10)
     # The folder has changed: nothing old is taken from the cache.
     datasets.Dataset.from_dict({"input_ids": [[7] * 64]}).to_parquet(repository / "tokens" / "train.parquet")
-    assert load_splits("stories:tokens", **options, progress=False).train[0]["input_ids"].tolist() == [7] * 16
+    assert open_blocks("stories:tokens", **options).train[0]["input_ids"].tolist() == [7] * 16
 
 
 def test_folders_of_parquet_and_of_compressed_lines_are_input_too(tmp_path):
@@ -121,7 +127,7 @@ def test_folders_of_parquet_and_of_compressed_lines_are_input_too(tmp_path):
         datasets.Dataset.from_dict({"content": texts}).to_parquet(tmp_path / "parquet" / f"{part}.parquet")
         lines = "".join(json.dumps({"content": text}) + "\n" for text in texts)
         (tmp_path / "lines" / f"{part}.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
-    options = {"block_size": 16, "vocab_size": 50304, "text_column": "content", "cache_dir": str(tmp_path / "cache")}
-    opened = [load_splits(str(tmp_path / name), **options, progress=False) for name in ("parquet", "lines")]
+    options = {"block_size": 16, "text_column": "content", "cache_dir": str(tmp_path / "cache")}
+    opened = [open_blocks(tmp_path / name, **options) for name in ("parquet", "lines")]
     assert opened[0].info["tokens"] == opened[1].info["tokens"] > 500
     assert opened[0].info["data_hash"] == opened[1].info["data_hash"]

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from creature.data.blocks import TokenStream
 from creature.data.text import inspection
 from creature.data.text.corpus import tokenize_corpus
 from creature.data.text.inspection import inspect_stream, read_tokens
+from creature.data.text.token_stream import TokenStream
 from creature.errors import run_main
 from creature.plots import plot_lengths
 

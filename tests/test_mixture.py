@@ -16,8 +16,8 @@ from test_run import MICRO
 
 import run_clm_creature
 from creature import checkpoints
-from creature.data import load_splits
-from creature.data.mixture import mix, mixture_pattern, mixture_rows, parse_parts
+from creature.data import DataArguments, load_data
+from creature.data.mixture import mixture_pattern, mixture_rows, parse_parts
 from creature.errors import UserError
 
 weights = st.lists(st.integers(1, 50), min_size=2, max_size=8)
@@ -47,8 +47,6 @@ def test_a_part_that_is_used_up_begins_again_in_another_order_and_none_is_seen_t
 
 
 def test_names_with_colons_are_cut_only_at_weights():
-    assert parse_parts("a.bin:0.7") == (["a.bin:0.7"], None)
-    assert parse_parts(["owner/name:config:split"]) == (["owner/name:config:split"], None)
     assert parse_parts(["owner/name:config", "b.bin"]) == (["owner/name:config", "b.bin"], None)
     names, shares = parse_parts(["owner/name:config:split:3", "C:\\b.bin:1"])
     assert names == ["owner/name:config:split", "C:\\b.bin"] and shares == [Fraction(3, 4), Fraction(1, 4)]
@@ -71,8 +69,9 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def load(name):
-    return load_splits(name, block_size=32, vocab_size=50304, validation_fraction=0.1, progress=False)
+def load(*names, blocks=100):
+    data = DataArguments(list(names), validation_fraction=0.1)
+    return load_data(data, 32, 50304, mixture_blocks=blocks, progress=False)
 
 
 def origins(dataset) -> list[str]:
@@ -80,20 +79,27 @@ def origins(dataset) -> list[str]:
 
 
 def test_blocks_come_from_the_files_in_proportion_also_to_evaluate(place):
-    splits = mix(["a.bin:0.7", "b.bin:0.3"], load, 100, seed=0)
-    assert splits.ordered and len(splits.train) == 100
-    came = np.cumsum([name == "a" for name in origins(splits.train)])
+    splits, info = load("a.bin:0.7", "b.bin:0.3")
+    assert info["ordered"] and len(splits["train"]) == 100
+    came = np.cumsum([name == "a" for name in origins(splits["train"])])
     assert np.abs(came - 0.7 * np.arange(1, 101)).max() < 1
-    assert origins(splits.validation) == ["a", "b", "a"]  # a has two validation blocks
-    seen = [part["times_seen"] for part in splits.info["parts"]]
-    assert seen == pytest.approx([70 / 18, 30 / 54], abs=1e-3)
-    plain = mix(["a.bin", "b.bin"], load, 100, seed=0)
-    assert not plain.ordered and origins(plain.train) == ["a"] * 18 + ["b"] * 54 and len(plain.validation) == 8
-    assert len({s.info["data_hash"] for s in (splits, plain, mix(["a.bin:1", "b.bin:1"], load, 100, seed=0))}) == 3
+    assert origins(splits["validation"]) == ["a", "b", "a"]  # a has two validation blocks
+    assert [part["times_seen"] for part in info["parts"]] == pytest.approx([70 / 18, 30 / 54], abs=1e-3)
+    plain, plain_info = load("a.bin", "b.bin")
+    assert origins(plain["train"]) == ["a"] * 18 + ["b"] * 54 and len(plain["validation"]) == 8
+    assert not plain_info["ordered"]
+    assert len({facts["data_hash"] for facts in (info, plain_info, load("a.bin:1", "b.bin:1")[1])}) == 3
     with pytest.raises(UserError, match="stored in different ways"):
-        mix(["a.bin", "wide.npy"], load, 100, seed=0)
+        load("a.bin", "wide.npy")
     with pytest.raises(UserError, match="--max_steps"):
-        mix(["a.bin:1", "b.bin:1"], load, -1, seed=0)
+        load("a.bin:1", "b.bin:1", blocks=-1)
+
+
+def test_a_lone_name_is_never_cut_at_a_colon(place):
+    with pytest.raises(UserError, match="a.bin:0.7 does not exist"):
+        load("a.bin:0.7")
+    splits, info = load("a.bin")
+    assert len(splits["train"]) == 18 and not info["ordered"] and "parts" not in info and info["source"] == "a.bin"
 
 
 def run(monkeypatch, *flags):

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from blocks import open_blocks
 
-from creature.data import load_splits
 from creature.data.text.corpus import tokenize_corpus
 from creature.data.text.shards import collect_shards
 from creature.data.text.tokenizer import load_tokenizer
@@ -49,7 +49,7 @@ def test_the_shards_are_the_corpus_that_one_machine_makes(place, monkeypatch):
     split = collect(validation_fraction=0.2, overwrite=True)
     assert split["tokens"] == whole["tokens"] and split["documents"] == 120
     assert 8 < split["splits"]["validation"]["documents"] < 45
-    opened = load_splits("corpus.bin", block_size=16, vocab_size=50304, progress=False)
+    opened = open_blocks("corpus.bin", 16)
     assert opened.info["tokens"] == split["splits"]["train"]["tokens"]
     assert opened.info["validation_tokens"] == split["splits"]["validation"]["tokens"]
     first = (place / "corpus.valid.bin").read_bytes()

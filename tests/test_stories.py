@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from creature.data.text.readers import MARKER, read_documents
+from creature.data.text.readers import MARKER, Documents
 from creature.data.text.sources import find_sources
 from creature.data.text.stories import BOYS, GIRLS, PLOTS, generate_stories, write_story_corpus
 from creature.data.text.tokenizer import load_encoding
@@ -65,20 +65,11 @@ def test_the_sample_corpus_is_long_enough_and_read_back_story_for_story(tmp_path
     counts = write_story_corpus(path, tokens=300_000, seed=5)
     assert 300_000 <= counts["tokens"] < 301_000
     sources, _ = find_sources([str(path)])
-    read = [text for text, _ in read_documents_whole(sources[0])]
+    *read, last = Documents(sources[0]).whole()
+    assert last == ""  # a marker ends the file
     assert read == list(itertools.islice(generate_stories(5), counts["stories"]))
     assert sum(len(load_encoding().encode_ordinary(story)) + 1 for story in read) == counts["tokens"]
     assert path.read_text(encoding="utf-8").endswith(f"\n{MARKER}\n")
-
-
-def read_documents_whole(source):
-    parts = []
-    for text, ends in read_documents(source):
-        parts.append(text)
-        if ends:
-            if "".join(parts):
-                yield "".join(parts), True
-            parts = []
 
 
 def test_a_senseless_size_is_refused(tmp_path):

@@ -1,5 +1,7 @@
 """From a name to data sets and batches: one loading function, and the collators."""
 
-from creature.data.loading import Splits, block_collator, collate_blocks, load_splits, open_streams
+from creature.data.collators import block_collator, collate_blocks
+from creature.data.loading import load_data
+from creature.settings import DataArguments
 
-__all__ = ["Splits", "block_collator", "collate_blocks", "load_splits", "open_streams"]
+__all__ = ["DataArguments", "block_collator", "collate_blocks", "load_data"]

@@ -1,266 +1,61 @@
-"""Tokens on disk as rows of a `datasets.Dataset`, without copying a byte.
+"""Tokens on disk as a `datasets.Dataset` of blocks, without a copy.
 
-The flat token buffer stays where it is: it is memory-mapped and cut into rows by `pyarrow.FixedSizeListArray`. Any
-block size opens in milliseconds, an epoch reads 2 bytes a token, and DataLoader workers share the pages: pickling such
-a dataset sends a path, not the data.
+`pyarrow.FixedSizeListArray` cuts the memory-mapped tokens into rows: any block size opens in milliseconds, an epoch
+reads 2 bytes a token, and DataLoader workers share the pages, because the pickle of such a dataset names the files.
 """
 
-import copy
 import hashlib
-import logging
-import os
-import warnings
-import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow as pa
-from datasets.table import TableBlock, table_cast, table_flatten
+from datasets.table import InMemoryTable, MemoryMappedTable
 
-from creature.errors import UserError, first_line
+from creature.data.text.token_stream import TokenStream
 
-logger = logging.getLogger(__name__)
-
-SCANNED_WHOLE = 64 << 20  # bytes up to which every id is checked at each opening, whatever a manifest says
-SAMPLE, SAMPLES = 1 << 16, 64  # bytes and places that stand for a large file's content
-HASHED_WHOLE = SAMPLE * SAMPLES  # bytes up to which a file's whole content is hashed
+TRANSFORMS = ("slice filter flatten combine_chunks cast replace_schema_metadata add_column append_column remove_column "
+              "set_column rename_columns drop select").split()  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TokenStream:
-    """Where tokens lie: one .bin, .npy or .pt, or the .arrow files of one split. It pickles as a few names."""
-
-    kind: str  # bin, npy, pt or arrow
-    files: tuple[str, ...]
-    dtype: str = "uint16"  # of a .bin; the others know their own
-
-    @property
-    def name(self) -> str:
-        return self.files[0] if self.kind != "arrow" else str(Path(self.files[0]).parent)
-
-    def arrays(self) -> list[pa.Array]:
-        """The tokens as flat Arrow arrays over the mapped files. Nothing is read but headers."""
-        if self.kind == "arrow":
-            return [flat_ids(chunk) for file in self.files for chunk in arrow_column(file).chunks]
-        opened = {"bin": self._open_bin, "npy": self._open_npy, "pt": self._open_pt}[self.kind]()
-        if opened.dtype.kind not in "iu":
-            raise UserError(f"{self.name} holds {opened.dtype.name} values, not token ids: store integers (uint16)")
-        if opened.size == 0:
-            raise UserError(f"{self.name} is empty: tokenize some text into it first")
-        flat = opened.reshape(-1)
-        return [pa.Array.from_buffers(pa.from_numpy_dtype(flat.dtype), len(flat), [None, pa.py_buffer(flat)])]
-
-    def _open_bin(self) -> np.ndarray:
-        size, width = os.path.getsize(self.name), np.dtype(self.dtype).itemsize
-        if size == 0:
-            raise UserError(f"{self.name} is empty: tokenize some text into it first")
-        if size % width:
-            raise UserError(
-                f"{self.name} has {size:,} bytes, which is no whole number of {self.dtype} tokens: "
-                "the file is cut off or not a token stream; copy it again or make it anew with tokenize_corpus.py"
-            )
-        return np.memmap(self.name, dtype=np.dtype(self.dtype).newbyteorder("<"), mode="r")
-
-    def _open_npy(self) -> np.ndarray:
-        try:
-            array = np.load(self.name, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # of many types, a SyntaxError among them: the header is Python text
-            raise UserError(
-                f"{self.name} is not a plain .npy array ({first_line(error)}): save it anew with numpy.save"
-            ) from error
-        if not isinstance(array, np.ndarray):
-            raise UserError(f"{self.name} is an archive of arrays (.npz), not a .npy: save the one with numpy.save")
-        if not array.dtype.isnative or not array.flags.c_contiguous:
-            raise UserError(f"{self.name} is stored in a foreign order: save numpy.ascontiguousarray of it as uint16")
-        return array
-
-    def _open_pt(self) -> np.ndarray:
-        import torch
-
-        try:
-            with warnings.catch_warnings(), open(self.name, "rb") as file:
-                warnings.simplefilter("ignore")  # about pickles of other versions; what matters is said below
-                archive = file.read(4) == b"PK\x03\x04"  # the format before torch 1.6 is none, and cannot be mapped
-                if archive and any(entry.compress_type for entry in zipfile.ZipFile(file).infolist()):
-                    raise ValueError("it is compressed, which torch.save never does")
-                tensor = torch.load(self.name, map_location="cpu", weights_only=True, mmap=archive)
-        except Exception as error:  # of a dozen types, each of which means that it is not what torch.save wrote
-            raise UserError(
-                f"{self.name} is a pickle of something else than a tensor, or damaged; it was not executed: "
-                "save the token ids with torch.save(tensor, path)"
-            ) from error
-        if not isinstance(tensor, torch.Tensor):
-            raise UserError(
-                f"{self.name} holds a {type(tensor).__name__}, not a tensor: save the token ids with torch.save(tensor)"
-            )
-        if tensor.is_floating_point() or tensor.is_complex():
-            raise UserError(f"{self.name} holds {tensor.dtype} values, not token ids: store integers (uint16)")
-        # Made contiguous, a view of few numbers could fill any memory.
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            raise UserError(f"{self.name} is no plain tensor with its numbers in order: torch.save(tensor.clone())")
-        return tensor.detach().numpy()
-
-    def check(self, vocab_size: int, manifest: dict | None) -> int:
-        """
-        The number of tokens, after making sure that every id is in the vocabulary.
-
-        Every id is looked at (at the speed of the disk: 1 to 3 s per 10^9 tokens), unless the file is large and its
-        manifest knows its size and largest id: then samples have to do.
-        """
-        arrays = self.arrays()
-        tokens = sum(map(len, arrays))
-        entry = self._manifest_entry(manifest)
-        if entry and entry["tokens"] != tokens:
-            raise UserError(
-                f"{self.name} has {tokens:,} tokens where its manifest says {entry['tokens']:,}: "
-                "the file was changed or cut off; copy or tokenize it again, or delete the manifest"
-            )
-        size = sum(array.nbytes for array in arrays)
-        known = entry is not None and entry["largest_id"] < vocab_size
-        if not (known and size > SCANNED_WHOLE) and size > 4 << 30:
-            logger.warning("checking every token id of %s, %.1f GB; a manifest would spare this", self.name, size / 1e9)
-        position = 0
-        for array in arrays:
-            ids = array.to_numpy(zero_copy_only=True)
-            starts = range(0, len(ids), 1 << 22)
-            if known and size > SCANNED_WHOLE:
-                starts = range(0, len(ids), max(1 << 22, len(ids) // SAMPLES))
-            for start in starts:
-                length = SAMPLE if known and size > SCANNED_WHOLE else 1 << 22
-                check_ids(ids[start : start + length], position + start, vocab_size, self.name)
-            position += len(ids)
-        return tokens
-
-    def _manifest_entry(self, manifest: dict | None) -> dict | None:
-        name = Path(self.name).name
-        entries = (manifest or {}).get("splits", {}).values()
-        return next((entry for entry in entries if entry["file"] == name), None)
-
-    def count_blocks(self, block_size: int) -> int:
-        return sum(len(array) // block_size for array in self.arrays())
-
-    def fits(self, block_size: int) -> bool:
-        """Whether rows of `block_size` can be cut without one that spans two buffers."""
-        return all(len(array) % block_size == 0 for array in self.arrays()[:-1])
-
-    def content_hash(self) -> str:
-        """A hash of the size, the beginning, the end and 64 places between, of every file."""
-        return hashlib.sha256("".join(map(sampled_hash, self.files)).encode("ascii")).hexdigest()
-
-    def table(self, block_size: int, start: int, count: int) -> pa.Table:
-        """Blocks `start` to `start + count` as rows; a view of the file."""
-        blocks = [
-            pa.FixedSizeListArray.from_arrays(array.slice(0, len(array) // block_size * block_size), block_size)
-            for array in self.arrays()
-        ]
-        return pa.table({"input_ids": pa.chunked_array(blocks)}).slice(start, count)
-
-
-def check_ids(ids: np.ndarray, position: int, vocab_size: int, name: str) -> None:
-    """UserError for the first id of a piece of `name`, which begins at `position`, that is not in the vocabulary."""
-    if not len(ids):
-        return
-    low = int(ids.min()) if ids.dtype.kind == "i" else 0
-    if low < 0 or int(ids.max()) >= vocab_size:
-        where = int(np.argmax((ids >= vocab_size) | (ids < 0)))
-        raise UserError(
-            f"{name} has id {ids[where]} at position {position + where:,}, outside a vocabulary of {vocab_size:,}: "
-            "it was made with another tokenizer or dtype; tokenize the text again, or set vocab_size to fit"
-        )
-
-
-def sampled_hash(path: str | os.PathLike) -> str:
-    """A sha256 over a file's size and samples of it: milliseconds for any size, and the whole content up to 4 MiB."""
-    size = os.path.getsize(path)
-    digest = hashlib.sha256(size.to_bytes(8, "little"))
-    with open(path, "rb") as file:
-        if size <= HASHED_WHOLE:
-            digest.update(file.read())
-        else:
-            for i in range(SAMPLES):
-                file.seek((size - SAMPLE) * i // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE))
-    return digest.hexdigest()
-
-
-def arrow_column(file: str) -> pa.ChunkedArray:
-    """The column input_ids of a mapped .arrow file; UserError where the file is damaged."""
-    try:
-        table = pa.ipc.open_stream(pa.memory_map(file)).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file} is not a whole Arrow file ({error}): copy it again, or tokenize anew") from error
-    return table.column("input_ids")
-
-
-def flat_ids(rows: pa.Array) -> pa.Array:
-    """The values of a list array as one flat array, without a copy."""
-    flat = rows.flatten()
-    if flat.null_count or rows.null_count or not pa.types.is_integer(flat.type):
-        raise UserError(f"the column input_ids holds {rows.type} with nulls or no integers: store lists of token ids")
-    return flat
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The dataset
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class MappedBlocks(TableBlock):
+class BlockTable(MemoryMappedTable):
     """
-    A table whose pickle is the place of its data: `datasets.MemoryMappedTable` for files that are not Arrow's own.
+    A table over a token stream, whose pickle names `origin` (stream, block size, start, count) and the transforms.
 
-    As there, every transform is remembered and done again after unpickling.
+    `MemoryMappedTable` itself maps Arrow's own files only; a plain pyarrow.Table would be pickled with all its data.
     """
 
-    def __init__(self, stream: TokenStream, cut: tuple[int, int, int], table: pa.Table | None = None, replays=()):
-        super().__init__(stream.table(*cut) if table is None else table)
-        self.stream, self.cut, self.replays = stream, cut, tuple(replays)
+    def __init__(self, table: pa.Table, origin: tuple, transforms: tuple = ()):
+        super().__init__(table, path=origin[0].files[0])
+        self.origin, self.transforms = origin, transforms
 
-    def __getstate__(self) -> dict:
-        return {"stream": self.stream, "cut": self.cut, "replays": self.replays}
-
-    def __setstate__(self, state: dict) -> None:
-        table = state["stream"].table(*state["cut"])
-        for name, arguments, named in state["replays"]:
-            table = _transform(table, name, arguments, named)
-        MappedBlocks.__init__(self, state["stream"], state["cut"], table, state["replays"])
-
-    def _replayed(self, name: str, arguments: tuple, named: dict) -> "MappedBlocks":
-        replay = (name, copy.deepcopy(arguments), copy.deepcopy(named))
-        table = _transform(self.table, name, arguments, named)
-        return MappedBlocks(self.stream, self.cut, table, (*self.replays, replay))
+    def __reduce__(self):
+        return _open_table, (self.origin, self.transforms)
 
 
-def _transform(table: pa.Table, name: str, arguments: tuple, named: dict) -> pa.Table:
-    if name == "cast":
-        return table_cast(table, *arguments, **named)
-    if name == "flatten":
-        return table_flatten(table, *arguments, **named)
-    return getattr(table, name)(*arguments, **named)
+def _open_table(origin: tuple, transforms: tuple = ()) -> BlockTable:
+    stream, block_size, start, count = origin
+    table = BlockTable(stream.table(block_size, start, count), origin)
+    for name, arguments, named in transforms:
+        table = getattr(table, name)(*arguments, **named)
+    return table
 
 
-def _remembered(name: str) -> Callable:
-    def transform(self, *arguments, **named):
-        return self._replayed(name, arguments, named)
+def _transform(name: str) -> Callable:
+    def apply(self: BlockTable, *arguments, **named) -> BlockTable:
+        table = getattr(InMemoryTable(self.table), name)(*arguments, **named).table
+        return BlockTable(table, self.origin, (*self.transforms, (name, arguments, named)))
 
-    return transform
+    return apply
 
 
-for _name in (
-    *("slice", "filter", "flatten", "combine_chunks", "cast", "replace_schema_metadata", "add_column"),
-    *("append_column", "remove_column", "set_column", "rename_columns", "drop", "select"),
-):
-    setattr(MappedBlocks, _name, _remembered(_name))
+for _name in TRANSFORMS:
+    setattr(BlockTable, _name, _transform(_name))
 
 
 def dataset_of_blocks(stream: TokenStream, block_size: int, start: int, count: int, split: str) -> datasets.Dataset:
     """Blocks `start` to `start + count` of a stream as a Dataset with the one column input_ids, in numpy format."""
-    cut = (block_size, start, count)
-    # Given here, the fingerprint costs nothing; left out, `datasets` would hash the data for it.
-    fingerprint = hashlib.sha256(f"{stream.content_hash()} {cut}".encode("ascii")).hexdigest()[:16]
-    table = MappedBlocks(stream, cut)
-    dataset = datasets.Dataset(table, split=datasets.NamedSplit(split), fingerprint=fingerprint)
-    return dataset.with_format("numpy")
+    # Without a fingerprint, `datasets` would hash the data for one.
+    text = f"{stream.content_hash()} {(block_size, start, count)}"
+    fingerprint = hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
+    table = _open_table((stream, block_size, start, count))
+    return datasets.Dataset(table, split=datasets.NamedSplit(split), fingerprint=fingerprint).with_format("numpy")

@@ -8,25 +8,20 @@ of it depends on the length of the run: a longer or a resumed one sees the same 
 import hashlib
 import math
 import re
-from collections.abc import Callable
-from dataclasses import replace
 from fractions import Fraction
 
 import datasets
 import numpy as np
 
-from creature.data.loading import Splits
 from creature.errors import UserError
 
 
-def parse_parts(data: str | list[str]) -> tuple[list[str], list[Fraction] | None]:
+def parse_parts(data: list[str]) -> tuple[list[str], list[Fraction] | None]:
     """
     The names in `data` and their shares, which add up to 1; None where no weights are given.
 
-    One name alone is never cut. Raises UserError for weights that only some parts have, or that are not above 0.
+    Raises UserError for weights that only some parts have, or that are not above 0.
     """
-    if isinstance(data, str) or len(data) == 1:
-        return [data if isinstance(data, str) else str(data[0])], None
     found = [re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", str(text)) for text in data]
     if not any(found):
         return [str(text) for text in data], None
@@ -71,66 +66,60 @@ def mixture_rows(sizes: list[int], shares: list[Fraction], count: int, seed: int
     return rows
 
 
-def mix(data: str | list[str], load: Callable[[str], Splits], count: int, seed: int) -> Splits:
+def mix(
+    parts: list[tuple[datasets.DatasetDict, dict]], shares: list[Fraction] | None, count: int, seed: int
+) -> tuple[datasets.DatasetDict, dict]:
     """
-    What `data` names, each part opened by `load`, as one Splits.
+    Loaded parts (see `load_data`) as one DatasetDict and its facts.
 
-    With weights: `count` blocks to train on, in their order (`ordered`), and validation blocks in the same proportions
-    up to where the first part has no more. Without: all blocks of all parts, for the sampler to shuffle. `info` then
-    has "parts", each with its path, tokens, share and the times that it is seen.
+    With `shares`: `count` blocks to train on, in training order, and validation blocks in the same proportions up to
+    where the first part has no more. Without: all blocks of all parts, for the sampler to shuffle. The facts then have
+    "parts", each with its path, tokens, share and the times that it is seen.
     """
-    names, shares = parse_parts(data)
-    opened = [load(name) for name in names]
-    if len(opened) == 1:
-        return opened[0]
-    kinds = {str(splits.train.features["input_ids"].feature.dtype): splits.info["path"] for splits in opened}
-    if len(kinds) > 1:
-        told = ", ".join(f"{path} holds {dtype}" for dtype, path in kinds.items())
-        raise UserError(f"the parts of the mixture are stored in different ways ({told}): tokenize all of them alike")
-    sizes = [len(splits.train) for splits in opened]
-    train = datasets.concatenate_datasets([splits.train for splits in opened])
-    uses = np.array(sizes)
+    trains, infos = [splits["train"] for splits, _ in parts], [info for _, info in parts]
+    dtypes = [str(one.features["input_ids"].feature.dtype) for one in trains]
+    if len(set(dtypes)) > 1:
+        kinds = {dtype: info["path"] for dtype, info in zip(dtypes, infos, strict=True)}
+        found = ", ".join(f"{path} holds {dtype}" for dtype, path in kinds.items())
+        raise UserError(f"the parts of the mixture are stored in different ways ({found}): tokenize all of them alike")
+    sizes = [len(one) for one in trains]
+    train, uses = datasets.concatenate_datasets(trains), [None] * len(parts)
+    fractions = shares or [Fraction(size, sum(sizes)) for size in sizes]
+    names = [info["path"] for info in infos]
     if shares:
-        if count < 1:
-            raise UserError("a mixture with weights has no epochs: say how long to train with --max_steps")
-        rows = mixture_rows(sizes, shares, count, seed)
-        uses = np.bincount(mixture_pattern(shares, count), minlength=len(sizes))
-        train = train.select(rows)
-    text = " ".join(
-        f"{s.info['path']}:{float(share):.3g}" if shares else s.info["path"]
-        for s, share in zip(opened, shares or opened, strict=True)
-    )
-    identity = " ".join([*(splits.info["data_hash"] for splits in opened), *map(str, shares or [])])
-    validation = _mix_validation([splits.validation for splits in opened], shares)
-    info = {
-        "path": text,
-        "tokens": sum(splits.info["tokens"] for splits in opened),
-        "validation_tokens": sum(splits.info["validation_tokens"] for splits in opened),
-        "dtype": opened[0].info["dtype"],
-        "data_hash": hashlib.sha256(identity.encode("ascii")).hexdigest(),
-        "tokenizer_hash": next((s.info["tokenizer_hash"] for s in opened if s.info["tokenizer_hash"]), None),
+        train = train.select(mixture_rows(sizes, shares, count, seed))
+        counts = np.bincount(mixture_pattern(shares, count), minlength=len(sizes))
+        uses = [round(int(used) / size, 4) for used, size in zip(counts, sizes, strict=True)]
+        names = [f"{name}:{float(share):.3g}" for name, share in zip(names, shares, strict=True)]
+    mixed = datasets.DatasetDict(train=train)
+    validation = _mix_validation([splits.get("validation") for splits, _ in parts], shares)
+    if validation is not None:
+        mixed["validation"] = validation
+    facts = " ".join([*(info["data_hash"] for info in infos), *map(str, shares or [])])
+    return mixed, {
+        "path": " ".join(names),
+        "source": ", ".join(info["source"] for info in infos),
+        "tokens": sum(info["tokens"] for info in infos),
+        "validation_tokens": sum(info["validation_tokens"] for info in infos),
+        "dtype": infos[0]["dtype"],
+        "data_hash": hashlib.sha256(facts.encode("ascii")).hexdigest(),
+        "tokenizer_hash": next((info["tokenizer_hash"] for info in infos if info["tokenizer_hash"]), None),
+        "ordered": bool(shares),
         "parts": [
-            {
-                "path": splits.info["path"],
-                "tokens": splits.info["tokens"],
-                "share": round(float(share) if shares else size / sum(sizes), 6),
-                "times_seen": round(int(used) / size, 4) if shares else None,
-            }
-            for splits, share, size, used in zip(opened, shares or sizes, sizes, uses, strict=True)
+            {"path": info["path"], "tokens": info["tokens"], "share": round(float(share), 6), "times_seen": used}
+            for info, share, used in zip(infos, fractions, uses, strict=True)
         ],
     }
-    return replace(opened[0], train=train, validation=validation, info=info, ordered=bool(shares))
 
 
 def _mix_validation(parts: list[datasets.Dataset | None], shares: list[Fraction] | None) -> datasets.Dataset | None:
     """The validation blocks of the parts that have some, in the proportions of the mixture, none of them twice."""
-    kept = [part for part, blocks in enumerate(parts) if blocks is not None and len(blocks)]
+    kept = [part for part, blocks in enumerate(parts) if blocks is not None]
     if not kept:
         return None
-    blocks = datasets.concatenate_datasets([parts[part] for part in kept])
+    blocks, sizes = datasets.concatenate_datasets([parts[part] for part in kept]), [len(parts[part]) for part in kept]
     if not shares or len(kept) == 1:
         return blocks
-    sizes = [len(parts[part]) for part in kept]
     whole = sum(shares[part] for part in kept)
     pattern = mixture_pattern([shares[part] / whole for part in kept], sum(sizes))
     taken = [np.cumsum(pattern == part) for part in range(len(kept))]

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from creature.data.text.readers import read_documents
+from creature.data.text.readers import Documents
 from creature.data.text.sources import Source, find_sources
 from creature.data.text.tokenizer import END_OF_TEXT, gpt2_hash, load_encoding, load_tokenizer, tokenizer_hash
 from creature.errors import UserError
@@ -335,16 +335,12 @@ def _validation_path(output: Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The whole
+# The corpus
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _NothingToTrainOn(Exception):
-    """Every document fell into the validation split."""
-
-
 def tokenize_corpus(
-    inputs: list[str],
+    inputs: list[str] | list[Source],
     output: str,
     *,
     validation_fraction: float = 0.005,
@@ -357,17 +353,17 @@ def tokenize_corpus(
     progress: bool = True,
 ) -> dict:
     """
-    Tokenize `inputs` (files, folders, globs, Hub names; see `find_sources`) into `output` and return its manifest.
+    Tokenize `inputs` (names as `find_sources` takes them, or its sources) into `output` and return its manifest.
 
     `output` ending in .bin: a stream of little-endian ids as nanoGPT reads it (uint16; uint32 for vocabularies beyond
     65,536, which the manifest says), with corpus.valid.bin and corpus.manifest.json beside it. Otherwise a folder for
     `datasets.load_from_disk`: train/, validation/ and manifest.json. `validation_fraction` of the documents, chosen
     by hash and `seed`, go to validation. `workers` threads tokenize (default: all cores). With `train_tokens`, the
-    training stream ends after so many, perhaps within a document, and the input is read no further.
+    training stream ends after that many, perhaps within a document, and the input is read no further.
 
-    Nothing is in place before everything is written. Raises UserError for bad input, an existing output without
-    `overwrite`, a folder that cannot be written, a full disk. The returned dict has "seconds" beside what the file
-    holds.
+    Files appear only once everything is written. Raises UserError for bad input, an existing output without
+    `overwrite`, a folder that cannot be written, a full disk. The returned dict has "seconds" beside what the manifest
+    file has.
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(f"--validation_fraction {validation_fraction} is not in [0, 1): a usual value is 0.005")
@@ -375,80 +371,78 @@ def tokenize_corpus(
         raise UserError(f"--train_tokens {train_tokens} is less than 1: leave it out to take everything")
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers} is less than 1: leave it out to use all cores")
-    sources, left_out = find_sources(inputs)
-    output_path = Path(os.path.expanduser(output))
-    check = functools.partial(_check_output, output_path, sources, overwrite)
+    sources, left_out = (inputs, 0) if inputs and isinstance(inputs[0], Source) else find_sources(inputs)
+    path = Path(os.path.expanduser(output))
+    check = functools.partial(_check_output, path, sources, overwrite)
     check()
     coder = _make_coder(tokenizer_name)
-    cutter = _Cutter(validation_fraction, seed, PIECE if coder.threads else LONGEST_RUN)
-    workers = workers or cpu_cores()
+    workers = (workers or cpu_cores()) if coder.threads else 1
     began = time.perf_counter()
-    counts = {"documents": 0, "characters": 0, "text_bytes": 0}
 
-    def tokens() -> Iterator[_Tokens]:
-        with closing(_with_progress(sources, text_column, progress)) as texts:
-            done = _in_order(coder, cutter.batches(texts), workers if coder.threads else 1)
-            for some in done if train_tokens is None else _first(done, train_tokens, coder.end_of_text):
-                counts["documents"] += sum(some.documents)
-                counts["characters"] += some.characters
-                counts["text_bytes"] += some.text_bytes
-                yield some
+    def write(fraction: float) -> dict:
+        """The manifest of the corpus that this wrote; _NothingToTrainOn if no document fell into the training split."""
+        documents = [Documents(source, text_column) for source in sources]
+        cutter = _Cutter(fraction, seed, PIECE if coder.threads else LONGEST_RUN)
+        counts = {"documents": 0, "characters": 0, "text_bytes": 0}
 
-    def manifest(streams: list[_Stream | None], files: list[str]) -> dict:
-        if not counts["documents"]:
-            names = ", ".join(source.name for source in sources[:3]) + (", ..." if len(sources) > 3 else "")
-            raise UserError(f"there is no text in {names}: the input is empty, name one that is not")
-        if not streams[0].tokens:
-            raise _NothingToTrainOn
-        return {
-            "format": "creature token corpus 1",
-            "tokenizer": tokenizer_name,
-            "tokenizer_hash": coder.hash,
-            "vocab_size": coder.vocab_size,
-            "end_of_text": coder.end_of_text,
-            "dtype": coder.dtype.name,
-            **counts,
-            "tokens": sum(stream.tokens for stream in streams if stream),
-            "splits": {
-                split: stream.entry(file)
-                for split, stream, file in zip(SPLITS, streams, files, strict=True)
-                if stream and stream.tokens
-            },
-            "validation_fraction": validation_fraction,
-            "seed": seed,
-            "text_column": text_column,
-            "train_tokens": train_tokens,
-            "empty_documents": cutter.empty,
-            "forced_cuts": cutter.forced,
-            "repaired_records": sum(source.repaired for source in sources),
-            "files_left_out": left_out,
-            "inputs": [{"name": s.name, "bytes": s.bytes_read, "sha256": s.sha256} for s in sources],
-        }
+        def tokens() -> Iterator[_Tokens]:
+            with closing(_with_progress(documents, progress, "tokenizing")) as texts:
+                done = _in_order(coder, cutter.batches(texts), workers)
+                for some in done if train_tokens is None else _first(done, train_tokens, coder.end_of_text):
+                    counts["documents"] += sum(some.documents)
+                    counts["characters"] += some.characters
+                    counts["text_bytes"] += some.text_bytes
+                    yield some
+
+        def manifest(streams: list[_Stream | None], files: list[str]) -> dict:
+            if not counts["documents"]:
+                names = ", ".join(source.name for source in sources[:3]) + (", ..." if len(sources) > 3 else "")
+                raise UserError(f"there is no text in {names}: the input is empty, name one that is not")
+            if not streams[0].tokens:
+                raise _NothingToTrainOn
+            return {
+                "format": "creature token corpus 1",
+                "tokenizer": tokenizer_name,
+                "tokenizer_hash": coder.hash,
+                "vocab_size": coder.vocab_size,
+                "end_of_text": coder.end_of_text,
+                "dtype": coder.dtype.name,
+                **counts,
+                "tokens": sum(stream.tokens for stream in streams if stream),
+                "splits": {
+                    split: stream.entry(file)
+                    for split, stream, file in zip(SPLITS, streams, files, strict=True)
+                    if stream and stream.tokens
+                },
+                "validation_fraction": fraction,
+                "seed": seed,
+                "text_column": text_column,
+                "train_tokens": train_tokens,
+                "empty_documents": cutter.empty,
+                "forced_cuts": cutter.forced,
+                "repaired_records": sum(one.repaired for one in documents),
+                "files_left_out": left_out,
+                "inputs": [{"name": one.name, "bytes": one.bytes_read, "sha256": one.sha256} for one in documents],
+            }
+
+        if path.suffix == ".bin":
+            return _write_bin(path, tokens(), manifest, check)
+        return _write_folder(path, tokens(), manifest, coder.dtype, check)
 
     try:
-        if output_path.suffix == ".bin":
-            result = _write_bin(output_path, tokens(), manifest, check)
-        else:
-            result = _write_folder(output_path, tokens(), manifest, coder.dtype, check)
-    except _NothingToTrainOn:
-        # Happens to a corpus of one or two documents; it is worth the second reading.
-        return tokenize_corpus(
-            inputs,
-            output,
-            validation_fraction=0,
-            seed=seed,
-            workers=workers,
-            tokenizer_name=tokenizer_name,
-            text_column=text_column,
-            train_tokens=train_tokens,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        try:
+            result = write(validation_fraction)
+        except _NothingToTrainOn:
+            result = write(0.0)  # a corpus of one or two documents: reading it again costs little
     except OSError as error:
         if is_disk_full(error):
             raise UserError(f"the disk is full while writing {output}: free some space, or use another disk") from error
         raise
     return {**result, "seconds": time.perf_counter() - began}
+
+
+class _NothingToTrainOn(Exception):
+    """Every document fell into the validation split."""
 
 
 def _first(tokens: Iterator[_Tokens], limit: int, end_of_text: int) -> Iterator[_Tokens]:
@@ -468,31 +462,30 @@ def _first(tokens: Iterator[_Tokens], limit: int, end_of_text: int) -> Iterator[
 
 
 def read_pieces(
-    inputs: list[str], text_column: str = "text", progress: bool = True, what: str = "tokenizing"
+    inputs: list[str], text_column: str = "text", progress: bool = True
 ) -> Iterator[list[tuple[str, bool]]]:
     """The text of `inputs` in batches of (piece, whether it ends its document), cut where no pre-token is split."""
-    sources, _ = find_sources(inputs)
-    with closing(_with_progress(sources, text_column, progress, what)) as texts:
+    documents = [Documents(source, text_column) for source in find_sources(inputs)[0]]
+    with closing(_with_progress(documents, progress, "reading")) as texts:
         for batch in _Cutter(0, 0, PIECE).batches(texts):
             yield [(text, ends) for text, ends, _ in batch.pieces]
 
 
-def _with_progress(
-    sources: list[Source], text_column: str, progress: bool, what: str = "tokenizing"
-) -> Iterator[tuple[str, bool]]:
+def _with_progress(documents: list[Documents], progress: bool, title: str) -> Iterator[tuple[str, bool]]:
     """All documents of all sources, under a progress bar in bytes of the files, with an ETA where sizes are known."""
     from tqdm import tqdm
 
-    total = None if any(source.kind == "hub" for source in sources) else sum(source.size for source in sources)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc=what) as bar:
-        for source in sources:
+    sizes = [one.source.size for one in documents]
+    known = all(one.source.kind not in ("hub", "arrow") for one in documents)
+    with tqdm(total=sum(sizes) if known else None, unit="B", unit_scale=True, disable=not progress, desc=title) as bar:
+        for one in documents:
             done = 0
-            for text, ends in read_documents(source, text_column):
-                if source.bytes_read != done:
-                    bar.update(source.bytes_read - done)
-                    done = source.bytes_read
+            for text, ends in one:
+                if one.bytes_read != done:
+                    bar.update(one.bytes_read - done)
+                    done = one.bytes_read
                 yield text, ends
-            bar.update(source.bytes_read - done)
+            bar.update(one.bytes_read - done)
 
 
 def _distribute(tokens: Iterator[_Tokens], open_split: Callable[[int], Callable]) -> list[_Stream | None]:

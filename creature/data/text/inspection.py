@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from creature.data.blocks import TokenStream
+from creature.data.text.token_stream import TokenStream
 
 CHUNK = 1 << 20  # tokens looked at together
 WINDOW = 8  # tokens of a window, by which similar documents are found

@@ -1,22 +1,26 @@
 """Documents out of text files of any kind and size, in constant memory.
 
-`read_documents` streams one source as pieces of text. What counts as a document:
+`Documents` streams one source as pieces of text. What counts as a document:
 
 - .txt, .md and files of unknown kind named one by one: the whole file, or, where it has lines that read exactly
-  `<|endoftext|>`, each part between them. The marker takes its own line break and the one before it along: the
-  documents joined by "\\n<|endoftext|>\\n" are the file again. Nothing else is changed: line ends stay as they are, a
-  byte order mark is a character like any other, and the marker inside a line is ordinary text.
+  `<|endoftext|>`, each part between them. With the marker go its own line break and the one before it, so that the
+  documents joined by "\n<|endoftext|>\n" are the file again. Nothing else changes: line ends stay as they are, a byte
+  order mark is a character like any other, and the marker inside a line is ordinary text.
 - .jsonl, .json, .csv, .tsv, .parquet, Hub datasets, folders of `save_to_disk`: the text column of each record. A .json
   file is an array of records, one record, or records one after another; a record is an object or a bare string. One
   record may have up to 32 Mi characters.
 
 Each kind may be compressed: .gz, .bz2, .xz, .zst.
+
+`datasets` reads Hub datasets and Arrow folders, but not single files: it loads a .json array whole, turns the words NA
+and null of a .csv into nothing, and takes 350 MiB for a .parquet file of 0.26 MB in which 80 rows share one text.
 """
 
 import bz2
 import codecs
 import csv
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -28,122 +32,328 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from creature.data.text.sources import Source, is_arrow_folder, split_name
+from creature.data.text.sources import Source
 from creature.errors import UserError, first_line
 
 MARKER = "<|endoftext|>"
 CHUNK_BYTES = 1 << 18
 MAX_RECORD = 32 << 20  # characters: a record has to be in memory whole, a text file does not
 MAX_DICTIONARY = 4 << 20  # bytes of a parquet column's dictionary up to which many rows are decoded together
-MAX_UNPACKED = 256 << 20  # bytes from which on a parquet column is not to be packed a hundredfold
+MAX_UNPACKED = 256 << 20  # bytes from which on a parquet column compressed a hundredfold is refused
 
 
-def read_documents(source: Source, text_column: str = "text") -> Iterator[tuple[str, bool]]:
+class Documents:
     """
-    Stream one source as pairs (text, ends): a document is the texts up to and including the first with `ends` True.
+    One source as an iterator of pairs (text, ends): a document is the texts up to the first with `ends` True.
 
-    Texts may be empty, documents too. Advances `source.bytes_read` and fills in `source.sha256`. Raises UserError for
+    Texts may be empty, documents too. Meanwhile `bytes_read` grows; `sha256` is that of the file as stored, once it is
+    read to the end; `repaired` counts records with half a surrogate pair, which becomes U+FFFD. Raises UserError for
     damaged files, text that is not UTF-8, and records without the text column.
     """
-    if source.kind == "hub":
-        yield from _read_hub(source, text_column)
-    elif source.kind == "parquet":
-        yield from _read_parquet(source, text_column)
-    else:
-        with _opened(source) as stream:
-            chunks = _decoded(stream, source, skip_mark=source.kind != "text")
-            if source.kind == "text":
-                yield from _split_at_markers(chunks)
-            elif source.kind == "jsonl":
-                yield from _read_jsonl(chunks, source, text_column)
-            elif source.kind == "json":
-                yield from _read_json(chunks, source, text_column)
-            else:
-                yield from _read_csv(chunks, source, text_column)
+
+    def __init__(self, source: Source, text_column: str = "text"):
+        self.source, self.column, self.name = source, text_column, source.name
+        self.bytes_read = self.repaired = 0
+        self.sha256 = ""
+
+    def __iter__(self) -> Iterator[tuple[str, bool]]:
+        kind = self.source.kind
+        if kind in ("hub", "arrow"):
+            yield from self._read_rows()
+        elif kind == "parquet":
+            yield from self._read_parquet()
+        else:
+            readers = {"text": _split_at_markers, "jsonl": self._read_jsonl, "json": self._read_json}
+            with self._open() as stream:
+                yield from readers.get(kind, self._read_csv)(self._decode(stream))
+
+    def whole(self) -> Iterator[str]:
+        """Every document as one string, which has to fit into memory."""
+        parts = []
+        for text, ends in self:
+            parts.append(text)
+            if ends:
+                yield "".join(parts)
+                parts = []
+
+    @contextmanager
+    def _open(self) -> Iterator[io.BufferedIOBase]:
+        """The bytes of the file, decompressed. Errors of the decompressor become UserErrors."""
+        compression = self.source.compression
+        try:
+            metered = _MeteredFile(self)
+        except OSError as error:
+            raise UserError(f"cannot read {self.name} ({error.strerror}): check its permissions") from error
+        raw = io.BufferedReader(metered, CHUNK_BYTES)
+        with raw:
+            try:
+                if compression == ".gz":
+                    yield gzip.GzipFile(fileobj=raw)
+                elif compression == ".bz2":
+                    yield bz2.BZ2File(raw)
+                elif compression == ".xz":
+                    yield lzma.LZMAFile(raw)
+                elif compression == ".zst":
+                    import pyarrow
+
+                    yield pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
+                else:
+                    yield raw
+                while raw.read(CHUNK_BYTES):  # padding after the compressed data still belongs to the file's hash
+                    pass
+                self.sha256 = metered.digest.hexdigest()
+            except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+                if not compression:
+                    raise
+                raise UserError(
+                    f"{self.name} is damaged or cut off ({first_line(error)}): get the file again, or unpack it first"
+                ) from error
+
+    def _decode(self, stream: io.BufferedIOBase) -> Iterator[str]:
+        """The stream as text, strictly UTF-8, with every byte kept (but a byte order mark before records)."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        position = 0  # of the next byte to be read
+        while True:
+            data = stream.read(CHUNK_BYTES)
+            waiting = len(decoder.getstate()[0])  # bytes of a character whose end is in `data`
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                where = position - waiting + error.start
+                after = " after decompression" if self.source.compression else ""
+                raise UserError(
+                    f"{self.name} is not UTF-8 text: byte {where:,}{after} is 0x{error.object[error.start]:02x}; "
+                    "convert it first, for example with `iconv -f WINDOWS-1252 -t UTF-8 in.txt > out.txt`, or leave it "
+                    "out"
+                ) from error
+            if self.source.kind != "text" and position == 0 and text.startswith("\ufeff"):
+                text = text[1:]
+            position += len(data)
+            if text:
+                yield text
+            if not data:
+                return
+
+    def _text(self, record, where: str) -> str:
+        """The text of one JSON-like record; None counts as an empty document."""
+        if isinstance(record, dict):
+            if self.column not in record:
+                fields = ", ".join(map(str, record)) or "nothing"
+                raise UserError(
+                    f"{self.name}, {where}: no field {self.column!r} (there is: {fields}); "
+                    "name the field with --text_column"
+                )
+            record = record[self.column]
+        if record is None:
+            return ""
+        if not isinstance(record, str):
+            raise UserError(
+                f"{self.name}, {where}: {self.column!r} is of type {type(record).__name__}, not text; "
+                "name the field that holds the text with --text_column"
+            )
+        return self._encodable(record)
+
+    def _encodable(self, text: str) -> str:
+        if not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                self.repaired += 1
+                return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text
+
+    def _lines(self, chunks: Iterator[str]) -> Iterator[str]:
+        """Lines with their ends, split at "\\n" only."""
+        waiting: list[str] = []
+        length = 0
+        for chunk in chunks:
+            lines = chunk.split("\n")
+            for line in lines[:-1]:
+                yield "".join((*waiting, line, "\n"))
+                waiting, length = [], 0
+            if lines[-1]:
+                waiting.append(lines[-1])
+                length += len(lines[-1])
+                if length > MAX_RECORD:
+                    raise self._too_long()
+        if waiting:
+            yield "".join(waiting)
+
+    def _too_long(self) -> UserError:
+        return UserError(
+            f"{self.name} has a record of more than {MAX_RECORD >> 20} million characters: "
+            "cut it into smaller records, or store the text as .txt, where length does not matter"
+        )
+
+    def _read_jsonl(self, chunks: Iterator[str]) -> Iterator[tuple[str, bool]]:
+        for number, line in enumerate(self._lines(chunks), 1):
+            if line.isspace():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{self.name}, line {number:,} is not JSON ({error}): repair or remove it") from error
+            yield self._text(record, f"line {number:,}"), True
+
+    def _read_json(self, chunks: Iterator[str]) -> Iterator[tuple[str, bool]]:
+        """Records of an array, or one after another, each parsed as soon as it is complete."""
+        decoder = json.JSONDecoder()
+        space = re.compile(r"[\s,]*")
+        text, start, number, in_array, ended = "", 0, 0, False, False
+        while True:
+            start = space.match(text, start).end()
+            if text.startswith("[", start) and number == 0 and not in_array:
+                in_array, start = True, space.match(text, start + 1).end()
+            if text.startswith("]", start) and in_array:
+                in_array, start = False, space.match(text, start + 1).end()
+            if start == len(text) and ended and not in_array:
+                return
+            try:
+                record, start = decoder.raw_decode(text, start)
+            except RecursionError as error:
+                raise UserError(f"{self.name} is nested too deep at record {number + 1:,}: repair it") from error
+            except ValueError as error:
+                if ended:
+                    reason = "the file ends inside the array" if start == len(text) else error
+                    raise UserError(
+                        f"{self.name} is not JSON at record {number + 1:,} ({reason}): repair it, or use .jsonl"
+                    ) from error
+                # Perhaps the record is only cut off. Doubling what is there keeps the attempts at a long one few.
+                text, start = text[start:], 0
+                wanted = 2 * max(len(text), CHUNK_BYTES)
+                parts = [text]
+                while sum(map(len, parts)) < wanted and not ended:
+                    parts.append(next(chunks, ""))
+                    ended = not parts[-1]
+                text = "".join(parts)
+                if len(text) > 4 * MAX_RECORD:
+                    raise self._too_long() from error
+                continue
+            number += 1
+            yield self._text(record, f"record {number:,}"), True
+
+    def _read_csv(self, chunks: Iterator[str]) -> Iterator[tuple[str, bool]]:
+        name = self.name.lower().removesuffix(self.source.compression)
+        before = csv.field_size_limit(MAX_RECORD)
+        try:
+            rows = csv.reader(self._lines(chunks), delimiter="\t" if name.endswith(".tsv") else ",")
+            header = next(rows, None)
+            if header is None:
+                return
+            if self.column not in header:
+                raise self._no_column(header)
+            index = header.index(self.column)
+            for row in rows:
+                if row and len(row) <= index:
+                    raise UserError(
+                        f"{self.name}, line {rows.line_num:,} has {len(row)} columns where the header has "
+                        f"{len(header)}: repair or remove the line"
+                    )
+                if row:
+                    yield row[index], True
+        except csv.Error as error:
+            raise UserError(f"{self.name}, line {rows.line_num:,} is not CSV ({error}): repair or remove it") from error
+        finally:
+            csv.field_size_limit(before)
+
+    def _no_column(self, columns: list[str]) -> UserError:
+        return UserError(
+            f"{self.name} has no column {self.column!r} (there is: {', '.join(columns)}): "
+            "name the column with --text_column"
+        )
+
+    def _read_parquet(self) -> Iterator[tuple[str, bool]]:
+        import pyarrow
+
+        with tempfile.TemporaryDirectory() as folder:
+            # Parquet is read from its end: a compressed file is unpacked first. Either way, this pass takes the hash.
+            compressed = bool(self.source.compression)
+            path = Path(folder, "data.parquet") if compressed else self.source.path
+            with self._open() as stream, open(path if compressed else os.devnull, "wb") as file:
+                while data := stream.read(CHUNK_BYTES):
+                    file.write(data)
+            try:
+                for number, value in enumerate(self._parquet_values(path), 1):
+                    text = self._text(value, f"row {number:,}")
+                    if len(text) > MAX_RECORD:
+                        raise self._too_long()
+                    yield text, True
+            except (pyarrow.ArrowInvalid, OSError) as error:
+                reason = first_line(error)
+                raise UserError(f"{self.name} is not a whole parquet file ({reason}): get it again") from error
+
+    def _parquet_values(self, path: Path) -> Iterator:
+        import pyarrow.parquet
+
+        # Without pre-buffering and with a small buffer, pages are read as they are needed, not whole row groups.
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK_BYTES) as file:
+            if self.column not in file.schema_arrow.names:
+                raise self._no_column(file.schema_arrow.names)
+            kind, types = file.schema_arrow.field(self.column).type, pyarrow.types
+            tests = (types.is_string, types.is_large_string, types.is_dictionary, types.is_null)
+            if not any(test(kind) for test in tests):
+                raise UserError(
+                    f"{self.name}: the column {self.column!r} is of type {kind}, not text; "
+                    "name the column that holds the text with --text_column"
+                )
+            for group in range(file.num_row_groups):
+                rows = self._rows_at_a_time(path, file.metadata.row_group(group))
+                for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=[self.column]):
+                    for value in batch.column(0):  # one text at a time
+                        yield value.as_py()
+
+    def _rows_at_a_time(self, path: Path, group) -> int:
+        """
+        How many rows of a row group to decode together, so that they take little more memory than the file has bytes.
+
+        64; but 1 where the file stores a text once for many rows: in a dictionary larger than writers make by default
+        (1 MiB), or where each text is stored as its difference from the one before.
+        """
+        chunks = (group.column(i) for i in range(group.num_columns))
+        chunk = next((chunk for chunk in chunks if chunk.path_in_schema == self.column), None)
+        if chunk is None:
+            return 64
+        size = chunk.total_uncompressed_size
+        if size > MAX_UNPACKED and size > 100 * chunk.total_compressed_size:  # pages may be that large, too
+            raise UserError(
+                f"{self.name} unpacks {chunk.total_compressed_size:,} bytes to {size:,}, which no text does: "
+                "leave it out, or unpack it to .txt or .jsonl"
+            )
+        if "DELTA_BYTE_ARRAY" in chunk.encodings:
+            return 1
+        packed = any("DICTIONARY" in encoding for encoding in chunk.encodings)
+        return 1 if packed and _dictionary_bytes(path, chunk) > MAX_DICTIONARY else 64
+
+    def _read_rows(self) -> Iterator[tuple[str, bool]]:
+        rows = open_rows(self.source)
+        try:
+            for number, row in enumerate(rows, 1):
+                yield self._text(row, f"record {number:,}"), True
+        except UserError:
+            raise
+        except Exception as error:  # see open_rows
+            raise UserError(f"{self.name} could not be read to the end ({first_line(error)}): try again") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bytes
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _Metered(io.RawIOBase):
+class _MeteredFile(io.RawIOBase):
     """A file that counts and hashes the bytes read from it."""
 
-    def __init__(self, path: Path, source: Source):
-        self.file = open(path, "rb", buffering=0)
-        self.source = source
+    def __init__(self, documents: Documents):
+        self.file = open(documents.source.path, "rb", buffering=0)
+        self.documents, self.digest = documents, hashlib.sha256()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
         count = self.file.readinto(buffer)
-        self.source._digest.update(memoryview(buffer)[:count])
-        self.source.bytes_read += count
+        self.digest.update(memoryview(buffer)[:count])
+        self.documents.bytes_read += count
         return count
 
     def close(self) -> None:
         self.file.close()
         super().close()
-
-
-@contextmanager
-def _opened(source: Source) -> Iterator[io.BufferedIOBase]:
-    """The source's bytes, decompressed. Errors of the decompressor become UserErrors."""
-    try:
-        metered = _Metered(source.path, source)
-    except OSError as error:
-        raise UserError(f"cannot read {source.name} ({error.strerror}): check its permissions") from error
-    raw = io.BufferedReader(metered, CHUNK_BYTES)
-    with raw:
-        try:
-            if source.compression == ".gz":
-                yield gzip.GzipFile(fileobj=raw)
-            elif source.compression == ".bz2":
-                yield bz2.BZ2File(raw)
-            elif source.compression == ".xz":
-                yield lzma.LZMAFile(raw)
-            elif source.compression == ".zst":
-                import pyarrow
-
-                yield pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
-            else:
-                yield raw
-            while raw.read(CHUNK_BYTES):  # padding after the compressed data still belongs to the file's hash
-                pass
-            source.sha256 = source._digest.hexdigest()
-        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-            if not source.compression:
-                raise
-            raise UserError(
-                f"{source.name} is damaged or cut off ({first_line(error)}): get the file again, or unpack it first"
-            ) from error
-
-
-def _decoded(stream: io.BufferedIOBase, source: Source, skip_mark: bool) -> Iterator[str]:
-    """The stream as text, strictly UTF-8, with every byte kept (except a byte order mark where `skip_mark`)."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    position = 0  # of the next byte to be read
-    while True:
-        data = stream.read(CHUNK_BYTES)
-        waiting = len(decoder.getstate()[0])  # bytes of a character whose end is in `data`
-        try:
-            text = decoder.decode(data, final=not data)
-        except UnicodeDecodeError as error:
-            where = position - waiting + error.start
-            after = " after decompression" if source.compression else ""
-            raise UserError(
-                f"{source.name} is not UTF-8 text: byte {where:,}{after} is 0x{error.object[error.start]:02x}; "
-                "convert it first, for example with `iconv -f WINDOWS-1252 -t UTF-8 in.txt > out.txt`, or leave it out"
-            ) from error
-        if skip_mark and position == 0 and text.startswith("\ufeff"):
-            text = text[1:]
-        position += len(data)
-        if text:
-            yield text
-        if not data:
-            return
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,204 +411,6 @@ def _decided(text: str, done: int, line_start: bool) -> int:
     return len(text) - 1 if text.endswith("\r") else len(text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _record_text(record, source: Source, where: str, column: str) -> str:
-    """The text of one JSON-like record; None counts as an empty document."""
-    if isinstance(record, dict):
-        if column not in record:
-            raise UserError(
-                f"{source.name}, {where}: no field {column!r} (there is: {', '.join(map(str, record)) or 'nothing'}); "
-                "name the field with --text_column"
-            )
-        record = record[column]
-    if record is None:
-        return ""
-    if not isinstance(record, str):
-        raise UserError(
-            f"{source.name}, {where}: {column!r} is of type {type(record).__name__}, not text; "
-            "name the field that holds the text with --text_column"
-        )
-    return _encodable(record, source)
-
-
-def _encodable(text: str, source: Source) -> str:
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            source.repaired += 1
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _lines(chunks: Iterator[str], source: Source) -> Iterator[str]:
-    """Lines with their ends, split at "\\n" only."""
-    waiting: list[str] = []
-    length = 0
-    for chunk in chunks:
-        lines = chunk.split("\n")
-        for line in lines[:-1]:
-            yield "".join((*waiting, line, "\n"))
-            waiting, length = [], 0
-        if lines[-1]:
-            waiting.append(lines[-1])
-            length += len(lines[-1])
-            if length > MAX_RECORD:
-                raise _too_long(source)
-    if waiting:
-        yield "".join(waiting)
-
-
-def _too_long(source: Source) -> UserError:
-    return UserError(
-        f"{source.name} has a record of more than {MAX_RECORD >> 20} million characters: "
-        "cut it into smaller records, or store the text as .txt, where length does not matter"
-    )
-
-
-def _read_jsonl(chunks: Iterator[str], source: Source, column: str) -> Iterator[tuple[str, bool]]:
-    for number, line in enumerate(_lines(chunks, source), 1):
-        if line.isspace():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{source.name}, line {number:,} is not JSON ({error}): repair or remove it") from error
-        yield _record_text(record, source, f"line {number:,}", column), True
-
-
-def _read_json(chunks: Iterator[str], source: Source, column: str) -> Iterator[tuple[str, bool]]:
-    """Records of an array, or one after another, each parsed as soon as it is complete."""
-    decoder = json.JSONDecoder()
-    space = re.compile(r"[\s,]*")
-    text, start, number, in_array, ended = "", 0, 0, False, False
-    while True:
-        start = space.match(text, start).end()
-        if text.startswith("[", start) and number == 0 and not in_array:
-            in_array, start = True, space.match(text, start + 1).end()
-        if text.startswith("]", start) and in_array:
-            in_array, start = False, space.match(text, start + 1).end()
-        if start == len(text) and ended and not in_array:
-            return
-        try:
-            record, start = decoder.raw_decode(text, start)
-        except RecursionError as error:
-            raise UserError(f"{source.name} is nested too deep at record {number + 1:,}: repair it") from error
-        except ValueError as error:
-            if ended:
-                reason = "the file ends inside the array" if start == len(text) else error
-                raise UserError(
-                    f"{source.name} is not JSON at record {number + 1:,} ({reason}): repair it, or use .jsonl"
-                ) from error
-            # Perhaps the record is only cut off. Doubling what is there keeps the attempts at a long one few.
-            text, start = text[start:], 0
-            wanted = 2 * max(len(text), CHUNK_BYTES)
-            parts = [text]
-            while sum(map(len, parts)) < wanted and not ended:
-                parts.append(next(chunks, ""))
-                ended = not parts[-1]
-            text = "".join(parts)
-            if len(text) > 4 * MAX_RECORD:
-                raise _too_long(source) from error
-            continue
-        number += 1
-        yield _record_text(record, source, f"record {number:,}", column), True
-
-
-def _read_csv(chunks: Iterator[str], source: Source, column: str) -> Iterator[tuple[str, bool]]:
-    name = source.name.lower().removesuffix(source.compression)
-    before = csv.field_size_limit(MAX_RECORD)
-    try:
-        rows = csv.reader(_lines(chunks, source), delimiter="\t" if name.endswith(".tsv") else ",")
-        header = next(rows, None)
-        if header is None:
-            return
-        if column not in header:
-            raise UserError(
-                f"{source.name} has no column {column!r} (there is: {', '.join(header)}): name one with --text_column"
-            )
-        index = header.index(column)
-        for row in rows:
-            if row and len(row) <= index:
-                raise UserError(
-                    f"{source.name}, line {rows.line_num:,} has {len(row)} columns where the header has {len(header)}: "
-                    "repair or remove the line"
-                )
-            if row:
-                yield row[index], True
-    except csv.Error as error:
-        raise UserError(f"{source.name}, line {rows.line_num:,} is not CSV ({error}): repair or remove it") from error
-    finally:
-        csv.field_size_limit(before)
-
-
-def _read_parquet(source: Source, column: str) -> Iterator[tuple[str, bool]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    with tempfile.TemporaryDirectory() as folder:
-        # Parquet is read from its end: a compressed one has to be unpacked first. Either way, this pass takes the hash.
-        path = Path(folder, "data.parquet") if source.compression else source.path
-        with _opened(source) as stream, open(path if source.compression else os.devnull, "wb") as file:
-            while data := stream.read(CHUNK_BYTES):
-                file.write(data)
-        try:
-            # Without pre-buffering and with a small buffer, pages are read as they are needed, not whole row groups.
-            with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK_BYTES) as file:
-                names = file.schema_arrow.names
-                if column not in names:
-                    raise UserError(
-                        f"{source.name} has no column {column!r} (there is: {', '.join(names)}): "
-                        "name the column with --text_column"
-                    )
-                kind, types = file.schema_arrow.field(column).type, pyarrow.types
-                texts = (types.is_string, types.is_large_string, types.is_dictionary, types.is_null)
-                if not any(fits(kind) for fits in texts):
-                    raise UserError(
-                        f"{source.name}: the column {column!r} is of type {kind}, not text; "
-                        "name the column that holds the text with --text_column"
-                    )
-                number = 0
-                for group in range(file.num_row_groups):
-                    rows = _rows_at_a_time(path, file.metadata.row_group(group), source, column)
-                    for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=[column]):
-                        for value in batch.column(0):  # one text at a time
-                            number += 1
-                            text = _record_text(value.as_py(), source, f"row {number:,}", column)
-                            if len(text) > MAX_RECORD:
-                                raise _too_long(source)
-                            yield text, True
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise UserError(f"{source.name} is not a whole parquet file ({first_line(error)}): get it anew") from error
-
-
-def _rows_at_a_time(path: Path, group, source: Source, column: str) -> int:
-    """
-    How many rows of a row group to decode together, so that they do not take much more memory than the file says.
-
-    64, but one where a text that is stored once may be meant by many rows: in a dictionary that is larger than writers
-    make them by themselves (1 MiB), or where every text is told by how it differs from the one before.
-    """
-    chunks = (group.column(i) for i in range(group.num_columns))
-    chunk = next((chunk for chunk in chunks if chunk.path_in_schema == column), None)
-    if chunk is None:
-        return 64
-    size = chunk.total_uncompressed_size
-    if size > MAX_UNPACKED and size > 100 * chunk.total_compressed_size:  # pages may be that large, too
-        raise UserError(
-            f"{source.name} unpacks {chunk.total_compressed_size:,} bytes to {size:,}, which no text does: "
-            "leave it out, or unpack it to .txt or .jsonl"
-        )
-    if "DELTA_BYTE_ARRAY" in chunk.encodings:
-        return 1
-    packed = any("DICTIONARY" in encoding for encoding in chunk.encodings)
-    return 1 if packed and _dictionary_bytes(path, chunk) > MAX_DICTIONARY else 64
-
-
 def _dictionary_bytes(path: Path, chunk) -> int:
     """The size of a column's dictionary unpacked, as its page says: the second number of Thrift's compact protocol."""
     numbers: list[int] = []
@@ -414,17 +426,6 @@ def _dictionary_bytes(path: Path, chunk) -> int:
             value, shift, more = value | (part & 0x7F) << shift, shift + 7, part >= 0x80
         numbers.append(value >> 1)  # zigzag
     return numbers[1] if len(numbers) > 1 else MAX_DICTIONARY + 1
-
-
-def _read_hub(source: Source, column: str) -> Iterator[tuple[str, bool]]:
-    rows = load_hub(source.name)
-    try:
-        for number, row in enumerate(rows, 1):
-            yield _record_text(row, source, f"record {number:,}", column), True
-    except UserError:
-        raise
-    except Exception as error:  # see load_hub
-        raise UserError(f"{source.name} could not be read to the end ({first_line(error)}): try again") from error
 
 
 def load_arrow_folder(folder: str | os.PathLike) -> dict:
@@ -454,28 +455,27 @@ def _refuse_outside(folder: str | os.PathLike, files: list[str]) -> None:
             raise UserError(f"{folder} points to {file}, outside itself: copy the data into it, or make it again")
 
 
-def load_hub(name: str):
+def open_rows(source: Source):
     """
-    The rows of a Hub dataset as a stream, or of a folder that `save_to_disk` made.
+    The rows of an Arrow folder, or of a Hub dataset or a local copy of one as a stream (`datasets.IterableDataset`).
 
-    `name` is owner/name[:configuration[:split]], or a folder laid out as a dataset on the Hub in the owner's place,
-    with split "train" by default. Raises UserError when it cannot be had.
+    Raises UserError when they cannot be had.
     """
-    name = os.path.expanduser(name)
-    if is_arrow_folder(Path(name)):
-        return load_arrow_folder(name)["train"]
+    if source.kind == "arrow":
+        return load_arrow_folder(source.path)["train"]
     import datasets
 
     try:
-        hub, configuration, split = split_name(name)
-        if os.path.isdir(hub):
-            files = datasets.load_dataset_builder(hub, configuration or None).config.data_files or {}
-            _refuse_outside(hub, [file for of_split in files.values() for file in of_split])
-        return datasets.load_dataset(hub, configuration or None, split=split or "train", streaming=True)
+        name, configuration = str(source.path or source.name.split(":")[0]), source.configuration or None
+        if source.path is not None:
+            files = datasets.load_dataset_builder(name, configuration).config.data_files or {}
+            _refuse_outside(name, [file for of_split in files.values() for file in of_split])
+        return datasets.load_dataset(name, configuration, split=source.split, streaming=True)
     except UserError:
         raise
     except Exception as error:  # a dozen unrelated types, each of which means that the data cannot be had
         raise UserError(
-            f"{name} is neither a file or folder here nor a Hub dataset that can be reached ({first_line(error)}): "
-            "check the name, the configuration and split (owner/name:configuration:split) and the network"
+            f"{source.name} is neither a file or folder here nor a Hub dataset that can be reached "
+            f"({first_line(error)}): check the name, the configuration and split (owner/name:configuration:split) and "
+            "the network"
         ) from error

@@ -49,7 +49,7 @@ def train_tokenizer(
     require_writable(folder.parent)
     vocab_size = -(-vocab_size // 64) * 64
     counts: dict = {"documents": 0, "characters": 0, "first": ""}
-    with closing(read_pieces(inputs, text_column, progress, "reading")) as pieces:
+    with closing(read_pieces(inputs, text_column, progress)) as pieces:
         tokenizer = _learn(_counted(pieces, counts, train_characters), vocab_size - len(SPECIAL_TOKENS))
     if not counts["characters"]:
         raise UserError(f"there is no text in {', '.join(inputs)}: the input is empty, name one that is not")

@@ -1,0 +1,47 @@
+"""Rows of a data set as the batch that the model's forward takes."""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from creature.errors import UserError
+
+FEWEST_BOUNDARIES = 256  # document boundaries in a batch; attention spends little on those that repeat
+
+
+def collate_blocks(rows: list[dict], end_of_text: int | None = None) -> dict:
+    """
+    A batch of blocks: input_ids int64 [B, T], and the same tensor as labels (the model shifts).
+
+    With `end_of_text`, the id between two documents, also what keeps documents apart: position_ids int64 [B, T] that
+    restart at each document, and cu_seq_lens_q int32 [N + 1], where in the B x T ticks documents begin and the last one
+    ends, for attention kernels that take it. Its last number is repeated up to a power of two. End-of-text is the last
+    label of the document before it and the first input of the document after it, so every label keeps its target, and
+    none is predicted from another document.
+    """
+    import torch
+
+    ids = np.stack([np.asarray(row["input_ids"]) for row in rows]).astype(np.int64, copy=False)
+    input_ids = torch.from_numpy(ids)
+    batch = {"input_ids": input_ids, "labels": input_ids}
+    if end_of_text is not None:
+        ticks = np.arange(ids.shape[1])
+        begins = np.maximum.accumulate(np.where(ids == end_of_text, ticks, 0), axis=1)
+        positions = ticks - begins
+        batch["position_ids"] = torch.from_numpy(positions)
+        starts = np.flatnonzero(positions == 0)
+        # Powers of two, because torch.compile compiles every size separately.
+        boundaries = np.full(max(FEWEST_BOUNDARIES, 1 << len(starts).bit_length()), ids.size, np.int32)
+        boundaries[: len(starts)] = starts
+        batch["cu_seq_lens_q"] = torch.from_numpy(boundaries)
+    return batch
+
+
+def block_collator(tokenizer, separate_documents: bool) -> Callable[[list[dict]], dict]:
+    """`collate_blocks`, with the tokenizer's end-of-text if `separate_documents`; UserError if it has none."""
+    if not separate_documents:
+        return collate_blocks
+    if tokenizer.eos_token_id is None:
+        raise UserError("separate_documents needs a tokenizer with an end-of-text token (eos_token): leave it out")
+    return functools.partial(collate_blocks, end_of_text=tokenizer.eos_token_id)

@@ -1,0 +1,220 @@
+"""A text source as token streams: token files and Arrow folders as they are, everything else tokenized once."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from creature.data.text.corpus import manifest_path, tokenize_corpus
+from creature.data.text.readers import load_arrow_folder, open_rows
+from creature.data.text.sources import VALIDATION_ENDINGS, Source, find_sources, is_hub_name, is_validation
+from creature.data.text.token_stream import (
+    HASHED_WHOLE,
+    TokenStream,
+    arrow_column,
+    check_ids,
+    flat_ids,
+    sampled_hash,
+)
+from creature.data.text.tokenizer import gpt2_hash, load_tokenizer, tokenizer_hash
+from creature.errors import UserError
+from creature.files import replace_file
+from creature.settings import DataArguments
+
+TOKEN_TYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")  # that a manifest may name
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The token streams of one source."""
+
+    source: str  # for a model card: the Hub name, or the file's or folder's own name without its path
+    train: TokenStream
+    validation: TokenStream | None = None  # None: the source has none of its own
+    manifest: dict | None = None  # what tokenize_corpus wrote beside the stream: dtype, tokenizer, splits
+
+
+def open_corpus(data: DataArguments, *, block_size: int = 1, progress: bool = True) -> Corpus:
+    """
+    The streams of `data.data`, one name. Text is tokenized into `data.cache_dir`, unless an earlier run did that.
+
+    Rows of an Arrow folder are copied there, too, where blocks of `block_size` cannot be cut from them. Raises
+    UserError for a source that is missing, empty, damaged or of another tokenizer than `data.tokenizer_name`. The ids
+    are not checked here, but by `TokenStream.check`.
+    """
+    sources, _ = find_sources([data.data], tokens=True)
+    source = sources[0]
+    corpus = None
+    if source.kind == "tokens":
+        corpus = _token_files(source.path)
+    elif source.kind == "arrow":
+        corpus = _arrow_folder(source, block_size, Path(data.cache_dir))
+    elif source.kind == "hub":
+        corpus = _hub_tokens(source, Path(data.cache_dir), data.train_tokens)
+    if corpus is None:
+        corpus = _token_files(_tokenized(sources, data, progress))
+    _check_tokenizer(corpus, data.tokenizer_name)
+    name = data.data if is_hub_name(data.data) else Path(data.data).name
+    return Corpus(name, corpus.train, corpus.validation, corpus.manifest)
+
+
+def _token_files(path: Path) -> Corpus:
+    """A token file with its validation stream and manifest, if there are any beside it."""
+    manifest = _read_manifest(manifest_path(path)) if path.suffix.lower() == ".bin" else None
+    stems = [path.stem + ending for ending in VALIDATION_ENDINGS]
+    if path.stem == "train":
+        stems += [ending[1:] for ending in VALIDATION_ENDINGS]
+    beside = None
+    if not is_validation(path):
+        candidates = (path.with_name(stem + path.suffix) for stem in stems)
+        beside = next((file for file in candidates if file.is_file()), None)
+    kind, dtype = path.suffix.lower()[1:], manifest["dtype"] if manifest else "uint16"
+    train, validation = (TokenStream(kind, (str(file),), dtype) if file else None for file in (path, beside))
+    return Corpus(path.name, train, validation, manifest)
+
+
+def _read_manifest(path: Path) -> dict | None:
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["dtype"] not in TOKEN_TYPES:
+            raise TypeError(f"{manifest['dtype']} is no integer type")
+        for entry in manifest["splits"].values():
+            # These names are only compared with those of opened files; no file is opened by them.
+            if not isinstance(entry["file"], str) or not all(type(entry[k]) is int for k in ("tokens", "largest_id")):
+                raise TypeError("a split needs a file, its tokens and its largest id")
+        return {key: manifest[key] for key in ("dtype", "tokenizer", "tokenizer_hash", "splits")}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not a manifest of a token corpus: delete it, or tokenize again") from error
+
+
+def _check_tokenizer(corpus: Corpus, tokenizer_name: str) -> None:
+    if corpus.manifest is None:
+        return
+    expected = gpt2_hash() if tokenizer_name == "gpt2" else tokenizer_hash(load_tokenizer(tokenizer_name))
+    if corpus.manifest["tokenizer_hash"] != expected:
+        raise UserError(
+            f"{corpus.train.name} was made with another tokenizer ({corpus.manifest['tokenizer']!r}) than "
+            f"{tokenizer_name!r}: tokenize the text again, or pass the tokenizer it was made with as --tokenizer_name"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrow folders and Hub datasets that hold tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _arrow_folder(source: Source, block_size: int, cache: Path) -> Corpus | None:
+    """The streams of an Arrow folder; None if it holds text."""
+    splits = load_arrow_folder(source.path)
+    if "input_ids" not in splits["train"].column_names:
+        return None
+    held_out = next((splits[name] for name in ("validation", "valid", "val", "test") if name in splits), None)
+    train = _arrow_stream(splits["train"], block_size, cache)
+    validation = None if held_out is None else _arrow_stream(held_out, block_size, cache)
+    return Corpus(source.path.name, train, validation, _read_manifest(source.path / "manifest.json"))
+
+
+def _arrow_stream(dataset: datasets.Dataset, block_size: int, cache: Path) -> TokenStream:
+    """The dataset's own files where blocks can be cut from them, otherwise one flat copy in the cache."""
+    files = tuple(entry["filename"] for entry in dataset.cache_files)
+    if not len(dataset):
+        raise UserError(f"the split {dataset.split} of an Arrow dataset is empty: add rows, or remove it")
+    stream = TokenStream("arrow", files)
+    whole = files and dataset._indices is None and sum(len(arrow_column(file)) for file in files) == len(dataset)
+    if whole and stream.fits(block_size):
+        return stream
+    key = hashlib.sha256(f"{dataset._fingerprint} {''.join(map(sampled_hash, files))}".encode("ascii")).hexdigest()
+    columns = dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=256)
+    batches = (flat_ids(chunk).to_numpy(zero_copy_only=True) for table in columns for chunk in table.column(0).chunks)
+    two_bytes = dataset.features["input_ids"].feature == datasets.Value("uint16")
+    return _flat_copy(batches, cache / f"rows-{key[:16]}.bin", "uint16" if two_bytes else "int32")
+
+
+def _hub_tokens(source: Source, cache: Path, limit: int | None) -> Corpus | None:
+    """The tokens, or the first `limit` of them, of a Hub dataset that has a column input_ids; None if it has text."""
+    facts = [source.name, *_folder_facts(source), *([limit] if limit else [])]
+    path = cache / f"hub-{hashlib.sha256(' '.join(map(str, facts)).encode()).hexdigest()[:16]}.bin"
+    if not path.is_file():
+        rows = open_rows(source)
+        if "input_ids" not in (rows.column_names or next(iter(rows), {})):
+            return None
+        return Corpus(source.name, _flat_copy(_first_ids(rows, limit), path))
+    return Corpus(source.name, _flat_copy((), path))
+
+
+def _first_ids(rows: Iterable[dict], limit: int | None) -> Iterator[np.ndarray]:
+    for row in rows:
+        ids = np.asarray(row["input_ids"])[:limit]
+        yield ids
+        if limit is not None:
+            limit -= len(ids)
+            if not limit:
+                return
+
+
+def _flat_copy(batches: Iterable[np.ndarray], path: Path, dtype: str = "int32") -> TokenStream:
+    """Token ids of any integer type, written once as one flat stream of `dtype`."""
+    if not path.is_file():
+        with replace_file(path) as file:
+            for ids in batches:
+                check_ids(ids, 0, np.iinfo(dtype).max + 1, "the data set")  # larger ids would wrap around
+                file.write(np.ascontiguousarray(ids, dtype=np.dtype(dtype).newbyteorder("<")))
+    return TokenStream("bin", (str(path),), dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _tokenized(sources: list[Source], data: DataArguments, progress: bool) -> Path:
+    """The token stream of text, written now or by an earlier run on the same input."""
+    limit = [data.train_tokens] if data.train_tokens else []
+    facts = [data.tokenizer_name, data.validation_fraction, data.text_column, *_input_facts(sources), *limit]
+    key = hashlib.sha256(json.dumps(facts).encode("utf-8")).hexdigest()[:16]
+    path = Path(data.cache_dir) / f"corpus-{key}.bin"
+    if path.is_file() and manifest_path(path).is_file():
+        return path
+    try:
+        tokenize_corpus(
+            sources,
+            str(path),
+            validation_fraction=data.validation_fraction,
+            tokenizer_name=data.tokenizer_name,
+            text_column=data.text_column,
+            train_tokens=data.train_tokens,
+            overwrite=True,
+            progress=progress,
+        )
+    except PermissionError:
+        # Windows does not replace a file that another process of this run has mapped meanwhile: then it is there.
+        if not (path.is_file() and manifest_path(path).is_file()):
+            raise
+    return path
+
+
+def _input_facts(sources: list[Source]) -> Iterator[list]:
+    """What has to stay the same for a cached corpus to be used again: content, or samples and date of large files."""
+    for source in sources:
+        if source.kind in ("hub", "arrow"):
+            yield [source.name, *_folder_facts(source)]
+        elif source.size <= HASHED_WHOLE:
+            yield [source.path.name, sampled_hash(source.path)]
+        else:
+            yield [source.path.name, sampled_hash(source.path), source.path.stat().st_mtime_ns]
+
+
+def _folder_facts(source: Source) -> list[str]:
+    """What changes when a dataset in a folder here does; nothing for one on the Hub."""
+    if source.path is None:
+        return []
+    if source.kind == "arrow":
+        return [sampled_hash(file) for file in sorted(source.path.rglob("state.json"))]
+    files = sorted(file for file in source.path.rglob("*") if file.is_file())
+    return [f"{file.relative_to(source.path).as_posix()} {sampled_hash(file)}" for file in files]
