@@ -1,4 +1,4 @@
-"""One kind of error for people, and one way for a script to end on it."""
+"""UserError, and how a script ends on it."""
 
 import sys
 from collections.abc import Callable
@@ -8,7 +8,7 @@ LONGEST_MESSAGE = 4000  # characters
 
 
 class UserError(ValueError):
-    """Something the user can put right. The message is one clear sentence that ends with the remedy."""
+    """An error that the user can fix. The message is one clear sentence that ends with the remedy."""
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
@@ -18,7 +18,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     A UserError, a full disk, a missing right or Ctrl+C ends in one line on stderr and exit code 1 (130 for Ctrl+C),
     never in a traceback. Any other exception is a bug of ours and keeps its traceback.
     """
-    if hasattr(sys.stdout, "reconfigure"):  # in a file or pipe on Windows, it may know fewer characters than the text
+    if hasattr(sys.stdout, "reconfigure"):  # the encoding of a file or pipe on Windows may lack characters
         sys.stdout.reconfigure(errors="replace")
     try:
         code = main() or 0
@@ -26,11 +26,11 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         code = _report(str(error))
     except BrokenPipeError:
-        # The reader of our output (`head`, say) has gone: nothing is wrong, and nobody is left to tell.
+        # The reader of our output, such as `head`, has ended: nothing is wrong.
         sys.stdout = None
         code = 0
     except OSError as error:
-        if error.errno is None:  # a library raised it, not the operating system: keep the traceback
+        if error.errno is None:  # raised by a library, not by the operating system
             raise
         where = f": {error.filename}" if error.filename else ""
         code = _report(f"{error.strerror}{where}")
@@ -40,20 +40,20 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another library's error says, or its type where it says nothing."""
+    """The first line of an error's message, or its type where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, of torch or of Python, says that memory did not suffice."""
+    """Whether an error of torch or Python reports a lack of memory."""
     words = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def one_line(message: str) -> str:
     """
-    A message as one line fit for a terminal, whatever of a foreign file it quotes: characters that are not for print
-    (escape sequences among them) are spelled out, and the middle of what is very long is left out.
+    A message as one printable line: unprintable characters, such as a quoted file's escape sequences, are written as
+    escapes, and the middle of a very long message is left out.
     """
     text = " ".join(message.split())
     if len(text) > LONGEST_MESSAGE:

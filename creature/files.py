@@ -1,4 +1,4 @@
-"""Whole files or none: atomic writing, hashes, free space."""
+"""Atomic writes, locked folders, hashes, free space."""
 
 import errno
 import hashlib
@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from creature.errors import UserError
+from creature.errors import UserError, first_line
 
 try:
     import fcntl
@@ -27,11 +27,11 @@ LOCK_FILE = ".lock"
 @contextmanager
 def replace_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """
-    Write a file aside, then put it in place in one step, so that nobody ever reads half a file.
+    Write a temporary file and rename it over `path`, so that nobody ever reads half a file.
 
-    Yields a file object opened with `mode` ("wb" or "w"; text is UTF-8 with "\\n" line ends). On leaving without an
-    exception the data is flushed to disk and renamed over `path`; on any exception the temporary file is removed and
-    `path` is untouched. Raises UserError when the folder cannot be written or the disk is full.
+    Yields a file object opened with `mode` ("wb" or "w"; text is UTF-8 with "\\n" line ends). The data is flushed to
+    disk before the rename; on any exception the temporary file is removed and `path` stays as it was. Raises UserError
+    when the folder cannot be written or the disk is full.
     """
     path = Path(path)
     require_writable(path.parent)
@@ -52,12 +52,12 @@ def replace_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
 
 @contextmanager
 def explain_write_errors(path: str | os.PathLike, remedy: Callable[[], str]) -> Iterator[None]:
-    """Turn whatever libraries and the system raise where `path` cannot be written into a UserError with a remedy."""
+    """Turn the errors of libraries and of the system for a failed write of `path` into a UserError with a remedy."""
     try:
         yield
     except Exception as error:  # safetensors has a type of its own, tokenizers raises Exception itself
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        # Torch's writer, which knows no reasons; of a folder, that another process with a full disk has taken it away.
+        reason = first_line(error)
+        # Torch's writer gives no reason. It misses the folder when another process has removed it from a full disk.
         by_torch = any(words in reason for words in ("inline_container", "iostream error", "Parent directory"))
         if isinstance(error, OSError):
             full = is_disk_full(error)
@@ -72,10 +72,10 @@ def explain_write_errors(path: str | os.PathLike, remedy: Callable[[], str]) -> 
 
 def lock_folder(folder: str | os.PathLike) -> int | None:
     """
-    A descriptor that holds a folder against others until it is closed, or this process has ended, however it did.
+    Lock a folder until the returned descriptor is closed or this process ends, in whatever way.
 
-    BlockingIOError where somebody else holds it; None on a file system that knows no locks. On Windows, where folders
-    cannot be locked, a file LOCK_FILE in it is.
+    Raises BlockingIOError where somebody else holds the lock; returns None on a file system without locks. Windows
+    cannot lock folders: there a file LOCK_FILE in it is locked.
     """
     try:
         if fcntl is not None:
@@ -99,10 +99,10 @@ def lock_folder(folder: str | os.PathLike) -> int | None:
 
 @contextmanager
 def one_at_a_time(folder: str | os.PathLike) -> Iterator[None]:
-    """Wait until no other process is in here for this folder; for what takes milliseconds.
+    """
+    A context that one process at a time enters for a folder; for work of milliseconds.
 
-    A file system without locks has none. After ten seconds it goes on: then it is a run that holds the folder, not
-    another one in here.
+    After ten seconds it is entered all the same: then a run holds the folder, not another process in here.
     """
     descriptor = None
     for _ in range(100):
@@ -124,7 +124,7 @@ def is_disk_full(error: OSError) -> bool:
 
 
 def flush_folder(folder: str | os.PathLike) -> None:
-    """Make the names in a folder survive a power cut, where the system can do so."""
+    """Flush a folder's entries to disk, so that renames survive a power cut; nothing where the system cannot."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -134,7 +134,7 @@ def flush_folder(folder: str | os.PathLike) -> None:
 
 
 def sha256_file(path: str | os.PathLike) -> str:
-    """The sha256 of a file's bytes as 64 hex digits, read in pieces of 1 MiB."""
+    """The sha256 of a file as 64 hex digits, read in pieces of 1 MiB."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
@@ -151,7 +151,7 @@ def free_bytes(path: str | os.PathLike) -> int:
 
 
 def require_writable(folder: str | os.PathLike) -> Path:
-    """Make `folder` (with its parents) and check by a probe file that it can be written; UserError otherwise."""
+    """Create `folder` with its parents and test by a temporary file that it can be written; UserError otherwise."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

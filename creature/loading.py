@@ -130,6 +130,12 @@ def load_to_generate(folder: Path, wanted: str | None = None):
     return load_model(folder, device.kind, torch.bfloat16 if half else torch.float32), device
 
 
+def ids_without_text(config: "CreatureConfig", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Ids that stand for no text and that a text must not contain: NULL, padding, spare rows of the table."""
+    spare = set(range(len(tokenizer), config.vocab_size))
+    return sorted((spare | {config.null_token_id, config.pad_token_id}) - {None, config.eos_token_id})
+
+
 def load_own_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer saved with a model, or with the run around a checkpoint, or GPT-2's where none was saved."""
     # AutoTokenizer looks at the configuration too, and asks for trust in remote code where it does not know the type.

@@ -1,4 +1,4 @@
-"""How CreatureTrainer writes and reads checkpoints: whole or not at all, and with one sentence where that fails."""
+"""How CreatureTrainer writes and reads checkpoints: complete or not at all, with one sentence where that fails."""
 
 import contextlib
 import copy
@@ -17,14 +17,14 @@ from creature.files import explain_write_errors, flush_folder
 from creature.loading import check_weights
 
 
-class WholeCheckpoints:
-    """The part of CreatureTrainer that deals with checkpoints, above `transformers.Trainer` in the order of bases."""
+class CheckpointMixin:
+    """The checkpoints of CreatureTrainer; a base before `transformers.Trainer`, whose methods it extends."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the states, but keep the settings of this run: a checkpoint's would override them in silence."""
+        """Load the states, but keep this run's settings, which those of the checkpoint would silently replace."""
         settings = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups]
         rates = list(getattr(self.lr_scheduler, "base_lrs", []))
-        with _reading(checkpoint):
+        with _explain_read_errors(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not hasattr(self.lr_scheduler, "lr_lambdas"):
             return
@@ -38,13 +38,12 @@ class WholeCheckpoints:
         self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Load the weights as `from_pretrained` does: it knows the names that parts of transformers are saved under."""
-        if isinstance(self.model if model is None else model, FSDPModule):
-            with _reading(resume_from_checkpoint):
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
+        """Load the weights by `from_pretrained`, which knows the names that parts from transformers are saved under."""
         target = self.model if model is None else model
-        with _reading(resume_from_checkpoint):
+        with _explain_read_errors(resume_from_checkpoint):
+            if isinstance(target, FSDPModule):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                return
             check_weights(resume_from_checkpoint)
             loaded, info = type(target).from_pretrained(
                 resume_from_checkpoint,
@@ -61,7 +60,7 @@ class WholeCheckpoints:
         target.load_state_dict(loaded.state_dict())
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """With the random state, every rank saves the logging window it is in: a resumed run logs the same means."""
+        """Save each rank's logging window beside its random state, so that a resumed run logs the same means."""
         super()._save_rng_state(output_dir)
         window = {
             "since": self._globalstep_last_logged,
@@ -72,11 +71,11 @@ class WholeCheckpoints:
         Path(output_dir, f"log_window_{self.args.process_index}.json").write_text(json.dumps(window), encoding="utf-8")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint):
+        with _explain_read_errors(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The Trainer's, in which FSDP2 would save torch's own files as the model's code, and the tied table twice."""
+        """The Trainer's, which under FSDP 2 would save torch's files as the model's code, and the tied table twice."""
         if not self.is_fsdp_enabled:
             return super()._save(output_dir, state_dict)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -93,7 +92,7 @@ class WholeCheckpoints:
         self._stream_losses.zero_()
         self._stream_steps.zero_()
         if self._resumed_from and path.is_file():
-            with _reading(self._resumed_from):
+            with _explain_read_errors(self._resumed_from):
                 window = json.loads(path.read_text(encoding="utf-8"))
                 self._globalstep_last_logged = int(window["since"])
                 self._tr_loss.fill_(window["loss"])
@@ -101,7 +100,7 @@ class WholeCheckpoints:
                 self._stream_steps.copy_(torch.tensor(window["stream_steps"]))
 
     def load_finished(self, checkpoint: Path) -> None:
-        """Take weights and state from the checkpoint of the last step, where nothing is left to train."""
+        """Load weights and state from the checkpoint of the last step, after which nothing is left to train."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = read_state(str(checkpoint))
 
@@ -109,7 +108,7 @@ class WholeCheckpoints:
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Write the checkpoint aside, seal it, and put it in place in one step; then delete what is too old."""
+        """Write the checkpoint into a folder aside, seal it, rename it into place, then delete the oldest ones."""
         args, folder = self.args, Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
         self.nan_guard.wait(args.output_dir)
@@ -121,7 +120,7 @@ class WholeCheckpoints:
                     self._write_checkpoint(model, trial, folder, name, limit)
             except Exception:
                 if args.should_save:
-                    shutil.rmtree(self._aside, ignore_errors=True)  # it would keep the disk full
+                    shutil.rmtree(self._aside, ignore_errors=True)  # or the disk would stay full
                 raise
             finally:
                 args.save_total_limit, self._aside = limit, None
@@ -142,7 +141,7 @@ class WholeCheckpoints:
         self.accelerator.wait_for_everyone()
 
     def _keep_best(self, folder: Path, name: str) -> None:
-        """Correct the path of the best checkpoint, which the Trainer thinks is the folder aside."""
+        """Correct the path of the best checkpoint, which the Trainer sets to the folder aside."""
         if self.state.best_global_step:
             best = folder / f"checkpoint-{self.state.best_global_step}"
             if best.exists() or best.name == name:
@@ -151,8 +150,8 @@ class WholeCheckpoints:
 
 
 @contextlib.contextmanager
-def _reading(checkpoint: str | None):
-    """Whatever a checkpoint that is not what we wrote makes other libraries raise, as one sentence."""
+def _explain_read_errors(checkpoint: str | None):
+    """Turn any error of a library that reads a damaged checkpoint into a UserError with a remedy."""
     try:
         yield
     except UserError:
@@ -167,33 +166,33 @@ def _reading(checkpoint: str | None):
 
 def read_state(checkpoint: str) -> TrainerState:
     """The trainer_state.json of a checkpoint; UserError where a field of it is not of its type."""
-    with _reading(checkpoint):
+    with _explain_read_errors(checkpoint):
         state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-        usual = TrainerState(train_batch_size=1, best_metric=0.0, best_global_step=0, best_model_checkpoint="")
-        for name, example in vars(usual).items():
-            value, kinds = getattr(state, name), (int, float) if isinstance(example, int | float) else type(example)
-            unknown = value is None and name.startswith("best_")
-            if not (example is None or unknown or isinstance(value, kinds)):
+        examples = TrainerState(train_batch_size=1, best_metric=0.0, best_global_step=0, best_model_checkpoint="")
+        for name, example in vars(examples).items():
+            value, types = getattr(state, name), (int, float) if isinstance(example, int | float) else type(example)
+            no_best_yet = value is None and name.startswith("best_")
+            if not (example is None or no_best_yet or isinstance(value, types)):
                 raise TypeError(f"{name} in trainer_state.json is {value!r}")
         return state
 
 
 def refuse_shards(fsdp_plugin) -> None:
     """
-    UserError where FSDP would write sharded checkpoints, for torch opens their index as a pickle that may run code, and
-    for FSDP 1, which leaves no matrices to Muon.
+    Raise UserError for sharded FSDP checkpoints, whose index torch reads as a pickle, which may run code, and for
+    FSDP 1, which flattens the matrices that Muon needs.
     """
     if getattr(fsdp_plugin, "fsdp_version", 2) == 1:
         raise UserError("FSDP 1 flattens the matrices that Muon trains: set fsdp_version: 2, as in configs/accelerate")
     if "SHARDED" in str(getattr(fsdp_plugin, "state_dict_type", "")):
         raise UserError(
-            "sharded checkpoints cannot be read back safely, for their index is a pickle: set fsdp_state_dict_type: "
-            "FULL_STATE_DICT in accelerate's configuration, as configs/accelerate/fsdp2.yaml does"
+            "sharded checkpoints cannot be read back safely, because their index is a pickle: set "
+            "fsdp_state_dict_type: FULL_STATE_DICT in accelerate's configuration, as configs/accelerate/fsdp2.yaml does"
         )
 
 
 def _put_in_place(written: Path, final: Path) -> None:
-    if final.exists():  # of a timeline that a resume left, or broken
+    if final.exists():  # left by a run that was resumed from an earlier step, or damaged
         final.rename(written.with_name("replaced"))
     os.replace(written, final)
     flush_folder(final.parent)
@@ -201,6 +200,6 @@ def _put_in_place(written: Path, final: Path) -> None:
 
 
 def resume_hint(folder: Path) -> str:
-    """What to do after a failed save: resume from the newest whole checkpoint, where there is one."""
+    """What to do after a failed save: resume from the newest complete checkpoint, if there is one."""
     kept, _ = checkpoints.newest_complete(folder)
     return f"--resume from {kept.name}, which is intact" if kept else "start again: no checkpoint was complete yet"

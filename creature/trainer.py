@@ -22,7 +22,7 @@ from creature.errors import UserError, first_line
 from creature.files import replace_file
 from creature.metrics import text_metrics
 from creature.optimizer import MuonAdamW, parameter_groups, table_names
-from creature.saving import WholeCheckpoints, read_state, refuse_shards
+from creature.saving import CheckpointMixin, read_state, refuse_shards
 from streams_creature import STREAMS, count_targets
 
 # What a batch may hold to be divided by rows: what senses bring counts by present ticks.
@@ -31,7 +31,7 @@ _DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 LOG_HISTORY = 1000  # logs that stay in memory and in every trainer_state.json; metrics.jsonl has all of them
 
 
-class CreatureTrainer(WholeCheckpoints, Trainer):
+class CreatureTrainer(CheckpointMixin, Trainer):
     """
     A Trainer for MultiModalCreature.
 

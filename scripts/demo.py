@@ -4,8 +4,8 @@ examples:
   python scripts/demo.py --checkpoint checkpoints/text_only
   python scripts/demo.py --checkpoint checkpoints/text_only/checkpoint-5000 --port 8080
 
-The page is at http://127.0.0.1:7860 until Ctrl+C, for this machine only; --host 0.0.0.0 shows it to the network too. It
-loads nothing from elsewhere. Needs `pip install gradio`.
+The page is at http://127.0.0.1:7860 until Ctrl+C, for this machine only; --host 0.0.0.0 opens it to the network. It
+loads nothing from other sites. Needs `pip install gradio`.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def build_page(model, tokenizer, folder: Path):
-    """The page as `gradio.Blocks`: prompt, temperature and top-p, the text as it is made, the run's loss plot."""
+    """The page as `gradio.Blocks`: prompt, temperature and top-p, the text token by token, the run's loss plot."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     try:
         import gradio as gr
@@ -48,7 +48,7 @@ def build_page(model, tokenizer, folder: Path):
         raise UserError("the page needs gradio: install it with `pip install gradio`") from error
 
     context = model.config.max_position_embeddings
-    # A checkpoint has the plot of the run around it.
+    # A checkpoint lies in the folder of its run, which has the plot.
     plot = next((place / "loss.png" for place in (folder, folder.parent) if (place / "loss.png").is_file()), None)
     with gr.Blocks(title=f"Creature: {folder.name}", analytics_enabled=False) as page:
         gr.Markdown(f"# {folder.name}\n{model.num_parameters():,} parameters, context {context:,} tokens")
@@ -64,13 +64,13 @@ def build_page(model, tokenizer, folder: Path):
             with gr.Column():
                 text = gr.Textbox(label="Text", lines=32, interactive=False)
 
-        def tell(prompt, temperature, top_p, most):
+        def respond(prompt, temperature, top_p, most):
             try:
                 yield from continue_text(model, tokenizer, prompt, temperature, top_p, int(most))
             except UserError as error:
                 raise gr.Error(str(error)) from error
 
-        gr.on([button.click, prompt.submit], tell, [prompt, temperature, top_p, most], text)
+        gr.on([button.click, prompt.submit], respond, [prompt, temperature, top_p, most], text)
     return page
 
 
@@ -79,13 +79,13 @@ def continue_text(model, tokenizer, prompt: str, temperature: float, top_p: floa
     import torch
     from transformers import TextIteratorStreamer
 
+    from creature.loading import ids_without_text
+
     config = model.config
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [config.bos_token_id]
     room = config.max_position_embeddings - len(ids)
     if room < 1:
         raise UserError(f"the prompt has {len(ids):,} tokens and fills the context: shorten it")
-    spare = set(range(len(tokenizer), config.vocab_size))  # ids that stand for no text
-    silent = sorted((spare | {config.null_token_id, config.pad_token_id}) - {None, config.eos_token_id})
     inputs = torch.tensor([ids], device=model.device)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -100,7 +100,7 @@ def continue_text(model, tokenizer, prompt: str, temperature: float, top_p: floa
                     max_new_tokens=min(new_tokens, room),
                     streamer=streamer,
                     pad_token_id=tokenizer.pad_token_id,
-                    suppress_tokens=silent or None,
+                    suppress_tokens=ids_without_text(config, tokenizer) or None,
                     **(sampling if temperature else {"do_sample": False}),
                 )
         except Exception as error:
@@ -124,7 +124,7 @@ def launch(page, host: str, port: int) -> str:
     """Serve the page from a thread, until `page.close()`; returns its address."""
     import gradio as gr
 
-    # Fonts of the system, as the default theme loads its own from the network; no link that leads out of here.
+    # The system's fonts, because the default theme loads its own from the network; no links to other sites.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     try:
         _, address, _ = page.launch(
@@ -138,7 +138,7 @@ def launch(page, host: str, port: int) -> str:
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise UserError(f"port {port} of {host} is not to be had ({error}): give another --port") from error
+        raise UserError(f"port {port} of {host} cannot be used ({error}): give another --port") from error
     return address
 
 

@@ -5,8 +5,8 @@ examples:
   python scripts/generate_text.py --checkpoint checkpoints/text_only/checkpoint-5000 --prompt "The sea" --greedy
   python scripts/generate_text.py --checkpoint checkpoints/text_only --prompt "Why" --num_samples 3 --seed 1 > out.txt
 
-The text goes to standard output as it is made, everything else to standard error. A run that is still training has no
-final model yet: its newest complete checkpoint is taken.
+The text goes to standard output token by token, everything else to standard error. Of a run that is still training, the
+newest complete checkpoint is used.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from creature.errors import UserError, run_main  # noqa: E402
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder of a run, of a checkpoint or of a saved model")
-    parser.add_argument("--prompt", required=True, help="what to continue; empty for a text from nothing")
+    parser.add_argument("--prompt", required=True, help="text to continue; may be empty")
     parser.add_argument("--max_new_tokens", type=int, default=100, help="length of the continuation (default 100)")
     parser.add_argument("--temperature", type=float, help="below 1 is more predictable (default 0.8)")
     parser.add_argument("--top_p", type=float, help="keep the likeliest tokens up to this probability (default 1: all)")
@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from creature.loading import find_model, load_own_tokenizer, load_to_generate
+    from creature.loading import find_model, ids_without_text, load_own_tokenizer, load_to_generate
 
     folder = find_model(arguments.checkpoint)
     import torch
@@ -76,8 +76,8 @@ def main() -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
-    inputs, text_only = torch.tensor([ids], device=device.kind), _text_only(model.config, tokenizer)
-    started, made = time.perf_counter(), 0
+    inputs = torch.tensor([ids], device=device.kind)
+    started, generated = time.perf_counter(), 0
     for sample in range(arguments.num_samples):
         if sample:
             print("---")
@@ -90,13 +90,13 @@ def main() -> None:
                 max_new_tokens=new_tokens,
                 streamer=streamer,
                 pad_token_id=tokenizer.pad_token_id,
-                logits_processor=[text_only],
+                suppress_tokens=ids_without_text(model.config, tokenizer) or None,
                 repetition_penalty=arguments.repetition_penalty,
                 **_sampling(arguments),
             )
-        made += text.shape[1] - inputs.shape[1]
+        generated += text.shape[1] - inputs.shape[1]
     seconds = time.perf_counter() - started
-    print(f"{made:,} tokens in {seconds:.1f} s, {made / seconds:,.0f} tokens/s", file=sys.stderr)
+    print(f"{generated:,} tokens in {seconds:.1f} s, {generated / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
 def _sampling(arguments: argparse.Namespace) -> dict:
@@ -108,18 +108,6 @@ def _sampling(arguments: argparse.Namespace) -> dict:
         "top_p": 1.0 if arguments.top_p is None else arguments.top_p,
         "top_k": 50 if arguments.top_k is None else arguments.top_k,
     }
-
-
-def _text_only(config, tokenizer):
-    """A logits processor that never lets ids win that stand for no text: NULL, padding, spare rows of the table."""
-    spare = set(range(len(tokenizer), config.vocab_size))
-    ids = sorted(spare | ({config.null_token_id, config.pad_token_id} - {None, config.eos_token_id}))
-
-    def process(input_ids, scores):
-        scores[:, ids] = float("-inf")
-        return scores
-
-    return process
 
 
 if __name__ == "__main__":
