@@ -194,11 +194,10 @@ def card_name(name: str) -> str | None:
     or a virtual GPU -> None.
     """
     words = name.replace("-", " ").replace("_", " ").lower().split()
-    hbm3 = "hbm3" in words
     noise = {"nvidia", "geforce", "tesla", "generation", "hbm3", "hbm3e", "hbm2", "hbm2e"}
     words = [word for word in words if word not in noise and not re.fullmatch(r"\d+g[bi]?b?", word)]
     words = ["sxm" if re.fullmatch(r"sxm\d?", word) else word for word in words]
-    if words == ["h100"] and hbm3 or words in (["h100"], ["v100"]):
+    if words in (["h100"], ["v100"]):
         words.append("sxm")  # the driver names the SXM module of the H100 by its memory alone
     if words[:1] in (["a100"], ["h200"]) and words[1:] in (["sxm"], ["pcie"]):
         words = words[:1]  # one rate for both forms
@@ -217,7 +216,7 @@ def choose_precision(device: Device) -> tuple[str, str]:
     if device.kind == "cuda" and device.bf16:
         return "bf16", f"{device.name} computes in bfloat16"
     if device.kind == "cuda":
-        return "fp16", f"{device.name} has no bfloat16; half precision with loss scaling is its fast format"
+        return "fp16", f"{device.name} has no bfloat16; fp16 with loss scaling is its fast format"
     if device.kind == "mps":
         return "fp32", "mixed precision gains little on Apple GPUs"
     return "fp32", "a CPU gains nothing from mixed precision at this size"
@@ -246,7 +245,7 @@ def attention_kernel(
 
 
 def triton_available() -> bool:
-    """Whether Triton, which torch.compile needs on a GPU, can be imported."""
+    """Whether Triton is installed, which torch.compile needs on a GPU."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -1,11 +1,11 @@
-"""Is this machine ready to train? What it has, and the checklist before a real run.
+"""Is this machine ready to train? Its hardware, and the checklist before a real run.
 
 examples:
   python scripts/check_environment.py --data data/corpus.bin
   python scripts/check_environment.py --config configs/small_config.yaml --data data/corpus.bin
 
-Takes the flags of run_clm_creature.py and writes nothing. Every box that cannot be ticked says what to do. The exit
-code is 0 when all are ticked, else 1.
+Takes the flags of run_clm_creature.py and writes nothing. Every check that fails says what to do. The exit code is 0
+when all pass, else 1.
 """
 
 import sys
@@ -36,59 +36,60 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", help="YAML file of the run (default configs/text_only_config.yaml)")
-    parser.add_argument("--data", nargs="+", help="what the run is to train on")
-    parser.add_argument("--dry_run_dir", help="folder of the dry run to look at (default checkpoints/dry_run)")
+    parser.add_argument("--data", nargs="+", help="the data of the run")
+    parser.add_argument("--dry_run_dir", help="folder of the dry run to check (default checkpoints/dry_run)")
     return parser.parse_known_args()
 
 
 def main() -> int:
     arguments, rest = parse_arguments()
     checklist = Checklist()
-    if not checklist.tick("packages", check_packages):
-        return checklist.close()
+    if not checklist.run("packages", check_packages):
+        return checklist.finish()
     print_machine()
-    settings = checklist.tick("configuration", lambda: check_configuration(arguments, rest))
-    checklist.tick("tokenizer", check_tokenizer)
+    settings = checklist.run("configuration", lambda: check_configuration(arguments, rest))
+    checklist.run("tokenizer", check_tokenizer)
     if settings:
         values, config = settings
-        plan = checklist.tick("memory", lambda: check_memory(values, config))
-        checklist.tick("data file", lambda: check_data(values, config))
-        checklist.tick("output folder", lambda: check_output(values))
-        checklist.tick("free disk", lambda: check_disk(values, config))
+        plan = checklist.run("memory", lambda: check_memory(values, config))
+        checklist.run("data file", lambda: check_data(values, config))
+        checklist.run("output folder", lambda: check_output(values))
+        checklist.run("free disk", lambda: check_disk(values, config))
         if plan:
-            checklist.tick("dry run", lambda: check_dry_run(arguments.dry_run_dir, config))
-    return checklist.close()
+            checklist.run("dry run", lambda: check_dry_run(arguments.dry_run_dir, config))
+    return checklist.finish()
 
 
 class Checklist:
-    """Runs checks and prints a line each; a check returns (what it found, what it says) or raises UserError."""
+    """Runs checks, each of which returns (a result, a line for the user) or raises UserError, and prints the lines."""
 
     def __init__(self):
-        self.lines, self.missing = [], 0
+        self.lines, self.failed = [], 0
 
-    def tick(self, name: str, check: Callable[[], tuple]):
+    def run(self, name: str, check: Callable[[], tuple]):
+        """The result of the check, or None if it failed."""
         try:
-            found, text = check()
+            result, text = check()
             self.lines.append(f"[x] {name}: {text}")
-            return found
+            return result
         except (UserError, OSError) as error:
-            self.missing += 1
+            self.failed += 1
             self.lines.append(f"[ ] {name}: {' '.join(str(error).split())}")
             return None
 
-    def close(self) -> int:
+    def finish(self) -> int:
         print("checklist")
         for line in self.lines:
             print(f"  {line}")
-        if self.missing:
-            print(f"\nnot ready: {self.missing} of the boxes above {'is' if self.missing == 1 else 'are'} not ticked")
+        if self.failed:
+            print(f"\nnot ready: {self.failed} of {len(self.lines)} checks failed")
             return 1
         print("\nready: start with accelerate launch run_clm_creature.py")
         return 0
 
 
 def requirements() -> list[str]:
-    """What the project needs, from its installed metadata, or from setup.py in a clone that is not installed."""
+    """The project's requirements, from its installed metadata, or from setup.py in a clone that is not installed."""
     try:
         return [line for line in metadata.requires("multimodal-creature") or [] if "extra ==" not in line]
     except metadata.PackageNotFoundError:
@@ -173,7 +174,7 @@ def check_configuration(arguments: argparse.Namespace, rest: list[str]) -> tuple
 def check_tokenizer() -> tuple[bool, str]:
     from creature.data.text.tokenizer import gpt2_hash
 
-    return True, f"GPT-2's vocabulary files are the published ones ({gpt2_hash()[:12]})"
+    return True, f"GPT-2's vocabulary files are as published ({gpt2_hash()[:12]})"
 
 
 def check_memory(settings, config) -> tuple[object, str]:
@@ -189,7 +190,7 @@ def check_memory(settings, config) -> tuple[object, str]:
 def check_data(settings, config) -> tuple[bool, str]:
     source = settings.data.get("data")
     if not source:
-        raise UserError("none is named: make one with scripts/tokenize_corpus.py, and name it with --data")
+        raise UserError("no --data: make a token file with scripts/tokenize_corpus.py, and name it with --data")
     from creature.data import DataArguments, load_data
     from creature.data.mixture import parse_parts
     from creature.data.text.sources import find_sources
@@ -200,12 +201,12 @@ def check_data(settings, config) -> tuple[bool, str]:
     for name in names:
         sources, _ = find_sources([name], tokens=True)
         if sources[0].kind not in ("tokens", "arrow"):
-            return True, f"{name}, text; it is tokenized when the run begins"
+            return True, f"{name}, text, which the run tokenizes first"
         data = DataArguments(**settings.data | {"data": name})
         count += load_data(data, block_size, config.vocab_size)[1]["tokens"]
     advice = ""
     if count < TOKENS_RECOMMENDED:
-        least = "the least to learn from is 10 M, " if count < TOKENS_MINIMUM else ""
+        least = "10 M are the minimum, " if count < TOKENS_MINIMUM else ""
         advice = f" ({least}100 M and more are recommended)"
     return True, f"{' '.join(names)}, {count:,} tokens{advice}"
 
@@ -219,7 +220,7 @@ def check_output(settings) -> tuple[bool, str]:
 
 
 def check_disk(settings, config) -> tuple[bool, str]:
-    """Weights and optimizer state for every checkpoint that is kept, the one being written, and the final model."""
+    """Weights and optimizer state of every checkpoint that is kept or being written, and the final model."""
     from creature.estimate import count_parameters, memory_parts
     from creature.hardware import device_info
 
@@ -229,7 +230,7 @@ def check_disk(settings, config) -> tuple[bool, str]:
     steps, save_steps = max(training.get("max_steps", 1), 1), training.get("save_steps", 5000)
     planned = int(-(-steps // save_steps)) if save_steps >= 1 else int(1 / save_steps)
     kept = training.get("save_total_limit", 3)
-    # Beside those kept stand the one where the decay begins, and the one that is being written.
+    # Also on the disk: the checkpoint at the start of the decay, and the one being written.
     number = min(planned, kept) + 2 if kept else planned + 2
     needed, folder = number * each + weights, training.get("output_dir", "checkpoints/text_only")
     free = free_bytes(folder)
@@ -250,14 +251,14 @@ def check_dry_run(folder: str | None, config) -> tuple[bool, str]:
     command = "accelerate launch run_clm_creature.py --dry_run with the flags of the run"
     run = read_run(folder)
     if run is None:
-        raise UserError(f"none in {folder}: run {command}")
+        raise UserError(f"no dry run in {folder}: run {command}")
     if run.get("dry_run") != "passed":
-        raise UserError(f"the one in {folder} did not pass: look at what it printed, and run {command} again")
-    own = json.loads(json.dumps(config.to_dict(), default=str))  # as it reads in a file
+        raise UserError(f"the dry run in {folder} failed: read what it printed, and run {command} again")
+    own = json.loads(json.dumps(config.to_dict(), default=str))  # as run.json has it
     changed = differences({"model": run["identity"].get("model", {})}, {"model": own})
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        raise UserError(f"the one in {folder} had another configuration ({changed[0]}{more}): run {command}")
+        raise UserError(f"the dry run in {folder} had another configuration ({changed[0]}{more}): run {command}")
     return True, f"passed in {folder}, {run.get('started', '')}".rstrip(", ")
 
 

@@ -1,4 +1,4 @@
-"""The hardware table and what follows from a device: names matched exactly, and precision."""
+"""The table of cards, whose names match exactly; and the precision, kernel and compiler of a device."""
 
 from dataclasses import replace
 
@@ -79,7 +79,7 @@ def test_unknown_names_have_no_rate(name):
     assert card_name(name) is None
 
 
-def test_every_card_is_found_by_its_own_name_only():
+def test_every_card_is_found_by_its_name():
     for key, card in CARDS.items():
         assert card_name(key) == key
         assert card_name(f"NVIDIA GeForce {key}") == key
@@ -107,7 +107,7 @@ def test_this_machine():
     assert 0 < available <= total == device.memory_bytes
 
 
-def test_a_device_that_is_not_there():
+def test_a_missing_device_is_refused():
     import torch
 
     missing = next(kind for kind in ("mps", "cuda") if not getattr(torch.backends, kind).is_built() or kind == "cuda")
@@ -117,7 +117,7 @@ def test_a_device_that_is_not_there():
         device_info(missing)
 
 
-def test_no_compiler_is_told(monkeypatch):
+def test_a_missing_compiler_is_reported(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     works, reason = compiler_available(CPU)

@@ -345,17 +345,17 @@ def test_ready(tool, run_folder, text_file):
     assert code == 0 and "[ ]" not in out and out.count("[x]") == 8 and "ready: start with" in out, out
 
 
-def test_every_missing_box_says_the_remedy(tool, run_folder, tmp_path):
+def test_every_failed_check_says_the_remedy(tool, run_folder, tmp_path):
     code, out, _ = tool("check_environment")
-    assert code == 1 and "2 of the boxes" in out
-    assert re.search(r"\[ \] data file: none is named: make one with scripts/tokenize_corpus.py", out)
-    assert re.search(r"\[ \] dry run: none in checkpoints.dry_run: run accelerate launch", out)
+    assert code == 1 and "2 of 8 checks failed" in out
+    assert re.search(r"\[ \] data file: no --data: make a token file with scripts/tokenize_corpus.py", out)
+    assert re.search(r"\[ \] dry run: no dry run in checkpoints.dry_run: run accelerate launch", out)
     _, out, _ = tool("check_environment", "--data", "nope.bin", "--dry_run_dir", run_folder)
     assert "[ ] data file: nope.bin" in out
     assert re.search(r"\[ \] dry run: .* had another configuration \(model\.\w+ was", out)
     code, out, _ = tool("check_environment", "--hidden_size", "0")
     assert code == 1 and "[ ] configuration: " in out and "hidden_size is 0" in out
-    assert not list(tmp_path.iterdir())  # it looks, and writes nothing
+    assert not list(tmp_path.iterdir())  # it writes nothing
 
 
 def test_missing_and_old_packages_are_named(tool, monkeypatch):
@@ -374,7 +374,7 @@ def test_missing_and_old_packages_are_named(tool, monkeypatch):
     assert "pip install -c constraints.txt -e ." in out
 
 
-def test_too_little_disk_is_told(tool, monkeypatch):
+def test_too_little_disk_fails_the_check(tool, monkeypatch):
     monkeypatch.setattr("creature.files.free_bytes", lambda path: 10**6)
     code, out, _ = tool("check_environment", *MICRO_FLAGS)
     assert code == 1 and re.search(r"\[ \] free disk: .* free some space", out)
