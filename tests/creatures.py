@@ -1,5 +1,8 @@
 """Micro creatures and random batches for the tests of the model: every sense, every stream, milliseconds a pass."""
 
+import importlib.util
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers.generation.streamers import BaseStreamer
@@ -9,6 +12,9 @@ from modeling_creature import MultiModalCreature
 from senses_creature import SenseProjection
 from streams_creature import pack_animation
 
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+# The sizes of a configuration for GPT-2's tokenizer.
+GPT2 = dict(vocab_size=50304, bos_token_id=50256, eos_token_id=50256, null_token_id=50257, pad_token_id=50258)
 ALL_STREAMS = ("internal_text", "external_text", "audio", "animation")
 EVERY_WEIGHT = {"internal_text": 1.0, "external_text": 0.7, "audio": 0.5, "animation": 0.3}
 
@@ -218,6 +224,23 @@ def assert_close(actual: dict, expected: dict, atol: float, rtol: float = 1e-5) 
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def load_script(name: str):
+    """The module scripts/NAME.py."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Clock:
+    """Stands in for the time module: time passes where a test changes `now`."""
+
+    now = 100.0
+
+    def perf_counter(self):
+        return self.now
 
 
 class Listener(BaseStreamer):

@@ -10,22 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from creatures import Clock
 from transformers import TrainerControl, TrainerState
 
 from creature import callbacks, checkpoints
 from creature.errors import UserError
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-class Clock:
-    """Stands in for the time module."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def perf_counter(self):
-        return self.now
 
 
 def arguments(**changes):

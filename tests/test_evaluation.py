@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from creatures import micro_config
+from creatures import GPT2, micro_config
 from torch.nn.functional import cross_entropy
 
 from creature.data.text.tokenizer import load_tokenizer, token_byte_lengths
@@ -25,8 +25,7 @@ def speaker(tmp_path_factory):
     """The folder of an untrained micro creature with the GPT-2 vocabulary and a context of 32 ticks."""
     folder = tmp_path_factory.mktemp("speaker")
     torch.manual_seed(0)
-    ids = {"bos_token_id": 50256, "eos_token_id": 50256, "null_token_id": 50257, "pad_token_id": 50258}
-    config = micro_config(vocab_size=50304, loss_weights=None, max_position_embeddings=CONTEXT, **ids)
+    config = micro_config(loss_weights=None, max_position_embeddings=CONTEXT, **GPT2)
     model = MultiModalCreature(config)
     with torch.no_grad():  # an untrained table makes every text equally likely
         model.model.embed_tokens.weight.mul_(20)

@@ -1,10 +1,10 @@
 """Exported graphs give the creature's logits at any batch and length; servers find what they look for in the model."""
 
+import functools
 import importlib.util
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +15,7 @@ from transformers import AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from configuration_creature import CreatureConfig
-from creature.errors import run_main
 from modeling_creature import CreatureModel, MultiModalCreature
-
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "export.py"
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +26,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def export(monkeypatch, capsys):
-    """Run scripts/export.py in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        spec = importlib.util.spec_from_file_location("tool_export", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            run_main(module.main)
-        return exit_.value.code, *capsys.readouterr()
-
-    return call
+def export(run_script):
+    return functools.partial(run_script, "export")
 
 
 def padded_batches():

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("trl")
 
-from creatures import micro_config, micro_model  # noqa: E402
+from creatures import GPT2, micro_config, micro_model  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments  # noqa: E402
@@ -32,8 +32,7 @@ def programs() -> list[str]:
 def micro_speaker(**changes) -> MultiModalCreature:
     """A micro creature with the GPT-2 vocabulary."""
     torch.manual_seed(0)
-    ids = {"bos_token_id": 50256, "eos_token_id": 50256, "null_token_id": 50257, "pad_token_id": 50258}
-    return MultiModalCreature(micro_config(vocab_size=50304, loss_weights=None, **ids, **changes))
+    return MultiModalCreature(micro_config(loss_weights=None, **GPT2, **changes))
 
 
 def settings(folder: Path, **changes) -> dict:

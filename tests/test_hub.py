@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from creatures import micro_model
+from creatures import GPT2, micro_model
 from huggingface_hub import ModelCard
 from loopback_hub import loopback_hub
 from safetensors.torch import load_file
@@ -230,9 +230,8 @@ def test_torchao_quantizes_its_weights_as_it_loads(report, bits, kind, most):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_torchao_quantizes_on_a_gpu(bits, tmp_path):
     ao = pytest.importorskip("torchao.quantization")
-    ids = {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 50258, "null_token_id": 50257}
     sizes = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
-    plain = micro_model(vocab_size=50304, **sizes, **ids)
+    plain = micro_model(**sizes, **GPT2)
     plain.save_pretrained(tmp_path)
     packed = {"group_size": 32, "int4_packing_format": "tile_packed_to_4d"}
     config = ao.Int8WeightOnlyConfig() if bits == 8 else ao.Int4WeightOnlyConfig(**packed)

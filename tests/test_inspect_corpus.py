@@ -1,10 +1,8 @@
 """Looking at a corpus: every figure of the report against a plain count, duplicates, samples, memory, refusals."""
 
-import importlib.util
-import sys
+import functools
 import tracemalloc
 from collections import Counter
-from pathlib import Path
 
 import matplotlib.figure
 import numpy as np
@@ -15,10 +13,8 @@ from creature.data.text import inspection
 from creature.data.text.corpus import tokenize_corpus
 from creature.data.text.inspection import inspect_stream, read_tokens
 from creature.data.text.token_stream import TokenStream
-from creature.errors import run_main
 from creature.plots import plot_lengths
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "inspect_corpus.py"
 END = 50256
 
 
@@ -123,21 +119,8 @@ def test_arrow_batches_are_one_stream(tmp_path):
 
 
 @pytest.fixture
-def tool(monkeypatch, capsys, tmp_path):
-    """Run the script in this process, from an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        spec = importlib.util.spec_from_file_location("tool_inspect_corpus", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", ["inspect_corpus.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            run_main(module.main)
-        out, err = capsys.readouterr()
-        return exit_.value.code, out, err
-
-    return call
+def tool(run_script):
+    return functools.partial(run_script, "inspect_corpus")
 
 
 STORIES = [f"Once upon a time there were {number} foxes. They met a hen by the river." for number in range(30)]

@@ -8,8 +8,8 @@ from multiprocessing import get_context
 import pytest
 import torch
 import torch.nn.functional as F
-from creatures import micro_config
-from test_trainer import TEXT_ONLY, Clock, Rows, StopAt, losses_of, make_trainer
+from creatures import Clock, micro_config
+from test_trainer import TEXT_ONLY, Rows, StopAt, losses_of, make_trainer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 

@@ -1,6 +1,5 @@
 """The tools at the command line: what they print, where, and how they refuse. One micro run serves them all."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -14,7 +13,6 @@ import torch
 from configuration_creature import CreatureConfig
 from creature import checkpoints
 from creature.data.text.tokenizer import load_tokenizer
-from creature.errors import run_main
 from modeling_creature import MultiModalCreature
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -87,23 +85,8 @@ def text_file(tmp_path_factory):
 
 
 @pytest.fixture
-def tool(monkeypatch, capsys, tmp_path):
-    """Run a script in this process, from an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-
-    def call(name, *arguments):
-        spec = importlib.util.spec_from_file_location(f"tool_{name}", SCRIPTS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            run_main(module.main)
-        out, err = capsys.readouterr()
-        return exit_.value.code, out, err
-
-    return call
+def tool(run_script):
+    return run_script
 
 
 @pytest.mark.parametrize("name", TOOLS)

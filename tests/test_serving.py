@@ -1,6 +1,5 @@
 """Pipelines, `transformers serve` and `chat`, and the page of scripts/demo.py, on one micro checkpoint."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ from threading import Thread
 
 import pytest
 import torch
-from creatures import micro_model
+from creatures import GPT2, load_script, micro_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextIteratorStreamer, TextStreamer
 
 import modeling_creature
@@ -35,8 +34,8 @@ def folder(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("served") / "micro"
     tokenizer = load_tokenizer()
-    ids = {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 50258}
-    model = micro_model(vocab_size=50304, null_token_id=50257, max_position_embeddings=128, **ids)
+    model = micro_model(max_position_embeddings=128, **GPT2)
+    ids = {name: GPT2[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     words = [i for token, i in tokenizer.get_vocab().items() if re.fullmatch("Ġ[a-z]{3,}", token)]
     with torch.no_grad():  # it says words only, for what a console or a page shows can be told from them
         model.model.embed_tokens.weight.mul_(0.02).index_copy_(0, torch.tensor(words), torch.randn(len(words), 32) / 4)
@@ -209,10 +208,7 @@ def test_transformers_chat_talks_to_the_server(server, folder, model, tokenizer,
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("tool_demo", PROJECT / "scripts" / "demo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("demo")
 
 
 def test_the_page_streams_one_text_and_ends_it_when_it_is_left(demo, model, tokenizer):

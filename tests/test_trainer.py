@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from creatures import micro_config
+from creatures import Clock, micro_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
@@ -448,15 +448,6 @@ def test_metrics_hold_losses_by_stream_and_true_token_counts(tmp_path):
     assert [entry["step"] for entry in entries if "eval_loss" in entry] == [3, 6]
     assert all(entry["loss"] == entry["loss_internal_text"] for entry in entries if "loss" in entry)
     assert all(entry["tokens_per_second"] > 0 for entry in entries if "loss" in entry and entry["step"] > 1)
-
-
-class Clock:
-    """Stands in for the time module: time passes where the test says so."""
-
-    now = 100.0
-
-    def perf_counter(self):
-        return self.now
 
 
 def test_rates_are_those_of_training_with_short_batches_evaluation_and_saving_in_between(tmp_path, monkeypatch):
