@@ -1,7 +1,7 @@
-"""One of several CPU processes that train under FSDP 2, once more from a checkpoint in the middle, and in bfloat16.
+"""One of several CPU processes that train under FSDP 2: a whole run, one resumed from its middle, and one in bfloat16.
 
-accelerate shards over GPUs only: of CPU processes it makes DDP, whatever its configuration says. Here it takes them for
-GPUs; the sharding itself is torch's, over gloo. Started by tests/test_scaling.py with accelerate's launcher:
+accelerate shards over GPUs only, and uses DDP for CPU processes whatever its configuration says. A patch makes it treat
+them as GPUs; torch does the sharding, over gloo. tests/test_scaling.py starts it with accelerate's launcher:
 
     accelerate launch --config_file configs/accelerate/fsdp2.yaml tests/fsdp_on_cpu.py --use_cpu --output_dir whole ...
 """
@@ -17,18 +17,18 @@ from accelerate import Accelerator, DistributedType, PartialState
 import run_clm_creature
 from creature import checkpoints
 
-real = PartialState.__init__
+original_init = PartialState.__init__
 
 
-def take_cpus_for_gpus(self, *args, **kwargs):
-    real(self, *args, **kwargs)
+def treat_cpus_as_gpus(self, *args, **kwargs):
+    original_init(self, *args, **kwargs)
     if self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type = DistributedType.MULTI_GPU
 
 
 def main() -> None:
-    PartialState.__init__ = take_cpus_for_gpus
-    Accelerator.end_training = lambda self: None  # both runs use the one process group that torchrun has prepared
+    PartialState.__init__ = treat_cpus_as_gpus
+    Accelerator.end_training = lambda self: None  # all runs use the one process group of the launcher
     folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
     assert run_clm_creature.main() == 0
     if os.environ["RANK"] == "0":

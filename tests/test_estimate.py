@@ -1,4 +1,4 @@
-"""The estimate against the real thing: counted parameters and FLOPs, and the memory of a training step on the CPU."""
+"""The estimate against real models: parameters, FLOPs, and the memory of training steps, on the CPU and as measured."""
 
 import weakref
 from dataclasses import replace
@@ -52,7 +52,7 @@ def test_parameters_of_the_guides_creature():
     counts = count_parameters(CreatureConfig())
     assert counts["token_table"] == 50304 * 512
     matrices = 6 * (4 * 512 * 512 + 2 * 512 * 2048)
-    assert matrices < counts["body"] < 1.001 * matrices  # norms and other vectors are small change
+    assert matrices < counts["body"] < 1.001 * matrices  # norms and other vectors add less than 0.1 %
     assert counts["head"] == 0
     assert counts["text_only"] == counts["token_table"] + counts["body"] == counts["trainable"]
     assert counts["total"] == counts["text_only"] + counts["senses"] + counts["streams"]
@@ -78,7 +78,7 @@ def test_a_stream_with_a_weight_is_trained():
 
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}, {"head_dim": 32}])
 def test_flops_against_a_counter(changes):
-    """torch's counter sees every product of a forward pass; it counts attention in full, the formula half of it."""
+    """torch's counter counts all of attention, the formula the causal half."""
     config = micro_config(attn_implementation="eager", **changes)
     model = MultiModalCreature(config).eval()
     block = 128
@@ -94,7 +94,7 @@ def test_flops_of_the_guides_creature():
 
 
 class PeakMemory(TorchDispatchMode):
-    """The most bytes of tensors alive at one time: what a CUDA device would call max_memory_allocated."""
+    """The most bytes of tensors alive at one time, like torch.cuda.max_memory_allocated."""
 
     def __init__(self, tensors):
         super().__init__()
@@ -126,14 +126,14 @@ def real_peak(config, batch, block, precision, optimizer, accumulation, checkpoi
     model = MultiModalCreature(config).train()
     model.train_only()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # 5.17 knows no other name for it
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # the only name in transformers 5.17
     groups = parameter_groups(model, 1e-3, 1e-2, 0.1)
     for group in groups:
         group["muon"] = group["muon"] and optimizer == "muon"
     stepper = MuonAdamW(groups)
     ids = torch.randint(0, config.vocab_size, (batch, block))
     with PeakMemory(model.parameters()) as memory:
-        for _ in range(2):  # the optimizer's states exist from the end of the first step
+        for _ in range(2):  # the optimizer's states exist after the first step
             for _ in range(accumulation):
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
                     loss = model(input_ids=ids, labels=ids).loss
@@ -149,8 +149,8 @@ def real_peak(config, batch, block, precision, optimizer, accumulation, checkpoi
     [
         (4, 256, "fp32", "adamw", 1, False, {}),
         (2, 256, "bf16", "muon", 2, False, {}),
-        (1, 256, "bf16", "muon", 2, False, {"vocab_size": 50304, "hidden_size": 32}),  # the head weighs most
-        (1, 32, "fp32", "muon", 1, False, {"hidden_size": 256, "intermediate_size": 1024}),  # the weights do
+        (1, 256, "bf16", "muon", 2, False, {"vocab_size": 50304, "hidden_size": 32}),  # mostly the head
+        (1, 32, "fp32", "muon", 1, False, {"hidden_size": 256, "intermediate_size": 1024}),  # mostly the weights
         (4, 256, "fp32", "adamw", 1, False, {"num_key_value_heads": 2, "hidden_act": "gelu"}),
         (4, 256, "bf16", "muon", 1, True, {"num_hidden_layers": 8}),
         (1, 1024, "bf16", "muon", 1, False, {"max_position_embeddings": 1024}),  # long

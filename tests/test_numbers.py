@@ -1,4 +1,4 @@
-"""The numbers of a run against what a test counts by itself: MFU, two processes, rates behind a resume, a spike."""
+"""The logged numbers against independent counts: MFU, two processes, rates after a resume, a jump of the loss."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from creature.callbacks import HealthAdvice
 from creature.estimate import flops_per_token
 from modeling_creature import MultiModalCreature
 
-PEAK = 1e9  # FLOPs a second of a device that nobody builds
+PEAK = 1e9  # FLOP/s of an imaginary device
 
 
 def config():
@@ -26,16 +26,16 @@ def config():
 
 
 def slow_trainer(folder, clock, see=lambda inputs: None, **settings):
-    """A Trainer whose micro-batches take a second of the clock each, on devices of PEAK, and nothing else any time."""
+    """A Trainer in which a micro-batch takes one second of `clock` on a device of PEAK, and all else takes no time."""
     trainer = make_trainer(folder, config=config(), **settings)
-    watch = trainer.throughput
-    watch.flops_per_token, watch.peak_flops = flops_per_token(config(), 16), PEAK * trainer.args.world_size
-    real = trainer.training_step
+    throughput = trainer.throughput
+    throughput.flops_per_token, throughput.peak_flops = flops_per_token(config(), 16), PEAK * trainer.args.world_size
+    original = trainer.training_step
 
     def step(model, inputs, *args, **kwargs):
         clock.now += 1
         see(inputs)
-        return real(model, inputs, *args, **kwargs)
+        return original(model, inputs, *args, **kwargs)
 
     trainer.training_step = step
     return trainer
@@ -48,21 +48,21 @@ def mean_loss(model, ids, labels):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100).item()
 
 
-def test_mfu_is_the_counted_arithmetic_over_time_and_peak(tmp_path, monkeypatch):
+def test_mfu_is_the_counted_flops_over_time_and_peak(tmp_path, monkeypatch):
     clock, counts = Clock(), []
     monkeypatch.setattr(callbacks, "time", clock)
     trainer = slow_trainer(tmp_path, clock, max_steps=4, batch_warmup_steps=0)  # an update is counted, too
-    real = trainer.training_step
+    original = trainer.training_step
 
     def counted(*args, **kwargs):
         with FlopCounterMode(display=False) as counter:
-            loss = real(*args, **kwargs)
+            loss = original(*args, **kwargs)
         counts.append(counter.get_total_flops())
         return loss
 
     trainer.training_step = counted
     trainer.train()
-    # torch's counter sees attention in full, of which a causal kernel skips the half: forward once, backward twice.
+    # torch's counter counts all of attention; a causal kernel skips half of it, once forward and twice backward.
     width = trainer.model.config.num_attention_heads * trainer.model.config.head_dim
     skipped = 3 * 2 * trainer.model.config.num_hidden_layers * width * 16
     steps = [sum(counts[i : i + 2]) - skipped * 64 for i in range(2, 8, 2)]  # of 64 tokens; not the first
@@ -70,7 +70,7 @@ def test_mfu_is_the_counted_arithmetic_over_time_and_peak(tmp_path, monkeypatch)
     assert trainer.state.total_flos == pytest.approx(sum(counts) - 4 * skipped * 64, rel=0.01)
 
 
-def test_rates_behind_a_resume_do_not_count_what_was_before(tmp_path, monkeypatch):
+def test_rates_after_a_resume_count_only_the_new_steps(tmp_path, monkeypatch):
     clock, shapes = Clock(), []
     monkeypatch.setattr(callbacks, "time", clock)
     settings = dict(max_steps=9, logging_steps=4, logging_first_step=False, rows=Rows(48))
@@ -79,7 +79,7 @@ def test_rates_behind_a_resume_do_not_count_what_was_before(tmp_path, monkeypatc
     resumed = slow_trainer(tmp_path, clock, lambda inputs: shapes.append(inputs["input_ids"].shape), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     tokens = [rows * length for rows, length in shapes]
-    # Steps 3 and 4, then 5 to 8, two micro-batches each; the clock starts after the first step of the process.
+    # Steps 3 and 4, then 5 to 8, two micro-batches each; the rates start after the first step of the process.
     expected = [sum(tokens[2:4]) / 2, sum(tokens[4:12]) / 8]
     assert losses_of(resumed, "tokens_per_second") == pytest.approx(expected)
     assert losses_of(resumed, "samples_per_second") == pytest.approx([value / 16 for value in expected])
@@ -89,7 +89,7 @@ def test_rates_behind_a_resume_do_not_count_what_was_before(tmp_path, monkeypatc
 
 
 class Spike(TrainerCallback):
-    """Spoils the weights before a step, so that its loss jumps."""
+    """Damages the weights before a step, so that its loss jumps."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == 14:
@@ -97,7 +97,7 @@ class Spike(TrainerCallback):
                 model.lm_head.weight.mul_(40)
 
 
-def test_a_jump_of_the_loss_is_told_when_it_happens(tmp_path):
+def test_a_jump_of_the_loss_is_reported_at_its_step(tmp_path):
     said = []
     trainer = make_trainer(tmp_path, max_steps=16, callbacks=[Spike(), HealthAdvice(say=said.append, patience=5)])
     trainer.train()
@@ -107,8 +107,8 @@ def test_a_jump_of_the_loss_is_told_when_it_happens(tmp_path):
     assert f"jumped to {losses[14]:.2f} at step 15 from {losses[13]:.2f}" in jump
 
 
-def be_one_of_two(rank, port, folder):
-    """One process of a run of two, which writes down what it saw: the rows of every micro-batch and its logs."""
+def run_one_of_two(rank, port, folder):
+    """One of two processes of a run; writes the rows of its micro-batches and its logs to a file."""
     world = {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in world.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -125,12 +125,12 @@ def be_one_of_two(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_log_what_both_of_them_did(tmp_path):
+def test_the_logs_of_two_processes_count_both(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     start = get_context("spawn")
-    ranks = [start.Process(target=be_one_of_two, args=(rank, port, tmp_path)) for rank in range(2)]
+    ranks = [start.Process(target=run_one_of_two, args=(rank, port, tmp_path)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -152,7 +152,7 @@ def test_two_processes_log_what_both_of_them_did(tmp_path):
     assert [entry["mfu"] for entry in logs[1:]] == pytest.approx(mfu)
     assert [entry["tokens"] for entry in logs] == [sum(tokens[:n]) for n in (2, 4, 8, 12)]
 
-    # The first loss is the mean over all targets that both saw in the first step.
+    # The first loss is the mean over all targets of both processes in the first step.
     first = [batch for one in saw for batch in one["batches"][:2]]
     ids, labels = (torch.tensor([row for batch in first for row in batch[i]]) for i in range(2))
     torch.manual_seed(0)
@@ -160,7 +160,7 @@ def test_two_processes_log_what_both_of_them_did(tmp_path):
     assert logs[0]["loss"] == pytest.approx(mean_loss(model, ids, labels), abs=1e-5)
     assert logs[0]["loss_internal_text"] == pytest.approx(logs[0]["loss"], abs=1e-6)
 
-    # The evaluation of the weights at the end counts each of the 7 rows once, though two processes share them.
+    # The evaluation at the end counts each of the 7 rows once, although two processes share them.
     (evaluation,) = [entry for entry in saw[0]["logs"] if "eval_loss" in entry]
     model = MultiModalCreature.from_pretrained(tmp_path / "run" / "checkpoint-6")
     rows = Rows(7, seed=1)

@@ -1,4 +1,4 @@
-"""One model over several processes: FSDP 2 as accelerate's configuration has it, two CPU processes for two GPUs."""
+"""One model over several processes: FSDP 2 with the project's configuration, two CPU processes in place of GPUs."""
 
 import json
 import os
@@ -29,8 +29,8 @@ SETTINGS += ["--batch_warmup_steps", "0"]  # sharded weights are updated once a 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """
-    A folder with one run four times: of "one" process, and of two with FSDP the "whole", "resumed" from its middle, and
-    the first step in bfloat16, "half".
+    A folder with one run four times: "one" of a single process; of two processes with FSDP "whole", "resumed" from its
+    middle, and "half", its first step in bfloat16.
     """
     folder = tmp_path_factory.mktemp("scaling")
     with pytest.MonkeyPatch.context() as patch:
@@ -45,7 +45,7 @@ def runs(tmp_path_factory):
         launcher += ["--config_file", str(PROJECT / "configs/accelerate/fsdp2.yaml"), "--mixed_precision", "no"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
         path = os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        pair = subprocess.Popen(
+        sharded = subprocess.Popen(
             [*launcher, str(PROJECT / "tests/fsdp_on_cpu.py"), *SETTINGS, "--output_dir", "whole"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env=environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
@@ -53,10 +53,10 @@ def runs(tmp_path_factory):
         patch.setattr(sys, "argv", ["run_clm_creature.py", *SETTINGS, "--output_dir", "one"])
         assert run_clm_creature.main() == 0
         try:
-            output, _ = pair.communicate(timeout=200)
+            output, _ = sharded.communicate(timeout=200)
         finally:
-            pair.terminate()  # a launcher passes it on
-        assert pair.returncode == 0, output[-3000:]
+            sharded.terminate()  # the launcher forwards it
+        assert sharded.returncode == 0, output[-3000:]
     return folder
 
 
@@ -86,8 +86,8 @@ def test_losses_leave_a_sharded_model_in_float32(runs):
     assert curve(runs / "half")[1] == pytest.approx(curve(runs / "one")[1], abs=1e-3)
 
 
-def test_what_a_sharded_run_saved_is_a_plain_model_with_its_own_code(runs):
-    """In a process that does not have the project: the files beside the weights must be the model's, not torch's."""
+def test_a_sharded_run_saves_a_plain_model_with_its_code(runs):
+    """It loads in a process without the project: the saved code must be the model's, not that of torch's wrapper."""
     code = (
         "from transformers import AutoModelForCausalLM\n"
         "for folder in ('whole', 'whole/checkpoint-4'):\n"
@@ -107,7 +107,7 @@ def test_what_a_sharded_run_saved_is_a_plain_model_with_its_own_code(runs):
         assert "lm_head.weight" not in load_file(runs / folder / "model.safetensors")
 
 
-def test_how_much_fits_is_not_guessed_for_shards(monkeypatch):
+def test_a_micro_batch_that_does_not_fit_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setattr("creature.plan.fit_micro_batch", lambda *args, **kwargs: 0)
     config = SimpleNamespace(max_position_embeddings=2048, hidden_size=512)
     for sharded, words in ((False, "smaller configuration"), (True, "give --per_device_train_batch_size")):
@@ -116,7 +116,7 @@ def test_how_much_fits_is_not_guessed_for_shards(monkeypatch):
             plan_run(Settings(training={"use_cpu": True, "max_steps": 50}), config)
 
 
-def test_fsdp_without_gpus_is_refused_instead_of_ignored(runs, monkeypatch):
+def test_fsdp_without_gpus_is_refused(runs, monkeypatch):
     monkeypatch.chdir(runs)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setattr(sys, "argv", ["run_clm_creature.py", *SETTINGS, "--output_dir", "refused"])
