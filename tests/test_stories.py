@@ -35,7 +35,7 @@ def test_nothing_of_the_grammar_is_left_in_the_text(stories):
     for story in stories:
         assert not re.search(r"[\[\]{}|<>]|\(n\)|  | [.,!?]|\.\.|,\.| \n", story), story
         assert story.count('"') % 2 == 0, story
-        assert 80 < len(story.split()) < 450
+        assert 80 < len(story.split()) < 300
 
 
 def test_articles_and_capitals_are_right(stories):
@@ -46,18 +46,17 @@ def test_articles_and_capitals_are_right(stories):
 
 
 def test_pronouns_agree_with_the_hero(stories):
-    # In the stories of two girls (or boys) and one elder of the same sex, no word of the other sex may stand.
-    checked = 0
+    # Stories of two girls have no word of the other sex, nor have those of two boys without a woman in them.
+    checked = [0, 0]
     for story in stories:
         names = set(re.findall(r"[A-Z][a-z]+", story)) & {*GIRLS, *BOYS}
-        elders = set(re.findall(r"Grandma|Aunt|Mother", story)), set(re.findall(r"Grandpa|Uncle|Father", story))
-        if names and names <= set(GIRLS) and not elders[1]:
-            checked += 1
-            assert not re.search(r"\b(?:he|him|his|himself|boy)\b", story), story
-        if names and names <= set(BOYS) and not elders[0]:
-            checked += 1
-            assert not re.search(r"\b(?:she|hers|herself|girl)\b", story), story
-    assert checked > 100
+        if names <= set(GIRLS):
+            checked[0] += 1
+            assert not re.search(r"\b(?:he|him|his|boy)\b", story), story
+        if names <= set(BOYS) and not re.search("mother|aunt|woman", story):
+            checked[1] += 1
+            assert not re.search(r"\b(?:she|her|girl)\b", story), story
+    assert min(checked) > 100
 
 
 def test_the_sample_corpus_is_long_enough_and_read_back_story_for_story(tmp_path):
