@@ -1,15 +1,15 @@
-"""Endurance: over thousands of steps of one run, memory, open files, logs and checkpoints stay what they were.
+"""Endurance: over thousands of steps of one run, memory, open files, logs and checkpoints do not grow.
 
 examples:
   python benchmarks/endurance.py                                   # 5,000 steps of a micro creature on the CPU
   python benchmarks/endurance.py --steps 400 --every 40            # a short one
   python benchmarks/endurance.py --dataloader_num_workers 2 --report_to tensorboard
 
-The run logs, evaluates, prints samples and saves far more often than a real one, and sees its data many times over.
-From outside, psutil looks at it every so many steps: at the process with its workers, and at its folder. Any flag that
-is not one of this script goes to the run. The exit code is 1 where the last two fifths of the run hold more than the
-second: memory by more than 2 %, files, open files or threads by any, trainer_state.json beyond the 1,000 logs that it
-keeps. What grows by design is one line of metrics.jsonl for each log, and what is reported to a tracker.
+The run logs, evaluates, prints samples and saves far more often than a real one and repeats its data many times. Every
+so many steps psutil measures the process with its workers, and its folder. Flags that this script does not know go to
+the run. The exit code is 1 if the last two fifths of the run hold more than the second fifth: memory by more than 2 %,
+files, open files or threads by any number, trainer_state.json beyond the 1,000 logs that it keeps. By design, only
+metrics.jsonl grows, by one line per log, and what a tracker stores.
 """
 
 import argparse
@@ -26,13 +26,13 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(PROJECT)  # in place of this folder, whose tokenize.py would hide the standard library's
 
 COLUMNS = ("step", "memory MiB", "handles", "threads", "files", "checkpoints", "checkpoint kB", "state kB", "logs kB")
-# The checkpoint where the decay begins is kept: let it be an early one.
+# An early decay, because the checkpoint before it is kept beside the newest three.
 OFTEN = {"logging_steps": 2, "eval_steps": 25, "save_steps": 25, "sample_steps": 100, "save_total_limit": 3}
 OFTEN |= {"decay_steps": 0.95}
 
 
 def look_at(process, folder: Path, step: int) -> dict[str, float]:
-    """What the run holds at this moment: itself with its workers, and its folder."""
+    """Memory, handles and threads of the run with its workers, and the sizes in its folder."""
     import psutil
 
     from creature.checkpoints import list_checkpoints
@@ -46,7 +46,7 @@ def look_at(process, folder: Path, step: int) -> dict[str, float]:
                 threads += one.num_threads()
         except psutil.NoSuchProcess:  # a worker, at the end of its epoch
             continue
-    # A checkpoint that is being written is nobody's yet, and what is being deleted may be gone.
+    # Checkpoints that are being written do not count, and files may be deleted meanwhile.
     kept = [path for path in list_checkpoints(folder) if (path / "complete.json").is_file()]
     sizes = {path: _size(path) for path in folder.rglob("*") if path.is_file() and ".writing" not in path.parts}
     newest = kept[-1] if kept else None
@@ -65,7 +65,7 @@ def _size(path: Path) -> int:
 
 
 def endure(place: Path, steps: int, every: int, flags: list[str]) -> tuple[list[dict], int]:
-    """(what was seen every so many steps, the exit code of the run)."""
+    """(the measurements of every so many steps, the exit code of the run)."""
     import psutil
 
     often = [word for name, value in OFTEN.items() for word in (f"--{name}", str(value))]
@@ -89,7 +89,7 @@ def endure(place: Path, steps: int, every: int, flags: list[str]) -> tuple[list[
 
 
 def grown(seen: list[dict], steps: int) -> list[str]:
-    """What grew from the second fifth of the run to its last two: their medians are compared."""
+    """The columns whose median grew from the second fifth of the run to its last two fifths."""
     early = [row for row in seen if steps / 5 <= row["step"] <= 2 * steps / 5]
     late = [row for row in seen if row["step"] > 3 * steps / 5]
     found = []
@@ -103,8 +103,8 @@ def grown(seen: list[dict], steps: int) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5000, help="of the run (default 5000)")
-    parser.add_argument("--every", type=int, default=250, help="look every so many steps (default 250)")
+    parser.add_argument("--steps", type=int, default=5000, help="steps of the run (default 5000)")
+    parser.add_argument("--every", type=int, default=250, help="measure every so many steps (default 250)")
     options, flags = parser.parse_known_args()
     from benchmarks.torture import prepare
 

@@ -1,4 +1,4 @@
-"""Torture: one training run, disturbed again and again at random moments, must end as if nothing had happened.
+"""Torture: a training run that is disturbed at random moments must end with the weights of an undisturbed one.
 
 examples:
   python benchmarks/torture.py                                     # 210 faults over 420 steps
@@ -88,7 +88,7 @@ class Run:
             time.sleep(seconds)
             self._fill_disk(self.moments.randrange(self._checkpoint_bytes()))
             output += self._read(reader, 8, PATIENCE) or ""
-            self._fill_disk(0)  # for what it has deleted meanwhile
+            self._fill_disk(0)  # fill again what the run has deleted meanwhile
         elif kind:
             time.sleep(seconds)
             self.moments.shuffle(pids)
@@ -113,7 +113,7 @@ class Run:
         return attempt
 
     def _start(self, *flags: str) -> tuple[int, list[int]]:
-        """(what reads the output of all its processes, their ids)."""
+        """(the descriptor to read the output of all processes from, their ids)."""
         count = self.options.processes
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -134,7 +134,7 @@ class Run:
         return reader, pids
 
     def _read(self, reader: int, lines: int | None, seconds: float) -> str | None:
-        """The output up to so many lines, to the last step's or to its end; None where none of them comes in time."""
+        """The output up to so many lines, the last step's line or the end; None if that takes longer than `seconds`."""
         text, end = "", time.monotonic() + seconds
         last = f"step {self.options.steps:>6,}/"
         while lines is None or text.count("\n") < lines and last not in text:
@@ -148,9 +148,9 @@ class Run:
         return text
 
     def _fill_disk(self, left: int) -> None:
-        """Leave so many bytes, about."""
+        """Fill the disk until about `left` bytes are free."""
         with open(self.disk / "filler", "ab") as file:
-            for _ in range(100):  # the run may take what was free a moment ago
+            for _ in range(100):  # the run may write meanwhile
                 with contextlib.suppress(OSError):
                     more = shutil.disk_usage(self.disk).free - left
                     if more > 0:
@@ -158,7 +158,7 @@ class Run:
                     return
 
     def damage(self, kind: str) -> None:
-        """Spoil the newest checkpoint."""
+        """Damage the newest checkpoint."""
         from creature.checkpoints import list_checkpoints
 
         newest = list_checkpoints(self.folder)[-1]
@@ -232,7 +232,7 @@ def prepare(place: Path) -> None:
 
 
 def torture(run: Run, kinds: list[str]) -> tuple[list[Attempt], str | None]:
-    """Every fault once, then the rest of the run in peace: (the disturbed attempts, what went wrong or None)."""
+    """Every fault once, then the rest of the run undisturbed: (the disturbed attempts, what went wrong or None)."""
     done: list[Attempt] = []
     steps, waiting, startup = run.options.steps, list(kinds), 12
     ending = max(1, len(kinds) // 20)
@@ -260,7 +260,7 @@ def torture(run: Run, kinds: list[str]) -> tuple[list[Attempt], str | None]:
         if kind in DAMAGES and not finished:
             if len(run.whole_steps()) > 1:
                 run.damage(kind)
-            else:  # there would be nothing to go back to: it was a plain kill
+            else:  # there would be no checkpoint to resume: count it as a plain kill
                 waiting.append(kind)
                 attempt.kind = "SIGKILL"
         whole = run.whole_steps()
@@ -280,13 +280,13 @@ def torture(run: Run, kinds: list[str]) -> tuple[list[Attempt], str | None]:
 
 
 def _next_fault(waiting: list[str], whole: int) -> str | None:
-    """The next to come, damages only where two more checkpoints are whole; None when all are spent."""
+    """The next fault, None when all are spent; a damage only where three checkpoints are complete."""
     ready = (i for i, kind in enumerate(waiting) if whole > 2 or kind not in DAMAGES)
     return waiting.pop(next(ready, 0)) if waiting else None
 
 
 def _problem(attempt: Attempt, before: int, finished: bool) -> str | None:
-    """What may not happen to a run, whatever is done to it."""
+    """What a run must not do after any fault, or None."""
     if attempt.hung:
         return f"did not end within {PATIENCE} s"
     if "Traceback" in attempt.text:
@@ -333,7 +333,7 @@ def compare(whole: Path, tortured: Path) -> list[str]:
 
 
 def table(attempts: list[Attempt], recovered: int) -> str:
-    """A line for each fault: how often, from how many the run went on, what that cost; then where they struck."""
+    """A line for each kind of fault: how often, how often recovered, steps lost; then a line with the phases."""
     lines = [f"{'fault':15}  {'times':>5}  {'recovered':>9}  {'mean steps lost':>15}  {'max':>4}  {'ended with 0':>12}"]
     for kind in (*KINDS, "all"):
         some = [(i, a) for i, a in enumerate(attempts) if kind in (a.kind, "all")]
@@ -349,17 +349,17 @@ def table(attempts: list[Attempt], recovered: int) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=210, help="how many, of all kinds in turn (default 210)")
+    parser.add_argument("--faults", type=int, default=210, help="number of faults, of all kinds in turn (default 210)")
     parser.add_argument("--steps", type=int, default=420, help="steps of the run (default 420)")
     parser.add_argument("--processes", type=int, default=1, help="processes of the run (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the faults and their moments (default 0)")
-    parser.add_argument("--delay", type=float, default=60, help="milliseconds of a moment after its line (default 60)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the faults and their moments (default 0)")
+    parser.add_argument("--delay", type=float, default=60, help="at most so many ms after a line (default 60)")
     parser.add_argument("--verbose", action="store_true", help="print a line for each fault")
     return parser.parse_args()
 
 
 def enter_namespace() -> None:
-    """Start again where a tmpfs may be mounted and vanishes with this process; go on without where that is refused."""
+    """Restart in a mount namespace, whose tmpfs vanishes with this process; without one where that is refused."""
     if IN_NAMESPACE in os.environ or not shutil.which("unshare"):
         return
     words = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]

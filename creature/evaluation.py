@@ -1,7 +1,7 @@
-"""How well a creature predicts texts, document by document: every token once, none with another document before it.
+"""Scores of texts document by document: every token is predicted once, never from another document.
 
-A document begins behind end-of-text, as in training, and is read in windows of the creature's context. These are the
-windows of lm_eval's `loglikelihood_rolling`, so that its numbers and those of `scripts/evaluate_text.py` are the same.
+A document follows an end-of-text, as in training, and is read in windows of the creature's context. They are those of
+lm_eval's `loglikelihood_rolling`, so `scripts/evaluate_text.py` and lm_eval give the same numbers.
 """
 
 import math
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Score:
-    """Sums over the tokens of one document or of many, and the metrics that follow from them."""
+    """Sums over the tokens of one or many documents, and the metrics computed from them."""
 
     tokens: int = 0
     bytes: int = 0
@@ -58,10 +58,10 @@ def whole_documents(data: str, text_column: str = "text") -> Iterator[tuple[str,
     """
     (name, text) of every document of a text file, a folder, a glob or a Hub dataset; empty ones are left out.
 
-    The first document of a file has the file's name, the second `name:2`. Raises UserError for what is no text.
+    The first document of a file has the file's name, the second `name:2`. Raises UserError for a token file.
     """
     if data.lower().endswith(TOKEN_FILES):
-        raise UserError(f"{data} holds tokens, and documents are read as text: name the text that it was made of")
+        raise UserError(f"{data} holds tokens, and documents are read as text: name the text that was tokenized")
     sources, _ = find_sources([data])
     for source in sources:
         for number, text in enumerate(Documents(source, text_column).whole(), 1):
@@ -73,8 +73,8 @@ def windows(ids: np.ndarray, before: int, size: int) -> Iterator[tuple[np.ndarra
     """
     A document in windows of at most `size` ticks, as (inputs, targets) [T] each; every id is a target exactly once.
 
-    ids [n]: the document. before: the id that stands before its first. The last window of a longer document reaches
-    back to be as long as the others; what has been a target before is -100 in it.
+    ids [n]: the document. before: the id before its first. The last window of a longer document reaches back to be as
+    long as the others; its tokens that were targets before are -100.
     """
     inputs = np.concatenate(([before], ids[:-1])).astype(np.int64)
     for start in range(0, len(ids), size):
@@ -109,7 +109,7 @@ def score_documents(
     import torch
 
     if tokenizer.eos_token_id is None:
-        raise UserError("documents begin behind end-of-text, which this tokenizer does not have: set its eos_token")
+        raise UserError("documents follow an end-of-text token, which this tokenizer does not have: set its eos_token")
     scores = {}
 
     def all_windows() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -124,7 +124,7 @@ def score_documents(
     stream = all_windows()
     for batch in progress(iter(lambda: list(islice(stream, batch_size)), [])):
         names, inputs, targets = zip(*batch, strict=True)
-        # Behind the end of a shorter window, any id will do: no target there, and nothing before looks ahead.
+        # The padding of a shorter window has no targets, and attention is causal.
         given = {"input_ids": _stack(inputs, tokenizer.eos_token_id), "shift_labels": _stack(targets, IGNORE_INDEX)}
         with torch.inference_mode():
             output = model(**{k: torch.from_numpy(v).to(model.device) for k, v in given.items()}, return_logits=False)

@@ -1,8 +1,8 @@
 """Perplexity, bits per byte and next-token accuracy as `evaluate.Metric` classes that need no network.
 
-`evaluate.load` fetches even the simplest metric from the hub; subclasses of one's own do not. A metric is fed token
-arrays batch by batch and keeps two numbers a row, so it is fast and small for any validation set, and its result does
-not depend on how the rows were cut into batches: every token weighs the same.
+`evaluate.load` downloads even the simplest metric from the Hub; a subclass needs no download. A metric takes token
+arrays batch by batch and keeps two numbers per row, so it is fast and small for any validation set. Every token weighs
+the same, however the rows were cut into batches.
 """
 
 import abc
@@ -15,24 +15,23 @@ import numpy as np
 
 from creature.errors import UserError
 
-IGNORE_INDEX = -100  # a target that is not counted, as everywhere in transformers
+IGNORE_INDEX = -100  # no target, as everywhere in transformers
 
 
 class _TokenMetric(evaluate.Metric, abc.ABC):
     """
-    Base of the metrics here: a ratio of two sums over the counted tokens.
+    Base class: a ratio of two sums over the tokens that have a target.
 
-    A subclass reduces its inputs, predictions [N, T] and references [N, T] (target ids, -100 where there is none), to a
-    numerator and a denominator per row, and turns the two totals into its result.
+    A subclass reduces predictions [N, T] and references [N, T] (target ids, -100 where there is none) to a numerator and
+    a denominator per row, and computes its result from the two totals.
     """
 
     def __init__(self, **kwargs):
-        # In memory, for there is nothing to store but two numbers a row; the default is a file under the user's cache,
-        # shared between all processes of the machine.
+        # The default is a file in the user's cache, which all processes of the machine share.
         super().__init__(keep_in_memory=True, **kwargs)
 
     def _build_data_dir(self) -> str:
-        """Where `evaluate` would keep its files. None are written, so no folder is made: the disk may be read-only."""
+        """Where `evaluate` would keep files; not created, because none are written and the disk may be read-only."""
         return os.path.join(self._data_dir_root, self.name, self.config_name)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -76,7 +75,7 @@ class _TokenMetric(evaluate.Metric, abc.ABC):
 
     @abc.abstractmethod
     def _reduce(self, predictions: np.ndarray, references: np.ndarray, counted: np.ndarray):
-        """(numerator, denominator) of every row, [N] each, from the places where `counted` is true."""
+        """(numerator, denominator) of every row, [N] each, from the tokens where `counted` is true."""
 
     @abc.abstractmethod
     def _result(self, numerator: float, denominator: int) -> dict:
@@ -117,7 +116,7 @@ class BitsPerByte(_TokenMetric):
 
 
 class NextTokenAccuracy(_TokenMetric):
-    """Share of the targets that are the likeliest id. predictions [N, T]: ids."""
+    """Share of the targets that are predicted. predictions [N, T]: the likeliest ids."""
 
     def _reduce(self, predictions, references, counted):
         return ((predictions == references) & counted).sum(axis=1), counted.sum(axis=1)
@@ -127,7 +126,7 @@ class NextTokenAccuracy(_TokenMetric):
 
 
 class TextMetrics:
-    """The three metrics together, fed with what `MultiModalCreature` returns for `return_logits=False`."""
+    """The three metrics together, for the output of `MultiModalCreature` with `return_logits=False`."""
 
     def __init__(self, byte_lengths):
         """byte_lengths [vocab_size]: bytes that each id decodes to."""
@@ -144,7 +143,7 @@ class TextMetrics:
         self.accuracy.add_batch(predictions=predictions, references=targets)
 
     def compute(self) -> dict[str, float]:
-        """loss (nats per token), perplexity, bits_per_byte, accuracy over all batches added; starts afresh."""
+        """loss (nats per token), perplexity, bits_per_byte, accuracy over all batches added; resets the metrics."""
         return {**self.perplexity.compute(), **self.bits_per_byte.compute(), **self.accuracy.compute()}
 
 
@@ -153,7 +152,7 @@ def text_metrics(token_losses, predictions, labels, byte_lengths) -> dict[str, f
     Loss (nats per token), perplexity, bits per byte and next-token accuracy of one set of rows.
 
     Args:
-        token_losses: [N, T-1] float, nats; what stands at ignored targets does not matter.
+        token_losses: [N, T-1] float, nats; values at ignored targets do not count.
         predictions: [N, T-1], likeliest ids.
         labels: [N, T], unshifted: the target of position t is labels[:, t + 1]; -100 is ignored.
         byte_lengths: [vocab_size], bytes that each id decodes to.

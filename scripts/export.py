@@ -1,4 +1,4 @@
-"""Write a trained creature as a graph that runs without this library: ONNX, or a program of torch.export.
+"""Export a trained creature as a graph that runs without this library: ONNX, or a program of torch.export.
 
 examples:
   python scripts/export.py --checkpoint checkpoints/text_only --format onnx
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from creature.errors import UserError, run_main  # noqa: E402
 
 FILE_NAMES = {"onnx": "model.onnx", "torch": "model.pt2"}
-TOLERANCE = 1e-4  # of the largest logit, or of 1: sums in another order differ by less
+TOLERANCE = 1e-4  # relative to the largest logit, at least 1; another order of summation changes less
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,14 +45,14 @@ def main() -> None:
     output = Path(arguments.output) if arguments.output else folder / FILE_NAMES[arguments.format]
     ending = Path(FILE_NAMES[arguments.format]).suffix
     if output.suffix != ending or output.is_dir():
-        raise UserError(f"--output {output} has to be a file that ends in {ending}")
+        raise UserError(f"--output {output} must be a file that ends in {ending}")
     require_writable(output.parent)
 
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # which packages of its own it would like to have
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it recommends packages of its own
     warnings.simplefilter("ignore")  # between the parts of torch
     model = load_model(folder, "cpu", torch.float32)
     write = {"onnx": write_onnx, "torch": write_torch}[arguments.format]
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def text_model(model):
-    """The creature as a module from input_ids and attention_mask to logits, example inputs, and their free sizes."""
+    """(the creature as a module of input_ids and attention_mask, example inputs, their dynamic sizes)."""
     import torch
 
     class TextModel(torch.nn.Module):
@@ -116,7 +116,7 @@ def write_onnx(model, output: Path):
 def compare(model, run) -> tuple[float, float]:
     """
     (largest difference between the logits of the creature and of `run`, largest logit), at other sizes than the
-    examples, with some ticks padded; NaN, should there be one.
+    examples and with some ticks padded; NaN if any value is.
     """
     import torch
 
