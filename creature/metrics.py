@@ -22,8 +22,8 @@ class _TokenMetric(evaluate.Metric, abc.ABC):
     """
     Base class: a ratio of two sums over the tokens that have a target.
 
-    A subclass reduces predictions [N, T] and references [N, T] (target ids, -100 where there is none) to a numerator and
-    a denominator per row, and computes its result from the two totals.
+    A subclass reduces predictions [N, T] and references [N, T] (target ids, -100 where there is none) to a numerator
+    and a denominator per row, and computes its result from the two totals.
     """
 
     def __init__(self, **kwargs):
