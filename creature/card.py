@@ -41,9 +41,9 @@ def card_text(folder: str | Path, run: dict, chat: bool = False) -> str:
     sections = [
         f"---\n{_metadata(folder.name, run, evaluated)}\n---",
         f"# {folder.name}",
-        "A MultiModalCreature: a small decoder-only transformer with six senses and four output streams. This round "
-        "trained its\ninternal voice on text, from scratch; the other senses and streams are there, connected and "
-        "silent. It continues text,\nand is not made to answer people.",
+        "A MultiModalCreature: a small decoder-only transformer with six senses and four output streams. Only its "
+        "internal voice\nwas trained, on text, from scratch; the other senses and streams are untrained. It continues "
+        "text and was not trained to\nanswer people.",
         "## Results",
         _table(
             [
@@ -63,8 +63,8 @@ def card_text(folder: str | Path, run: dict, chat: bool = False) -> str:
         "## Training",
         _table(_training_rows(run, metrics)),
         "## Limits",
-        "It repeats what is in its data, errors and prejudices too. What it says is not to be relied on: a model of "
-        "this size\nknows next to nothing. Nobody has made it safe to talk to.",
+        "It repeats what is in its data, errors and prejudices too. Do not rely on what it says: a model of this size "
+        "knows\nvery little. It was not trained to be safe in conversation.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -106,7 +106,7 @@ def _samples(run: dict) -> list[str]:
     if not samples:
         return []
     quoted = ["\n".join(f"> {line}" for line in text.splitlines()) for text in samples]
-    how = "Not chosen: seeds 0, 1, ..., temperature 0.8, the 50 likeliest tokens."
+    how = "Not selected: seeds 0, 1, ..., temperature 0.8, top_k 50."
     return ["## Samples", how, "\n\n---\n\n".join(quoted)]
 
 
@@ -155,7 +155,7 @@ def _usage(name: str, run: dict, chat: bool) -> str:
         else ""
     )
     prompt = "Once upon a time"
-    return f"""`{name}` is the folder, or the name of its repository on the Hub. It brings its own code:
+    return f"""`{name}` is the folder, or the name of its repository on the Hub. It has its own code:
 `trust_remote_code=True` runs the `*_creature.py` files in it, so look at them first.
 
 ```python
@@ -175,4 +175,4 @@ inputs = tokenizer("{prompt}", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-It samples unless told otherwise (`generation_config.json`); `do_sample=False` takes the likeliest token."""
+It samples by default (`generation_config.json`); `do_sample=False` takes the likeliest token."""

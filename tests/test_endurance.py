@@ -1,4 +1,4 @@
-"""Long runs: nothing piles up, workers die with the run, and the data path works where processes are spawned."""
+"""Long runs: nothing grows, workers die with the run, and data loads in spawned processes."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from creature import checkpoints
 PROJECT = Path(run_clm_creature.__file__).parent
 
 
-def test_memory_open_files_logs_and_checkpoints_stay_what_they_were(tmp_path):
+def test_memory_open_files_logs_and_checkpoints_do_not_grow(tmp_path):
     torture.prepare(tmp_path)
     often = ["--logging_steps", "1", "--eval_steps", "2", "--save_steps", "2", "--sample_steps", "20"]
     seen, code = endurance.endure(tmp_path, 80, 3, often)
@@ -28,7 +28,7 @@ def test_memory_open_files_logs_and_checkpoints_stay_what_they_were(tmp_path):
     assert {row["checkpoints"] for row in seen if row["step"] > 12} == {4}
 
 
-def test_what_grows_is_told():
+def test_growth_is_reported():
     rows = [(step, 400 + step, 6, 5, 60, 4, 250, 5, step) for step in range(100)]
     seen = [dict(zip(endurance.COLUMNS, row, strict=True)) for row in rows]
     assert endurance.grown(seen, 100) == ["memory MiB from 430.0 to 480.0"]

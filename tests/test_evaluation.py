@@ -1,4 +1,4 @@
-"""Scores of documents: every token once, in windows, and the same numbers from lm_eval as from the library."""
+"""Scores of documents: every token once, in windows; lm_eval and the library give the same numbers."""
 
 import json
 import math
@@ -112,7 +112,7 @@ def test_scores_do_not_depend_on_the_batch(speaker, texts):
         assert (runs[1][name].tokens, runs[1][name].bytes) == (score.tokens, score.bytes)
 
 
-def test_nothing_to_score_is_told(speaker):
+def test_nothing_to_score_is_an_error(speaker):
     model = MultiModalCreature.from_pretrained(speaker).eval()
     with pytest.raises(UserError, match="no document has any text"):
         score_documents(model, load_tokenizer(), [("empty", "")], block_size=CONTEXT)

@@ -1,4 +1,4 @@
-"""Whole files or none, and the checks before writing."""
+"""Atomic writes, locks, and the checks before writing."""
 
 import errno
 import hashlib
@@ -27,7 +27,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_appears_whole_in_a_folder_that_need_not_exist(tmp_path):
+def test_a_file_appears_complete_and_its_folder_is_created(tmp_path):
     path = tmp_path / "new" / "text.json"
     with replace_file(path, "w") as file:
         file.write("é\n")
@@ -39,7 +39,7 @@ def test_a_file_appears_whole_in_a_folder_that_need_not_exist(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt()])
-def test_after_any_exception_the_old_file_stands_and_nothing_else(tmp_path, error):
+def test_after_any_exception_only_the_old_file_is_there(tmp_path, error):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
     with pytest.raises(type(error)), replace_file(path) as file:
@@ -49,7 +49,7 @@ def test_after_any_exception_the_old_file_stands_and_nothing_else(tmp_path, erro
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)])
-def test_a_full_disk_and_a_used_up_quota_are_told(tmp_path, code):
+def test_a_full_disk_and_a_used_up_quota_are_reported(tmp_path, code):
     with pytest.raises(UserError, match="the disk is full while writing .*a.bin: free some space"):
         with replace_file(tmp_path / "a.bin"):
             raise OSError(code, os.strerror(code))
@@ -57,7 +57,7 @@ def test_a_full_disk_and_a_used_up_quota_are_told(tmp_path, code):
     assert not is_disk_full(OSError(errno.EACCES, "denied"))
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match="cannot write in .*file.*choose a folder that you may write to"):
         require_writable(tmp_path / "file" / "inside")
@@ -113,7 +113,7 @@ def locks(request, monkeypatch):
         monkeypatch.setattr(files, "msvcrt", Msvcrt, raising=False)
 
 
-def test_a_folder_is_held_until_it_is_let_go(tmp_path, locks):
+def test_a_folder_is_locked_until_it_is_released(tmp_path, locks):
     held = lock_folder(tmp_path)
     with pytest.raises(BlockingIOError):
         lock_folder(tmp_path)
@@ -152,14 +152,14 @@ def test_one_at_a_time(tmp_path, locks):
         (OSError(errno.EACCES, "Permission denied"), 10**9, "cannot write .*Permission denied"),
     ],
 )
-def test_a_failed_write_of_any_library_is_told_with_the_way_on(tmp_path, monkeypatch, error, free, words):
+def test_a_failed_write_of_any_library_is_reported_with_the_remedy(tmp_path, monkeypatch, error, free, words):
     monkeypatch.setattr(files, "free_bytes", lambda path: free)
     with pytest.raises(UserError, match=words), explain_write_errors(tmp_path / "a", lambda: "go on"):
         raise error
 
 
 @pytest.mark.parametrize("error", [KeyError("a bug"), RuntimeError("shapes differ"), UserError("said already")])
-def test_what_is_no_failed_write_stays_what_it_is(tmp_path, error):
+def test_other_errors_are_raised_unchanged(tmp_path, error):
     with pytest.raises(type(error)) as caught, explain_write_errors(tmp_path, lambda: "go on"):
         raise error
     assert caught.value is error

@@ -95,7 +95,7 @@ def test_nan_shows_and_huge_losses_do_not_overflow():
     assert Perplexity().compute(predictions=[[1e4]], references=[[1]])["perplexity"] == math.inf
 
 
-def test_bad_input_is_told():
+def test_bad_input_is_an_error():
     with pytest.raises(UserError, match="every label is -100"):
         text_metrics([[1.0]], [[1]], [[3, -100]], BYTE_LENGTHS)
     with pytest.raises(UserError, match="nothing to evaluate"):
@@ -107,8 +107,8 @@ def test_bad_input_is_told():
 
 
 def test_no_network_and_no_file(tmp_path):
-    """In a fresh process with a network that always fails and a cache folder that cannot be made."""
-    (tmp_path / "file").write_text("a file, so that no folder can be made below it")
+    """In a fresh process with a network that always fails and a cache folder that cannot be created."""
+    (tmp_path / "file").write_text("a file, so that no folder can be created below it")
     code = (
         "import socket\n"
         "def refuse(*args): raise OSError('no network')\n"

@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     model = micro_model(max_position_embeddings=128, **GPT2)
     ids = {name: GPT2[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     words = [i for token, i in tokenizer.get_vocab().items() if re.fullmatch("Ġ[a-z]{3,}", token)]
-    with torch.no_grad():  # it says words only, for what a console or a page shows can be told from them
+    with torch.no_grad():  # only words, which a console and a page show unchanged
         model.model.embed_tokens.weight.mul_(0.02).index_copy_(0, torch.tensor(words), torch.randn(len(words), 32) / 4)
     model.generation_config = GenerationConfig(**ids, do_sample=True, temperature=0.8, top_k=50)
     model.save_pretrained(path)
@@ -64,7 +64,7 @@ def greedy(model, tokenizer, text: str, count: int) -> str:
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_the_chat_template_marks_what_the_creature_says(tokenizer):
+def test_the_chat_template_marks_the_assistants_tokens(tokenizer):
     chat = [{"role": "system", "content": "Be brief. "}, *CHAT, {"role": "assistant", "content": " A creature.\n"}]
     whole = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
     text = tokenizer.decode(whole["input_ids"])
@@ -96,7 +96,7 @@ def test_the_pipeline_continues_batches_and_chats(folder, model, tokenizer):
     assert answer[-1]["content"] == greedy(model, tokenizer, "User: Who are you?\nCreature:", 6)
 
 
-def test_streamers_hear_the_same_text(folder, model, tokenizer, capsys):
+def test_streamers_get_the_same_text(folder, model, tokenizer, capsys):
     from transformers import pipeline
 
     expected = greedy(model, tokenizer, PROMPT, 12)
@@ -211,7 +211,7 @@ def demo():
     return load_script("demo")
 
 
-def test_the_page_streams_one_text_and_ends_it_when_it_is_left(demo, model, tokenizer):
+def test_the_page_streams_one_text_and_stops_when_it_is_closed(demo, model, tokenizer):
     texts = list(demo.continue_text(model, tokenizer, PROMPT, 0, 1.0, 12))
     assert texts[-1] == PROMPT + greedy(model, tokenizer, PROMPT, 12) and len(texts) > 2
     assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))

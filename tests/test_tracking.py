@@ -1,4 +1,4 @@
-"""What the trackers are told, read back with their own libraries: every number that the console shows."""
+"""The trackers have every number that the console shows; their own libraries read them back."""
 
 import contextlib
 import io
@@ -25,8 +25,8 @@ WEIGHTS = '{"internal_text": 1.0, "external_text": 0.5, "audio": 0.0, "animation
 CONSOLE_UNITS = {"tokens/s": "tokens_per_second", "samples/s": "samples_per_second", "MFU": "mfu"}
 
 
-def collate_aloud(rows):
-    """For a second stream, which text has not: the same tokens, said aloud."""
+def collate_two_streams(rows):
+    """A batch with a second stream: the external voice says the same tokens."""
     batch = collate_blocks(rows)
     return batch | {"external_text_labels": batch["input_ids"]}
 
@@ -45,7 +45,7 @@ def tracked(tmp_path_factory):
         ids.astype(np.uint16).tofile(folder / "corpus.bin")
         for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(folder)}.items():
             patch.setenv(name, value)
-        patch.setattr(job, "block_collator", lambda *_: collate_aloud)
+        patch.setattr(job, "block_collator", lambda *_: collate_two_streams)
         throughput = job.Throughput
         patch.setattr(job, "Throughput", lambda flops, peak: throughput(flops, 1e12))
         command = ["run_clm_creature.py", "--config", "micro.yaml", "--data", "corpus.bin", "--output_dir", "run"]
@@ -78,7 +78,7 @@ def shown(tracked):
 
 @pytest.fixture(scope="module")
 def logged(tracked):
-    """{(metric, step): value} by metrics.jsonl; of a step that was made twice, the second time."""
+    """{(metric, step): value} by metrics.jsonl; of a repeated step, the second time."""
     return {(name, entry["step"]): value for entry in tracked.entries for name, value in entry.items()}
 
 
@@ -196,7 +196,7 @@ def test_a_tracker_that_is_unknown_or_not_installed_is_refused_before_anything_i
     assert not Path("out").exists()
 
 
-def test_a_tracker_that_fails_is_told_in_one_sentence(tmp_path, monkeypatch):
+def test_a_tracker_that_fails_is_reported_in_one_sentence(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
 
     def refuse(*args, **kwargs):
