@@ -15,50 +15,45 @@ from creature.settings import parse_settings
 
 
 def main() -> int | None:
-    """Parse, check, data, model, Trainer, report."""
+    """Settings -> plan -> arguments -> data -> model -> Trainer -> final model; the exit code."""
     settings = parse_settings()
-    folder = settings.training.get("output_dir", "checkpoints/text_only")
-    mark = checkpoints.read_mark(folder)
-    checkpoints.check_output(
-        folder, dry_run=settings.dry_run, resume=bool(settings.resume), overwrite=settings.overwrite_output_dir
-    )
+    checkpoints.check_output(settings)
     code = launch.start_cpu_processes()
-    if code is not None:
+    if code is not None:  # of the processes that were started to do the work
         return code
 
     # Heavy imports come after the settings are known to be right.
     launch.keep_compiled_code()
     launch.say_waiting("loading torch and transformers")
-    from creature import finalize, job, report
-    from creature.data.text.tokenizer import load_tokenizer
+    from creature import finalize, job, report, resume
     from creature.plan import plan_run
+    from creature.trainer import schedule_steps
 
-    old = checkpoints.read_resumed(folder) if settings.resume else None
+    # What the settings, this machine and the run to resume decide, before any work is done.
+    resumed = resume.find_run(settings)
     config = job.build_config(settings)
-    plan = plan_run(settings, config, old["identity"] if old else None)
-    args = job.build_arguments(settings, plan, old)
+    plan = plan_run(settings, config, resumed)
+    args = job.build_arguments(settings, plan, resumed)
+
     launch.say_waiting("opening the data")
-    splits, info, data = job.build_data(settings, plan, config, args)
-    tokenizer = load_tokenizer(data.tokenizer_name)
-    info["tokenizer_hash"] = job.check_tokenizer(tokenizer, info, config)
-    job.check_documents(tokenizer, data, splits, plan.notes)
+    data = job.open_data(settings, config, plan, args)
+    steps = job.total_steps(args, plan, data)
+    if resumed:
+        resumed = resume.choose_checkpoint(resumed, settings, steps, decay_steps=schedule_steps(args, steps)[1])
 
-    steps = job.total_steps(args, plan, splits)
-    for name in {"warmup_steps", "batch_warmup_steps"} - settings.given if old else ():
-        setattr(args, name, old["identity"].get(name, 0))  # a share of the old length, not of an extended one
-    checkpoint = job.resume_point(settings, folder, args, old, steps)
     launch.say_waiting("building the model")
-    model = job.build_model(config, args)
-    run = report.describe_run(settings, plan, args, model, info, steps)
-    if old:
-        job.check_identity(old, run, settings.accept_changes)
-    seconds_before = job.open_folder(folder, args, run, checkpoint, keep=bool(settings.resume), mark=mark)
+    model = job.build_model(config, args.seed)
+    notes = data.notes + ((f"resuming from {resumed.checkpoint.name}",) if resumed else ())
+    run = report.describe_run(settings, data.info, plan, args, model, steps, notes)
+    if resumed:
+        resume.check_same_run(resumed, run["must_match"], settings.accept_changes)
+    job.open_folder(settings, args, run, resumed)
     if args.process_index == 0:
-        print(report.run_table(run), flush=True)
+        print(report.format_run(run), flush=True)
 
-    trainer = job.build_trainer(settings, data, run, args, model, splits, tokenizer, seconds_before)
-    job.train(trainer, plan, config, checkpoint)
-    finalize.finish(trainer, settings, data, run, splits)
+    trainer = job.build_trainer(settings, data, run, args, model, resumed)
+    job.train(trainer, plan, resumed)
+    finalize.finish(trainer, settings, data.blocks["train"], run)
     trainer.accelerator.end_training()
     trainer.signals.restore()
     return 0

@@ -111,7 +111,7 @@ def _samples(run: dict) -> list[str]:
 
 
 def _training_rows(run: dict, metrics: list[dict]) -> list[tuple[str, str]]:
-    own, data, parameters, model = run["identity"], run["data"], run["parameters"], run["identity"]["model"]
+    own, data, parameters, model = run["must_match"], run["data"], run["parameters"], run["must_match"]["model"]
     trained = next((entry for entry in reversed(metrics) if "loss" in entry), {})
     rows = [
         ("parameters", f"{parameters['total']:,}, of which {parameters['trainable']:,} were trained"),

@@ -23,6 +23,7 @@ from creature.files import (
     require_writable,
     sha256_file,
 )
+from creature.settings import Settings
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -195,29 +196,22 @@ def read_run(folder: str | os.PathLike) -> dict | None:
     return None
 
 
+def has_description(folder: str | os.PathLike) -> bool:
+    """Whether run.json is there and whole."""
+    return _description(Path(folder) / RUN_FILE) is not None
+
+
 def _description(path: Path) -> dict | None:
     run = _read_json(path)
-    return run if isinstance(run, dict) and isinstance(run.get("identity"), dict) else None
-
-
-def read_resumed(folder: str | os.PathLike) -> dict:
-    """What run.json says of a run to resume; UserError where it does not say what going on takes."""
-    run = read_run(folder) or {"identity": {}}
-    if _description(Path(folder) / RUN_FILE) is None:
-        print(f"{Path(folder) / RUN_FILE} is lost or damaged: its copy in a checkpoint is read", flush=True)
-    own, start = run["identity"], run.get("decay_start")
-    whole = all(type(own.get(k)) is int and own[k] >= 0 for k in ("max_steps", "warmup_steps", "decay_steps"))
-    whole = whole and type(own.get("batch_warmup_steps", 0)) is int and own.get("batch_warmup_steps", 0) >= 0
-    whole = whole and type(own.get("micro_batch")) is int and own["micro_batch"] >= 1
-    if not whole or type(start) is not (int if own.get("schedule") == "warmup_stable_decay" else type(None)):
-        raise UserError(
-            f"{Path(folder) / RUN_FILE} does not tell how the run was made: restore it, or use another --output_dir"
-        )
-    return run
+    if not isinstance(run, dict):
+        return None
+    if isinstance(run.get("identity"), dict):
+        raise UserError(f"{path} is of an earlier version, which this one does not read: use another --output_dir")
+    return run if isinstance(run.get("must_match"), dict) else None
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """How the identity of a run (run.json's "identity") differs from another, one phrase for each difference."""
+    """How two descriptions of a run ("must_match" in run.json) differ, one phrase for each difference."""
     found = []
     for key in old.keys() | new.keys():
         before, after = old.get(key), new.get(key)
@@ -273,21 +267,15 @@ def rewind_metrics(folder: str | os.PathLike, step: int) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_mark(folder: str | os.PathLike) -> bytes | None:
-    """What tells whether another run has been in the folder since: run.json as it is, None where there is none."""
-    try:
-        return Path(folder, RUN_FILE).read_bytes()
-    except OSError:
-        return None
-
-
-def check_output(folder: str | os.PathLike, *, dry_run: bool, resume: bool, overwrite: bool) -> None:
+def check_output(settings: Settings) -> None:
     """
-    Whether a run may have this folder; changes nothing. UserError says what is there and what to do.
+    Whether a run of these settings may have its output folder; changes nothing. UserError says what is there and what
+    to do.
 
     A dry run takes a folder of its own kind; a new run takes a fresh one; a resumed run one that holds a run.
     """
-    folder = Path(folder)
+    folder, dry_run = Path(settings.output_dir), settings.dry_run
+    resume, overwrite = bool(settings.resume), settings.overwrite_output_dir
     if folder.exists() and not folder.is_dir():
         raise UserError(f"the output folder {folder} is a file: choose another --output_dir")
     content = [name for name in os.listdir(folder) if name != LOCK_FILE] if folder.is_dir() else []
@@ -323,13 +311,13 @@ _locks: dict[tuple[int, int], int] = {}  # the folders that this process holds, 
 
 
 def lock_output(folder: str | os.PathLike) -> None:
-    """Hold the folder for this process, however it ends; UserError when another run is writing there.
+    """Make the folder and hold it for this process, however it ends; UserError when another run is writing there.
 
     A file system that knows no locks has none.
     """
-    status = os.stat(folder)
-    identity = (status.st_dev, status.st_ino)
-    if identity in _locks:
+    status = os.stat(require_writable(folder))
+    key = (status.st_dev, status.st_ino)
+    if key in _locks:
         return
     try:
         descriptor = lock_folder(folder)
@@ -338,7 +326,7 @@ def lock_output(folder: str | os.PathLike) -> None:
             f"another run is writing to {folder} right now: wait for it or stop it, or choose another --output_dir"
         ) from None
     if descriptor is not None:
-        _locks[identity] = descriptor
+        _locks[key] = descriptor
 
 
 def unlock_inherited() -> None:
@@ -349,18 +337,9 @@ def unlock_inherited() -> None:
     _locks.clear()
 
 
-def hold_output(folder: str | os.PathLike, mark: bytes | None) -> None:
-    """Lock the folder; UserError where another run has been there since `mark` was read and the folder was checked."""
-    require_writable(folder)
-    lock_output(folder)
-    if read_mark(folder) != mark:
-        raise UserError(f"another run has been in {folder} since this one was started: look at it, then start again")
-
-
 def claim_output(folder: str | os.PathLike, *, keep: bool) -> None:
     """Make the folder ready for writing: what an earlier run left is deleted unless `keep` (a resumed run)."""
     folder = Path(folder)
-    require_writable(folder)
     lock_output(folder)
     if not keep and (folder / RUN_FILE).exists():
         for path in folder.iterdir():

@@ -16,7 +16,7 @@ from creature.errors import UserError, first_line
 from creature.files import explain_write_errors
 from creature.loading import load_model
 from creature.saving import resume_hint
-from creature.settings import DataArguments, Settings
+from creature.settings import Settings
 from creature.trainer import CreatureTrainer
 
 SAMPLES = 3  # of the model card
@@ -42,8 +42,8 @@ def sample(model, tokenizer, prompt: str, max_new_tokens: int = 40, seed: int = 
     return " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
 
 
-def finish(trainer: CreatureTrainer, settings: Settings, data: DataArguments, run: dict, splits) -> None:
-    """After training: the final model, plots and card, the checks of a dry run; or a word on how to go on."""
+def finish(trainer: CreatureTrainer, settings: Settings, train_blocks, run: dict) -> None:
+    """After training: the final model, plots and card, the checks of a dry run; or the command that resumes."""
     folder, step = Path(trainer.args.output_dir), trainer.state.global_step
     stopped = trainer.signals.stopped and step < trainer.state.max_steps
     if stopped:
@@ -55,9 +55,9 @@ def finish(trainer: CreatureTrainer, settings: Settings, data: DataArguments, ru
     if not trainer.is_world_process_zero():
         return
     model = _plain_model(trainer, folder)
-    samples = [sample(model, trainer.processing_class, data.prompt, 80, seed) for seed in range(SAMPLES)]
+    samples = [sample(model, trainer.processing_class, settings.data.prompt, 80, seed) for seed in range(SAMPLES)]
     if settings.dry_run:
-        check_saved(model, folder / f"checkpoint-{step}", splits["train"])
+        check_saved(model, folder / f"checkpoint-{step}", train_blocks)
         print(f"continuation: {samples[0]}", flush=True)
     run = (checkpoints.read_run(folder) or run) | {"status": "finished", "steps_done": step, "samples": samples}
     run |= {"dry_run": "passed"} if settings.dry_run else {}

@@ -1,21 +1,23 @@
-"""From the settings to what this machine does with them: device, precision, threads, compiling, and the batch."""
+"""From the settings to what this machine does with them: device, precision, compiling, batch, rate and threads."""
 
 import math
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from creature.errors import UserError
 from creature.estimate import fit_micro_batch, memory_parts, tokens_per_second
 from creature.hardware import Device, choose_precision, compiler_available, device_info
 from creature.optimizer import width_learning_rate
+from creature.resume import ResumedRun
 from creature.settings import Settings
 
 # Shorter steps of a GPU wait for Python and its launches where the host is slow (docs/experiments.md).
 RECORDED_SECONDS = 0.1
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     """What a run does on this machine; each choice with its reason. Sizes in tokens and in blocks of block_size."""
 
@@ -23,47 +25,64 @@ class Plan:
     precision: str
     precision_reason: str
     compiled: bool
+    compile_mode: str | None
     compile_reason: str
     world_size: int
     block_size: int
     tokens_per_step: int
     micro_batch: int
     accumulation: int
-    threads: int | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def times_seen(self, steps: int, tokens: int) -> float:
-        """How often so many steps go through a text of so many tokens."""
-        return steps * self.tokens_per_step / max(tokens, 1)
+    learning_rate: float
+    threads: int | None
+    notes: tuple[str, ...]
 
 
-def plan_run(settings: Settings, config, resumed: dict | None = None) -> Plan:
+def plan_run(settings: Settings, config, resumed: ResumedRun | None = None) -> Plan:
     """
-    Decide device, precision, compiling, batch and learning rate, before anything touches the device.
+    Choose device, precision, compiling, batch and learning rate from the settings and this machine.
 
     Args:
         config: the CreatureConfig.
-        resumed: the "identity" of the run being resumed, whose batch is kept unless a flag says otherwise.
+        resumed: the run being resumed, whose micro-batch is kept unless a flag says otherwise.
 
     Raises UserError for a GPU that is not there and for batches that do not divide.
     """
     training = settings.training
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    notes: list[str] = []
+    block_size = settings.data.block_size or config.max_position_embeddings
     device = _find_device(training, world_size)
-    precision, reason = _find_precision(training, device)
-    compiled, compile_reason = _find_compiler(training, device, notes)
-    block = settings.data.get("block_size") or config.max_position_embeddings
-    plan = Plan(device, precision, reason, compiled, compile_reason, world_size, block, 0, 0, 0, notes=notes)
-    _plan_batch(plan, settings, config, resumed)
-    if _records_graphs(plan, settings, config):
-        training["torch_compile_mode"] = "reduce-overhead"
-        plan.compile_reason += ", steps recorded as CUDA graphs"
-    plan.threads = _set_threads(training, device, notes)
-    if "learning_rate" not in training:
-        muon = training.get("matrix_learning_rate") != 0
-        training["learning_rate"] = width_learning_rate(config.hidden_size, muon)
-    return plan
+    precision, precision_reason = _find_precision(training, device)
+    compiled, compile_reason, compiler_note = _find_compiler(training, device)
+    tokens, micro, accumulation, batch_note = _plan_batch(
+        settings, device, block_size, world_size, resumed,
+        fits=lambda: fit_micro_batch(config, block_size, device, precision, compiled=compiled),
+    )  # fmt: skip
+    mode = training.get("torch_compile_mode")
+    # Recomputed layers have two names: transformers 5.23 calls them otherwise than 5.17.
+    others = ("torch_compile_mode", "torch_compile_backend", "activation_checkpointing", "gradient_checkpointing")
+    plain = compiled and world_size == 1 and not sharded(training) and not any(training.get(name) for name in others)
+    form = (micro, block_size, accumulation, settings.data.separate_documents)
+    if plain and graphs_pay(config, device, precision, *form):
+        mode, compile_reason = "reduce-overhead", f"{compile_reason}, steps recorded as CUDA graphs"
+    threads, thread_note = _find_threads(training, device)
+    muon = training.get("matrix_learning_rate") != 0
+    notes = (compiler_note, batch_note, thread_note, _unused_gpus(device, world_size))
+    return Plan(
+        device=device,
+        precision=precision,
+        precision_reason=precision_reason,
+        compiled=compiled,
+        compile_mode=mode if compiled else None,
+        compile_reason=compile_reason,
+        world_size=world_size,
+        block_size=block_size,
+        tokens_per_step=tokens,
+        micro_batch=micro,
+        accumulation=accumulation,
+        learning_rate=training.get("learning_rate", width_learning_rate(config.hidden_size, muon)),
+        threads=threads,
+        notes=tuple(note for note in notes if note),
+    )
 
 
 def sharded(training: dict[str, Any]) -> bool:
@@ -73,28 +92,34 @@ def sharded(training: dict[str, Any]) -> bool:
 
 def training_values(settings: Settings, plan: Plan) -> dict[str, Any]:
     """The keyword arguments of CreatureTrainingArguments: the settings, and what the plan adds."""
-    values = dict(settings.training)
-    values |= {
+    seed = settings.training.get("seed", 42)
+    defaults = {
+        "per_device_eval_batch_size": plan.micro_batch,
+        "ddp_find_unused_parameters": False,  # what is not trained is frozen
+        "seed": seed,
+        "data_seed": seed,
+    }
+    if plan.device.kind == "cuda":
+        defaults["accelerator_config"] = {"non_blocking": True}  # pinned memory, so copies need not wait
+    else:
+        defaults["dataloader_pin_memory"] = False
+    values = {
         "tokens_per_step": plan.tokens_per_step,
         "per_device_train_batch_size": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
+        "learning_rate": plan.learning_rate,
         "bf16": plan.precision == "bf16",
         "fp16": plan.precision == "fp16",
         "torch_compile": plan.compiled,
+        "torch_compile_mode": plan.compile_mode,
         "use_cpu": plan.device.kind == "cpu",
     }
-    values.setdefault("per_device_eval_batch_size", plan.micro_batch)
-    values.setdefault("ddp_find_unused_parameters", False)  # what is not trained is frozen
-    values.setdefault("seed", 42)
-    values.setdefault("data_seed", values["seed"])
-    if plan.device.kind == "cuda":
-        values.setdefault("accelerator_config", {"non_blocking": True})  # pinned memory, so copies need not wait
-    else:
-        values.setdefault("dataloader_pin_memory", False)
+    if not plan.compiled:
+        values["torch_compile_backend"] = None  # either would turn the compiler on again
     if settings.dry_run:
-        steps = values["max_steps"]
+        steps = settings.training["max_steps"]
         values |= {"logging_steps": 1, "save_steps": steps, "eval_steps": steps}
-    return values
+    return defaults | settings.training | values
 
 
 def _find_device(training: dict, world_size: int) -> Device:
@@ -146,7 +171,8 @@ def _find_precision(training: dict, device: Device) -> tuple[str, str]:
     return precision, reason
 
 
-def _find_compiler(training: dict, device: Device, notes: list[str]) -> tuple[bool, str]:
+def _find_compiler(training: dict, device: Device) -> tuple[bool, str, str | None]:
+    """(whether steps are compiled, the reason, a note where that was not to be expected)."""
     from creature.compiling import use_plain_kernels
 
     asked = training.get("torch_compile")
@@ -156,14 +182,10 @@ def _find_compiler(training: dict, device: Device, notes: list[str]) -> tuple[bo
     if not works and device.kind == "cuda":
         use_plain_kernels()
     if asked is False:
-        return False, "as asked for"
+        return False, "as asked for", None
     if asked is None and device.kind != "cuda":
-        return False, "off by default without a CUDA GPU"
-    if not works:
-        notes.append(f"torch.compile is off: {reason}")
-        training.pop("torch_compile_backend", None)
-        training.pop("torch_compile_mode", None)
-    return works, reason
+        return False, "off by default without a CUDA GPU", None
+    return works, reason, None if works else f"torch.compile is off: {reason}"
 
 
 def graphs_pay(
@@ -186,36 +208,30 @@ def graphs_pay(
     return 2 * peak < device.free_bytes
 
 
-def _records_graphs(plan: Plan, settings: Settings, config) -> bool:
-    """Whether the run records CUDA graphs: they pay, and no setting says how to compile or makes another step of it."""
-    training = settings.training
-    # Recomputed layers have two names: transformers 5.23 calls them otherwise than 5.17.
-    others = ("torch_compile_mode", "torch_compile_backend", "activation_checkpointing", "gradient_checkpointing")
-    if not plan.compiled or plan.world_size > 1 or sharded(training) or any(training.get(name) for name in others):
-        return False
-    form = plan.micro_batch, plan.block_size, plan.accumulation, bool(settings.data.get("separate_documents"))
-    return graphs_pay(config, plan.device, plan.precision, *form)
+def _plan_batch(
+    settings: Settings, device: Device, block: int, world: int, resumed: ResumedRun | None, fits: Callable[[], int]
+) -> tuple[int, int, int, str | None]:
+    """
+    (tokens_per_step, micro-batch, accumulation, a note where a dry run on a CPU is scaled down).
 
-
-def _plan_batch(plan: Plan, settings: Settings, config, resumed: dict | None) -> None:
-    """Fill in tokens_per_step, micro_batch and accumulation; one follows from the other two."""
-    training, given, block, world = settings.training, settings.given, plan.block_size, plan.world_size
+    One follows from the other two; where only the tokens are given, the micro-batch is the most that `fits`.
+    """
+    training, given, note = settings.training, settings.given, None
     micro, accumulation = training.get("per_device_train_batch_size"), training.get("gradient_accumulation_steps")
-    tokens = training.get("tokens_per_step")
+    tokens = training.get("tokens_per_step", 65_536)
     if micro and accumulation and "tokens_per_step" not in given:
         tokens = micro * accumulation * world * block
-    elif settings.dry_run and plan.device.kind == "cpu" and "tokens_per_step" not in given:
+    elif settings.dry_run and device.kind == "cpu" and "tokens_per_step" not in given:
         micro, accumulation = micro or 1, accumulation or 1
         scaled = micro * accumulation * world * block
-        if tokens is None or scaled < tokens:
-            plan.notes.append(
-                f"dry run on a CPU: micro-batch {micro} and accumulation {accumulation} instead of "
-                f"{tokens or 65_536:,} tokens a step; --tokens_per_step or --per_device_train_batch_size overrides it"
+        if scaled < tokens:
+            note = (
+                f"dry run on a CPU: micro-batch {micro} and accumulation {accumulation} instead of {tokens:,} tokens a "
+                "step; --tokens_per_step or --per_device_train_batch_size overrides it"
             )
             tokens = scaled
-    tokens = tokens or 65_536
-    if resumed and "tokens_per_step" not in given and micro is None and world == resumed.get("world_size"):
-        micro = resumed.get("micro_batch")
+    elif not micro and "tokens_per_step" not in given and resumed and resumed.must_match.get("world_size") == world:
+        micro = resumed.must_match["micro_batch"]
     if tokens % (block * world):
         near = max(1, round(tokens / (block * world))) * block * world
         raise UserError(
@@ -223,37 +239,27 @@ def _plan_batch(plan: Plan, settings: Settings, config, resumed: dict | None) ->
             f"use --tokens_per_step {near}"
         )
     blocks = tokens // (block * world)
-    if micro is None and accumulation:
-        if blocks % accumulation:
+    for name, size in (("gradient_accumulation_steps", accumulation), ("per_device_train_batch_size", micro)):
+        if size and blocks % size:
             raise UserError(
-                f"gradient_accumulation_steps {accumulation} does not divide the {blocks} blocks of a step (of each "
-                f"process): use {_nearest_divisor(blocks, accumulation)}, or change --tokens_per_step"
+                f"{name} {size} does not divide the {blocks} blocks of a step (of each process): use "
+                f"{_nearest_divisor(blocks, size)}, or change --tokens_per_step"
             )
-        micro = blocks // accumulation
-    elif micro is None:
-        fits = fit_micro_batch(config, block, plan.device, plan.precision, compiled=plan.compiled)
-        if fits < 1 and sharded(training):
-            raise UserError(
-                f"not one block of {block} tokens fits beside the whole model on {plan.device.name}, and how much room "
-                "FSDP makes is not known: give --per_device_train_batch_size"
-            )
-        if fits < 1:
-            raise UserError(
-                f"not one block of {block} tokens fits into the memory of {plan.device.name}: use a smaller "
-                "--block_size or a smaller configuration"
-            )
-        micro = max(size for size in range(1, min(fits, blocks) + 1) if blocks % size == 0)
-    if blocks % micro:
-        raise UserError(
-            f"per_device_train_batch_size {micro} does not divide the {blocks} blocks of a step (of each process): use "
-            f"{_nearest_divisor(blocks, micro)}, or change --tokens_per_step"
-        )
-    if accumulation and micro * accumulation != blocks:
+    if micro and accumulation and micro * accumulation != blocks:
         raise UserError(
             f"per_device_train_batch_size {micro} x gradient_accumulation_steps {accumulation} x {world} processes x "
             f"block_size {block} is not tokens_per_step {tokens:,}: leave one of them out"
         )
-    plan.tokens_per_step, plan.micro_batch, plan.accumulation = tokens, micro, blocks // micro
+    if accumulation:
+        micro = blocks // accumulation
+    elif not micro:
+        most = min(fits(), blocks)
+        if most < 1:
+            fsdp = ", and how much room FSDP makes is not known: give --per_device_train_batch_size"
+            remedy = fsdp if sharded(training) else ": use a smaller --block_size or a smaller configuration"
+            raise UserError(f"not one block of {block} tokens of the whole model fits on {device.name}{remedy}")
+        micro = max(size for size in range(1, most + 1) if blocks % size == 0)
+    return tokens, micro, blocks // micro, note
 
 
 def _nearest_divisor(number: int, near: int) -> int:
@@ -261,28 +267,28 @@ def _nearest_divisor(number: int, near: int) -> int:
     return min(small + [number // d for d in small], key=lambda d: (abs(d - near), d))
 
 
-def _set_threads(training: dict, device: Device, notes: list[str]) -> int | None:
-    """Use all cores on a CPU, shared among the processes of this machine. accelerate launch sets OMP_NUM_THREADS=1."""
+def _find_threads(training: dict, device: Device) -> tuple[int | None, str | None]:
+    """
+    (threads of this process on a CPU, a note where accelerate's choice is overridden); (None, None) on a GPU.
+
+    All cores, shared among the processes of this machine: accelerate launch sets OMP_NUM_THREADS=1.
+    """
     import torch
 
-    asked = training.get("cpu_threads")
-    if asked is not None and asked < 1:
-        raise UserError(f"cpu_threads must be 1 or more, not {asked}")
     if device.kind != "cpu":
-        return None
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    in_force = os.environ.get("OMP_NUM_THREADS")
-    from_launcher = in_force == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ
-    if asked:
-        threads = asked
-    elif in_force and not from_launcher:
-        threads = torch.get_num_threads()
-    else:
-        threads = max(1, device.cores // local)
-        if from_launcher and threads > 1:
-            notes.append(
-                f"accelerate set OMP_NUM_THREADS=1; using {threads} threads on {device.cores} cores (--cpu_threads "
-                "overrides it)"
-            )
-    torch.set_num_threads(threads)
-    return threads
+        return None, None
+    if asked := training.get("cpu_threads"):
+        return asked, None
+    from_launcher = os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ
+    if "OMP_NUM_THREADS" in os.environ and not from_launcher:
+        return torch.get_num_threads(), None
+    threads = max(1, device.cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    note = f"accelerate set OMP_NUM_THREADS=1; using {threads} threads on {device.cores} cores (or --cpu_threads)"
+    return threads, note if from_launcher and threads > 1 else None
+
+
+def _unused_gpus(device: Device, world_size: int) -> str | None:
+    import torch
+
+    count = torch.cuda.device_count() if device.kind == "cuda" and world_size == 1 else 1
+    return f"using 1 of {count} GPUs; `accelerate launch` without --num_processes uses all" if count > 1 else None

@@ -22,34 +22,28 @@ from losses_creature import float8_suits
 # Times that a text can be seen before seeing it again stops helping (Muennighoff et al. 2023, "Scaling Data-Constrained
 # Language Models").
 REPEATS = 4
+# What a resumed run must agree with, beside what `must_match` adds.
+FIXED_OF_PLAN = ("tokens_per_step", "micro_batch", "accumulation", "world_size", "block_size", "precision")
+FIXED_OF_ARGS = (
+    "seed", "data_seed", "learning_rate", "matrix_learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "weight_decay", "max_grad_norm",
+)  # fmt: skip
 
 
-def identity(settings: Settings, plan: Plan, args, config, data_info: dict, steps: int) -> dict:
+def must_match(settings: Settings, plan: Plan, args, config, data_info: dict, steps: int) -> dict:
     """What a resumed run must agree with, so that it goes on exactly as it began."""
     warmup, decay = schedule_steps(args, steps)
-    return {
-        "tokens_per_step": plan.tokens_per_step,
-        "micro_batch": plan.micro_batch,
-        "accumulation": plan.accumulation,
-        "world_size": plan.world_size,
-        "block_size": plan.block_size,
-        "separate_documents": settings.data.get("separate_documents", False),
-        "precision": plan.precision,
+    fixed = {name: getattr(plan, name) for name in FIXED_OF_PLAN} | {
+        name: getattr(args, name) for name in FIXED_OF_ARGS
+    }
+    return fixed | {
+        "separate_documents": settings.data.separate_documents,
         "fp8_head": args.fp8_head and plan.precision == "bf16" and _float8_head(plan, config),
         "data_hash": data_info["data_hash"],
         "data_tokens": data_info["tokens"],
         "tokenizer_hash": data_info["tokenizer_hash"],
-        "seed": args.seed,
-        "data_seed": args.data_seed,
         "optimizer": "muon + adamw" if args.matrix_learning_rate else str(getattr(args.optim, "value", args.optim)),
-        "learning_rate": args.learning_rate,
-        "matrix_learning_rate": args.matrix_learning_rate,
         "matrix_momentum": MOMENTUM if args.matrix_learning_rate else None,
-        "adam_beta1": args.adam_beta1,
-        "adam_beta2": args.adam_beta2,
-        "adam_epsilon": args.adam_epsilon,
-        "weight_decay": args.weight_decay,
-        "max_grad_norm": args.max_grad_norm,
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "warmup_steps": warmup,
         "decay_steps": decay,
@@ -71,26 +65,23 @@ def _float8_head(plan: Plan, config) -> bool:
     return float8_suits(device, config.vocab_size, config.hidden_size)
 
 
-def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, steps: int) -> dict:
-    """The content of run.json, ready to be printed by `run_table`."""
-    config = model.config
-    tokens = steps * plan.tokens_per_step
-    flops = flops_per_token(config, plan.block_size)
-    peak = peak_flops(plan.device.name) if plan.device.kind == "cuda" else None
-    speed = tokens_per_second(config, plan.block_size, plan.device.name) if peak else None
-    own = identity(settings, plan, args, config, data_info, steps)
-    epochs = plan.times_seen(steps, data_info["tokens"])
+def describe_run(
+    settings: Settings, data_info: dict, plan: Plan, args, model, steps: int, notes: tuple[str, ...]
+) -> dict:
+    """The content of run.json, which `format_run` shows; `notes` are those of data and resuming."""
+    config, device, tokens = model.config, plan.device, steps * plan.tokens_per_step
+    peak = peak_flops(device.name) if device.kind == "cuda" else None
+    speed = tokens_per_second(config, plan.block_size, device.name) if peak else None
+    fixed = must_match(settings, plan, args, config, data_info, steps)
+    epochs = tokens / max(data_info["tokens"], 1)
+    notes = [*plan.notes, *notes]
     if epochs > REPEATS and not settings.dry_run:
-        plan.notes.append(
-            f"the data will be seen {epochs:.1f} times, and from about {REPEATS} times on a text is learned by heart: "
-            "watch eval_loss, and stop where it rises, or give more text or fewer --max_steps"
+        notes.append(
+            f"the data will be seen {epochs:.1f} times, and a run that repeats its text more than {REPEATS} times "
+            "overfits: watch eval_loss and stop where it rises, or give more text or fewer --max_steps"
         )
-    kernel, kernel_reason = attention_kernel(
-        plan.device,
-        plan.precision,
-        config._attn_implementation or "sdpa",
-        masked=own["separate_documents"],
-    )
+    attention = config._attn_implementation or "sdpa"
+    kernel, kernel_reason = attention_kernel(device, plan.precision, attention, masked=settings.data.separate_documents)
     return {
         "kind": "dry_run" if settings.dry_run else "run",
         "status": "started",
@@ -104,28 +95,28 @@ def describe_run(settings: Settings, plan: Plan, args, model, data_info: dict, s
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "parts": {name: int(count) for name, count in count_parameters(config).items()},
         },
-        "flops_per_token": flops,
+        "flops_per_token": flops_per_token(config, plan.block_size),
         "precision": plan.precision,
         "precision_reason": plan.precision_reason,
         "attention_kernel": kernel,
         "attention_reason": kernel_reason,
         "compiled": plan.compiled,
         "compile_reason": plan.compile_reason,
-        "device": plan.device.name,
-        "device_memory_bytes": plan.device.memory_bytes,
+        "device": device.name,
+        "device_memory_bytes": device.memory_bytes,
         "threads": plan.threads,
         "peak_flops": peak * plan.world_size if peak else None,
         "steps": steps,
         "tokens": tokens,
         "epochs": round(epochs, 4),
-        "decay_start": steps - own["decay_steps"] if own["schedule"] == "warmup_stable_decay" else None,
+        "decay_start": steps - fixed["decay_steps"] if fixed["schedule"] == "warmup_stable_decay" else None,
         "expected_seconds": tokens / speed / plan.world_size if speed else None,
         "data": data_info,
         "code_hash": code_hash(),
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
-        "notes": plan.notes,
-        "identity": own,
+        "notes": notes,
+        "must_match": fixed,
     }
 
 
@@ -137,35 +128,38 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
-def run_table(run: dict) -> str:
-    """run.json as a table for people."""
-    own, parameters, data = run["identity"], run["parameters"], run["data"]
+def format_run(run: dict) -> str:
+    """run.json as a table of two columns, with a row for every note."""
+    fixed, parameters, data = run["must_match"], run["parameters"], run["data"]
     sums = ("text_only", "trainable", "total")
-    parts = ", ".join(f"{name} {count:,}" for name, count in parameters["parts"].items() if name not in sums)
-    left = run["expected_seconds"]
-    expected = f"{format_seconds(left)} (scripts/estimate.py says why)" if left else "told by the log lines"
-    held_out = data.get("validation_tokens") or 0
-    rows = {
-        "run": f"{run['kind'].replace('_', ' ')} in {run['output_dir']}, settings of {run['config']}",
-        "parameters": f"{parameters['total']:,} total, {parameters['trainable']:,} trainable",
-        "": parts,
-        "FLOPs per token": f"{run['flops_per_token']:.4g} (forward and backward)",
-        "device": run["device"] + (f", {run['threads']} threads" if run["threads"] else "")
-        + (f", {own['world_size']} processes" if own["world_size"] > 1 else ""),
-        "precision": f"{run['precision']} ({run['precision_reason']})"
-        + (", the head in float8" if own["fp8_head"] else ""),
-        "attention": f"{run['attention_kernel']} ({run['attention_reason']})",
-        "torch.compile": f"{'on' if run['compiled'] else 'off'} ({run['compile_reason']})",
-        "batch": f"{own['tokens_per_step']:,} tokens a step = micro-batch {own['micro_batch']} x block "
-        f"{own['block_size']} x accumulation {own['accumulation']} x {own['world_size']} process(es)",
-        "data": f"{data['path']}: {data['tokens']:,} tokens, {held_out:,} for validation"
-        + (", documents kept apart" if own["separate_documents"] else ""),
-        "length": f"{run['steps']:,} steps, {run['tokens']:,} tokens, {run['epochs']:.3g} epochs",
-        "schedule": f"{own['schedule']}: peak {own['learning_rate']:.3g}, {own['warmup_steps']:,} steps up, "
-        f"{own['decay_steps']:,} down"
-        + (f"; batches in halves for {own['batch_warmup_steps']:,}" if own["batch_warmup_steps"] else ""),
-        "expected time": expected,
-    }  # fmt: skip
-    width = max(map(len, rows))
-    lines = [f"{name:<{width}}  {text}" for name, text in rows.items()]
-    return "\n".join(lines + [f"{'note':<{width}}  {note}" for note in run["notes"]])
+    seconds, halved = run["expected_seconds"], fixed["batch_warmup_steps"]
+    batch = (
+        f"{fixed['tokens_per_step']:,} tokens a step = micro-batch {fixed['micro_batch']} x block "
+        f"{fixed['block_size']} x accumulation {fixed['accumulation']} x {fixed['world_size']} process(es)"
+    )
+    schedule = (
+        f"{fixed['schedule']}: peak {fixed['learning_rate']:.3g}, {fixed['warmup_steps']:,} steps up, "
+        f"{fixed['decay_steps']:,} down"
+    )
+    rows = [
+        ("run", f"{run['kind'].replace('_', ' ')} in {run['output_dir']}, settings of {run['config']}"),
+        ("parameters", f"{parameters['total']:,} total, {parameters['trainable']:,} trainable"),
+        ("", ", ".join(f"{name} {count:,}" for name, count in parameters["parts"].items() if name not in sums)),
+        ("FLOPs per token", f"{run['flops_per_token']:.4g} (forward and backward)"),
+        ("device", run["device"] + (f", {run['threads']} threads" if run["threads"] else "")
+         + (f", {fixed['world_size']} processes" if fixed["world_size"] > 1 else "")),
+        ("precision", f"{run['precision']} ({run['precision_reason']})"
+         + (", the head in float8" if fixed["fp8_head"] else "")),
+        ("attention", f"{run['attention_kernel']} ({run['attention_reason']})"),
+        ("torch.compile", f"{'on' if run['compiled'] else 'off'} ({run['compile_reason']})"),
+        ("batch", batch),
+        ("data", f"{data['path']}: {data['tokens']:,} tokens, {data.get('validation_tokens') or 0:,} for validation"
+         + (", documents kept apart" if fixed["separate_documents"] else "")),
+        ("length", f"{run['steps']:,} steps, {run['tokens']:,} tokens, {run['epochs']:.3g} epochs"),
+        ("schedule", schedule + (f"; batches in halves for {halved:,}" if halved else "")),
+        ("expected time", f"{format_seconds(seconds)} (scripts/estimate.py says why)" if seconds else
+         "see the log lines"),
+        *(("note", note) for note in run["notes"]),
+    ]  # fmt: skip
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)

@@ -19,6 +19,7 @@ import importlib.util
 import json
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -188,22 +189,21 @@ def check_memory(settings, config) -> tuple[object, str]:
 
 
 def check_data(settings, config) -> tuple[bool, str]:
-    source = settings.data.get("data")
+    source = settings.data.data
     if not source:
         raise UserError("no --data: make a token file with scripts/tokenize_corpus.py, and name it with --data")
-    from creature.data import DataArguments, load_data
+    from creature.data import load_data
     from creature.data.mixture import parse_parts
     from creature.data.text.sources import find_sources
 
     names = [source] if isinstance(source, str) else parse_parts(source)[0] if len(source) > 1 else source
-    block_size = settings.data.get("block_size") or config.max_position_embeddings
+    block_size = settings.data.block_size or config.max_position_embeddings
     count = 0
     for name in names:
         sources, _ = find_sources([name], tokens=True)
         if sources[0].kind not in ("tokens", "arrow"):
             return True, f"{name}, text, which the run tokenizes first"
-        data = DataArguments(**settings.data | {"data": name})
-        count += load_data(data, block_size, config.vocab_size)[1]["tokens"]
+        count += load_data(replace(settings.data, data=name), block_size, config.vocab_size)[1]["tokens"]
     advice = ""
     if count < TOKENS_RECOMMENDED:
         least = "10 M are the minimum, " if count < TOKENS_MINIMUM else ""
@@ -214,9 +214,8 @@ def check_data(settings, config) -> tuple[bool, str]:
 def check_output(settings) -> tuple[bool, str]:
     from creature.checkpoints import check_output as check
 
-    folder = settings.training.get("output_dir", "checkpoints/text_only")
-    check(folder, dry_run=settings.dry_run, resume=bool(settings.resume), overwrite=settings.overwrite_output_dir)
-    return True, f"{folder} is free"
+    check(settings)
+    return True, f"{settings.output_dir} is free"
 
 
 def check_disk(settings, config) -> tuple[bool, str]:
@@ -232,7 +231,7 @@ def check_disk(settings, config) -> tuple[bool, str]:
     kept = training.get("save_total_limit", 3)
     # Also on the disk: the checkpoint at the start of the decay, and the one being written.
     number = min(planned, kept) + 2 if kept else planned + 2
-    needed, folder = number * each + weights, training.get("output_dir", "checkpoints/text_only")
+    needed, folder = number * each + weights, settings.output_dir
     free = free_bytes(folder)
     text = f"{number} checkpoints of {each / 1e9:.2f} GB and the final model take {needed / 1e9:.1f} GB"
     if free < needed:
@@ -255,7 +254,7 @@ def check_dry_run(folder: str | None, config) -> tuple[bool, str]:
     if run.get("dry_run") != "passed":
         raise UserError(f"the dry run in {folder} failed: read what it printed, and run {command} again")
     own = json.loads(json.dumps(config.to_dict(), default=str))  # as run.json has it
-    changed = differences({"model": run["identity"].get("model", {})}, {"model": own})
+    changed = differences({"model": run["must_match"].get("model", {})}, {"model": own})
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise UserError(f"the dry run in {folder} had another configuration ({changed[0]}{more}): run {command}")

@@ -83,7 +83,7 @@ def main() -> None:
 
     config = build_config(settings)
     training = settings.training
-    block = settings.data.get("block_size") or config.max_position_embeddings
+    block = settings.data.block_size or config.max_position_embeddings
     step_tokens = training.get("tokens_per_step", 65536)
     tokens = arguments.tokens or max(training.get("max_steps", -1), 0) * step_tokens
     rows = [_card_row(name, config, block, arguments) for name in arguments.card or CARDS_SHOWN]

@@ -92,8 +92,8 @@ def trained_apart(folder: Path) -> bool:
     """Whether the run that a model belongs to, by the run.json with it or above it, kept documents apart."""
     from creature.checkpoints import read_run
 
-    run = read_run(folder) or read_run(folder.resolve().parent) or {"identity": {}}
-    return run["identity"].get("separate_documents", False)
+    run = read_run(folder) or read_run(folder.resolve().parent) or {"must_match": {}}
+    return run["must_match"].get("separate_documents", False)
 
 
 def find_all(run: str) -> list[tuple[int, Path]]:

@@ -1,16 +1,21 @@
 """The folder of a run: only whole checkpoints count, and nothing of another run is ever overwritten."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from creature import checkpoints
 from creature.errors import UserError
+from creature.resume import find_run
+from creature.settings import Settings
 
 
 def make_checkpoint(folder, step, seal=True):
@@ -27,7 +32,7 @@ def make_checkpoint(folder, step, seal=True):
 
 def make_run(folder, **entries):
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_run(folder, {"kind": "run", "status": "started", "identity": {}} | entries)
+    checkpoints.write_run(folder, {"kind": "run", "status": "started", "must_match": {}} | entries)
 
 
 def truncate(path):
@@ -134,7 +139,10 @@ def test_metrics_are_rewound_and_a_cut_line_is_left_out(tmp_path):
 
 
 def ask(folder, dry_run=False, resume=False, overwrite=False):
-    checkpoints.check_output(folder, dry_run=dry_run, resume=resume, overwrite=overwrite)
+    training = {"output_dir": str(folder)}
+    checkpoints.check_output(
+        Settings(training=training, dry_run=dry_run, resume=resume, overwrite_output_dir=overwrite)
+    )
 
 
 def test_the_output_folder_of_another_run_is_refused_with_the_way_on(tmp_path):
@@ -174,18 +182,20 @@ def test_a_folder_that_is_not_a_run_is_never_taken(tmp_path):
 
 
 def test_a_lost_run_json_is_found_again_in_the_newest_checkpoint_with_a_copy(tmp_path, capsys):
+    settings = Settings(training={"output_dir": str(tmp_path)}, resume=True)
     for step in (3, 5, 7):
         make_checkpoint(tmp_path, step)
-        run = {"identity": {"max_steps": 10, "warmup_steps": 1, "decay_steps": 4, "micro_batch": step}}
+        fixed = {"max_steps": 10, "warmup_steps": 1, "decay_steps": 4, "batch_warmup_steps": 0, "micro_batch": step}
+        run = {"must_match": fixed}
         (tmp_path / f"checkpoint-{step}" / "run.json").write_text(json.dumps(run | {"decay_start": None}))
-    (tmp_path / "checkpoint-7" / "run.json").write_text('{"identity": ')
-    for damage in ("", '{"identity": {"micro_b', "[]"):
+    (tmp_path / "checkpoint-7" / "run.json").write_text('{"must_match": ')
+    for damage in ("", '{"must_match": {"micro_b', "[]"):
         (tmp_path / "run.json").write_text(damage)
         ask(tmp_path, resume=True)
-        assert checkpoints.read_resumed(tmp_path)["identity"]["micro_batch"] == 5
+        assert find_run(settings).must_match["micro_batch"] == 5
     (tmp_path / "run.json").unlink()
     ask(tmp_path, resume=True)
-    assert checkpoints.read_resumed(tmp_path)["identity"]["micro_batch"] == 5
+    assert find_run(settings).must_match["micro_batch"] == 5
     assert "lost or damaged" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds no run"):
         ask(tmp_path, overwrite=True)  # only what is surely a run is deleted
@@ -203,7 +213,7 @@ def test_claiming_clears_an_old_run_and_keeps_a_resumed_one(tmp_path):
 
 
 def test_a_folder_that_another_process_writes_to_is_left_alone(tmp_path):
-    (tmp_path / "run.json").write_text('{"identity": {}}')
+    (tmp_path / "run.json").write_text('{"must_match": {}}')
     code = "import sys, creature.checkpoints as c; c.lock_output(sys.argv[1]); print('held', flush=True); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -223,14 +233,31 @@ def test_a_folder_that_another_process_writes_to_is_left_alone(tmp_path):
 
 
 def test_a_run_that_came_and_went_after_the_folder_was_checked_is_noticed(tmp_path):
-    for before in (False, True):
-        if before:
-            make_run(tmp_path)
-        mark = checkpoints.read_mark(tmp_path)
-        make_run(tmp_path, status="finished" if before else "started")
-        with pytest.raises(UserError, match="another run has been in"):
-            checkpoints.hold_output(tmp_path, mark)
-    checkpoints.hold_output(tmp_path, checkpoints.read_mark(tmp_path))
+    from creature.job import open_folder
+    from creature.resume import ResumedRun
+
+    args = SimpleNamespace(main_process_first=lambda desc: contextlib.nullcontext(), process_index=0)
+    new = {"kind": "run", "must_match": {}, "parameters": {"total": 1, "trainable": 1}}
+    make_run(tmp_path)
+    make_checkpoint(tmp_path, 3)
+    resumed = ResumedRun(tmp_path, checkpoints.read_run(tmp_path), tmp_path / "checkpoint-3")
+    make_run(tmp_path, status="finished")
+    with pytest.raises(UserError, match="holds a finished run"):
+        open_folder(Settings(training={"output_dir": str(tmp_path)}), args, new, None)
+    settings = Settings(training={"output_dir": str(tmp_path)}, resume=True)
+    with pytest.raises(UserError, match="another run has been in"):
+        open_folder(settings, args, new, resumed)
+    assert checkpoints.read_run(tmp_path)["status"] == "finished"
+    open_folder(settings, args, new, replace(resumed, run=checkpoints.read_run(tmp_path)))
+    assert checkpoints.read_run(tmp_path) == new
+
+
+def test_a_run_of_an_earlier_version_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "run.json").write_text('{"kind": "run", "identity": {"max_steps": 10}}')
+    for resume in (False, True):
+        with pytest.raises(UserError, match="of an earlier version, which this one does not read: use another"):
+            ask(tmp_path, resume=resume)
+    ask(tmp_path, overwrite=True)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="locks are inherited by fork only")

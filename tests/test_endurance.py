@@ -77,7 +77,7 @@ def test_workers_change_nothing_and_die_with_the_run(tmp_path, monkeypatch, meth
     run.wait()
     run.stdout.close()
     assert len(workers) >= 2, text
-    checkpoints.hold_output("workers", checkpoints.read_mark("workers"))  # though a forked worker may still be there
+    checkpoints.lock_output("workers")  # though a forked worker may still be there
     _, alive = psutil.wait_procs(workers, timeout=60)
     for worker in alive:
         worker.kill()

@@ -97,7 +97,7 @@ RUN = {
     "status": "started",
     "steps": 10,
     "decay_start": 6,
-    "identity": {
+    "must_match": {
         "max_steps": 10, "schedule": "warmup_stable_decay", "warmup_steps": 1, "decay_steps": 4, "micro_batch": 2,
         "world_size": 1, "model": {"hidden_size": 32}, "data_hash": "x", "separate_documents": False,
         "batch_warmup_steps": 2, "fp8_head": False,
@@ -107,19 +107,18 @@ RUN = {
 
 def ask_for(folder, resume: bool) -> None:
     """What a run reads of run.json, before and with --resume."""
-    from creature import job
-    from creature.training_arguments import CreatureTrainingArguments
+    from creature.resume import check_same_run, choose_checkpoint, find_run
 
-    checkpoints.check_output(folder, dry_run=False, resume=resume, overwrite=False)
+    settings = Settings(training={"output_dir": str(folder)}, resume=resume)
+    checkpoints.check_output(settings)
     if not resume:
         return
-    old = checkpoints.read_resumed(folder)
-    arguments = CreatureTrainingArguments(output_dir=str(folder), use_cpu=True, max_steps=12)
+    resumed = find_run(settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "choose_checkpoint", lambda *_: (Path("checkpoint-1"), []))
         for steps in (8, 10, 12):
-            job.resume_point(Settings(resume=True), str(folder), arguments, old, steps)
-    job.check_identity(old, RUN, accept=False)
+            choose_checkpoint(resumed, settings, steps, decay_steps=4)
+    check_same_run(resumed, RUN["must_match"], accept_changes=False)
 
 
 def test_a_damaged_run_json_is_taken_or_told(tmp_path):

@@ -88,7 +88,7 @@ def copy_run(first, second):
     """A second run, as another learning rate would leave it."""
     second.mkdir()
     run = json.loads((first / "run.json").read_text(encoding="utf-8"))
-    run["identity"]["learning_rate"] /= 2
+    run["must_match"]["learning_rate"] /= 2
     (second / "run.json").write_text(json.dumps(run), encoding="utf-8")
     lines = map(json.loads, (first / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     worse = [{key: value + 0.2 if "loss" in key else value for key, value in line.items()} for line in lines]

@@ -63,7 +63,7 @@ def test_corpus_model_and_checkpoint_follow_it(trained, tmp_path, monkeypatch, c
     config = AutoModelForCausalLM.from_pretrained("out").config
     assert config.vocab_size == 448  # the file says 50304
     assert (config.bos_token_id, config.eos_token_id, config.null_token_id, config.pad_token_id) == (445, 445, 446, 447)
-    assert json.loads(Path("out/run.json").read_text())["identity"]["tokenizer_hash"] == manifest["tokenizer_hash"]
+    assert json.loads(Path("out/run.json").read_text())["must_match"]["tokenizer_hash"] == manifest["tokenizer_hash"]
     assert len(AutoTokenizer.from_pretrained("out")) == 448
     monkeypatch.setattr(sys, "argv", ["run_clm_creature.py", *flags, "--tokenizer_name", "gpt2", "--output_dir", "new"])
     with pytest.raises(UserError, match="another tokenizer"):

@@ -10,7 +10,7 @@ from configuration_creature import CreatureConfig
 from creature.errors import UserError
 from creature.hardware import GIB, Device
 from creature.plan import plan_run, training_values
-from creature.settings import Settings, parse_settings
+from creature.settings import DataArguments, Settings, parse_settings
 
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch):
@@ -40,7 +40,7 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch):
 def test_the_batch_is_counted_in_tokens(monkeypatch, training, expected):
     monkeypatch.setattr("creature.plan.fit_micro_batch", lambda *args, **kwargs: 3)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    settings = Settings(training={"use_cpu": True, "max_steps": 50} | training, given=set(training))
+    settings = Settings(training={"use_cpu": True, "max_steps": 50} | training, given=frozenset(training))
     plan = plan_run(settings, SimpleNamespace(max_position_embeddings=2048, hidden_size=512))
     assert (plan.tokens_per_step, plan.micro_batch, plan.accumulation) == expected
 
@@ -68,7 +68,7 @@ def test_steps_that_a_host_would_hold_up_are_recorded_as_cuda_graphs(monkeypatch
     monkeypatch.setattr("creature.plan._find_device", lambda *arguments: device)
     monkeypatch.setattr("creature.plan.compiler_available", lambda device: (True, "it is there"))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    settings = Settings(training={"max_steps": 50} | training, data=data, given=set(training))
+    settings = Settings(training={"max_steps": 50} | training, data=DataArguments(**data), given=frozenset(training))
     plan = plan_run(settings, CreatureConfig())
     mode = training_values(settings, plan).get("torch_compile_mode")
     assert mode == ("reduce-overhead" if recorded else training.get("torch_compile_mode"))
@@ -95,6 +95,6 @@ def test_a_dry_run_on_a_cpu_says_what_it_scaled_down(monkeypatch):
 def test_the_learning_rate_follows_from_the_width(monkeypatch, training, width, expected):
     monkeypatch.setattr("creature.plan.fit_micro_batch", lambda *args, **kwargs: 1)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    settings = Settings(training={"use_cpu": True, "max_steps": 50} | training, given=set(training))
-    plan_run(settings, SimpleNamespace(max_position_embeddings=2048, hidden_size=width))
-    assert settings.training["learning_rate"] == pytest.approx(expected)
+    settings = Settings(training={"use_cpu": True, "max_steps": 50} | training, given=frozenset(training))
+    plan = plan_run(settings, SimpleNamespace(max_position_embeddings=2048, hidden_size=width))
+    assert training_values(settings, plan)["learning_rate"] == pytest.approx(expected)

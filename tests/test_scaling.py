@@ -65,7 +65,7 @@ def curve(folder, key="loss"):
 
 
 def test_two_shards_give_the_curve_of_one_process(runs):
-    described = [json.loads((runs / name / "run.json").read_text())["identity"] for name in ("one", "whole")]
+    described = [json.loads((runs / name / "run.json").read_text())["must_match"] for name in ("one", "whole")]
     assert [own["world_size"] for own in described] == [1, 2] and described[1]["optimizer"] == "muon + adamw"
     for key in ("loss", "grad_norm", "eval_loss", "tokens"):
         assert curve(runs / "one", key) == pytest.approx(curve(runs / "whole", key), rel=1e-5), key

@@ -65,7 +65,7 @@ def run_folder(tmp_path_factory):
             checkpoints.seal_checkpoint(place)
     config = json.loads(json.dumps(model.config.to_dict(), default=str))
     run = {
-        "identity": {"model": config},
+        "must_match": {"model": config},
         "kind": "dry_run",
         "dry_run": "passed",
         "status": "finished",
@@ -260,7 +260,7 @@ def test_evaluate_keeps_documents_apart_as_the_run_did(tool, run_folder, tmp_pat
     assert numbers(out)["perplexity"] != numbers(plain)["perplexity"]  # of more digits than the loss
     assert plain == tool("evaluate_text", *arguments, "--no-separate_documents")[1]
     run = checkpoints.read_run(run_folder)
-    checkpoints.write_run(run_folder, run | {"identity": run["identity"] | {"separate_documents": True}})
+    checkpoints.write_run(run_folder, run | {"must_match": run["must_match"] | {"separate_documents": True}})
     try:
         assert tool("evaluate_text", *arguments)[1] == out
     finally:
