@@ -6,10 +6,9 @@ examples:
   python scripts/evaluate_text.py --checkpoint checkpoints/text_only --data data/corpus.bin --all
   python scripts/evaluate_text.py --checkpoint checkpoints/text_only --data books --documents
 
---data is anything run_clm_creature.py trains on. Its validation split is evaluated where it has one, else all of it, in
-blocks; --split says otherwise. --all takes every complete checkpoint of a run: a table of the progression, a figure
-(RUN/evaluation.png) and a sample from each. --documents takes text and gives a table of its documents: each is read
-from its first token to its last, in windows of the context, as lm_eval reads it.
+--data is anything run_clm_creature.py trains on; --split chooses the split, by default validation where there is one.
+--all evaluates every complete checkpoint of a run: a table, a figure (RUN/evaluation.png) and a sample of each.
+--documents gives a table of the documents of a text, each read in windows of the context, as lm_eval reads it.
 """
 
 import argparse
@@ -67,6 +66,7 @@ def main() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     device = device_info(arguments.device)
+    arguments.batch_size = arguments.batch_size or (1 if device.kind == "cpu" else 16)
     config = load_config(folders[0][1])
     tokenizer = load_own_tokenizer(folders[0][1])
     if arguments.documents:
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def trained_apart(folder: Path) -> bool:
-    """Whether the run that a model belongs to, by the run.json with it or above it, kept documents apart."""
+    """Whether the run of a model kept documents apart, by the run.json in its folder or the one above."""
     from creature.checkpoints import read_run
 
     run = read_run(folder) or read_run(folder.resolve().parent) or {"must_match": {}}
@@ -101,7 +101,7 @@ def find_all(run: str) -> list[tuple[int, Path]]:
     from creature.checkpoints import list_checkpoints, problem_with, read_run, step_of
     from creature.loading import find_model, has_model
 
-    folder = find_model(run)  # tells what is wrong when there is nothing at all
+    folder = find_model(run)  # raises where there is none
     found = {}
     for checkpoint in list_checkpoints(run):
         problem = problem_with(checkpoint) or (None if has_model(checkpoint) else "it has no model")
@@ -148,13 +148,11 @@ def evaluate(folder: Path, rows, lengths, tokenizer, device, arguments) -> tuple
     from creature.metrics import TextMetrics
 
     model = load_model(folder, device.kind, torch.float32)
-    batch_size = arguments.batch_size or (1 if device.kind == "cpu" else 16)
     collator = block_collator(tokenizer, arguments.separate_documents)
-    batches = torch.utils.data.DataLoader(rows, batch_size=batch_size, collate_fn=collator)
+    batches = torch.utils.data.DataLoader(rows, batch_size=arguments.batch_size, collate_fn=collator)
     metrics = TextMetrics(lengths)
-    half = device.kind == "cuda" and device.bf16
     for batch in tqdm(batches, unit="batch", file=sys.stderr, disable=None, leave=False):
-        with torch.inference_mode(), torch.autocast(device.kind, dtype=torch.bfloat16, enabled=half):
+        with torch.inference_mode(), autocast(device):
             output = model(**{name: tensor.to(device.kind) for name, tensor in batch.items()}, return_logits=False)
         metrics.add_batch(output.token_losses, output.predictions, batch["labels"])
     sample = None
@@ -163,6 +161,13 @@ def evaluate(folder: Path, rows, lengths, tokenizer, device, arguments) -> tuple
 
         sample = draw(model, tokenizer, arguments.prompt)
     return metrics.compute(), sample
+
+
+def autocast(device):
+    """A context that computes in bfloat16 on a GPU that has it, as training does."""
+    import torch
+
+    return torch.autocast(device.kind, dtype=torch.bfloat16, enabled=device.kind == "cuda" and device.bf16)
 
 
 def report_documents(folder: Path, config, tokenizer, device, arguments: argparse.Namespace) -> None:
@@ -179,14 +184,13 @@ def report_documents(folder: Path, config, tokenizer, device, arguments: argpars
     print(f"evaluating {folder} on {device.name}, windows of {block_size:,} tokens", file=sys.stderr)
     documents = whole_documents(arguments.data)
     model = load_model(folder, device.kind, torch.float32)
-    half = device.kind == "cuda" and device.bf16
-    with torch.autocast(device.kind, dtype=torch.bfloat16, enabled=half):
+    with autocast(device):
         scores = score_documents(
             model,
             tokenizer,
             documents,
             block_size=block_size,
-            batch_size=arguments.batch_size or (1 if device.kind == "cpu" else 16),
+            batch_size=arguments.batch_size,
             progress=lambda batches: tqdm(batches, unit="batch", file=sys.stderr, disable=None, leave=False),
         )
     total = Score()
