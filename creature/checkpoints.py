@@ -1,7 +1,8 @@
-"""The folder of a run: which checkpoints are whole, what run.json says, who may write here.
+"""The folder of a run: complete checkpoints, run.json, metrics.jsonl, and the lock of the process that writes.
 
-A checkpoint is written aside and renamed when it is whole; `complete.json`, its last file, lists every other file with
-its size and sha256. `run.json` describes the run; a resumed run must agree with it. Every checkpoint has a copy of it.
+A checkpoint is written into a folder aside and renamed when it is complete; `complete.json`, its last file, lists every
+other file with its size and sha256. `run.json` describes the run, and a resumed run must match it. Every checkpoint has
+a copy of it.
 """
 
 import contextlib
@@ -29,10 +30,10 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 COMPLETE_FILE = "complete.json"
 WRITING_FOLDER = ".writing"
-REPLACED = "replaced"  # what a checkpoint-N is called that a resumed run went back behind
-# What a resumed run cannot do without, beside the weights, whose file depends on the wrapping (DDP, FSDP).
+REPLACED = "replaced"  # checkpoint-N is renamed to replaced-N when a run resumes from an earlier step
+# The files without which a run cannot resume, beside the weights, whose file depends on the wrapping (DDP, FSDP).
 NEEDED_FILES = ("trainer_state.json", "scheduler.pt")
-# Entries of a saved configuration that say nothing about the model.
+# Entries of a saved configuration that do not describe the model.
 CONFIG_NOISE = {"_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
 
 
@@ -42,12 +43,12 @@ CONFIG_NOISE = {"_name_or_path", "architectures", "auto_map", "dtype", "transfor
 
 
 def step_of(checkpoint: str | os.PathLike) -> int:
-    """The step in the name of a checkpoint folder."""
+    """The step N of a folder checkpoint-N."""
     return int(Path(checkpoint).name.rsplit("-", 1)[1])
 
 
 def list_checkpoints(run_folder: str | os.PathLike) -> list[Path]:
-    """Every checkpoint-N folder of a run, oldest step first, whole or not."""
+    """Every checkpoint-N folder of a run, lowest step first, complete or not."""
     return _list_folders(run_folder, "checkpoint")
 
 
@@ -58,9 +59,9 @@ def _list_folders(run_folder: str | os.PathLike, name: str) -> list[Path]:
 
 
 def seal_checkpoint(folder: str | os.PathLike) -> None:
-    """Flush every file of a checkpoint to disk and write complete.json, which vouches for them."""
+    """Flush every file of a checkpoint to disk and write complete.json with their sizes and hashes."""
     folder = Path(folder)
-    share_with_others(folder)
+    unify_modes(folder)
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE_FILE):
         with open(path, "rb+") as file:
@@ -72,8 +73,8 @@ def seal_checkpoint(folder: str | os.PathLike) -> None:
         flush_folder(path)
 
 
-def share_with_others(folder: str | os.PathLike) -> None:
-    """Give every file of a saved model the mode of config.json: safetensors lets only the owner read what it writes."""
+def unify_modes(folder: str | os.PathLike) -> None:
+    """Give every file of a saved model the mode of config.json; safetensors writes files for the owner alone."""
     config = Path(folder, "config.json")
     if config.is_file():
         for path in Path(folder).iterdir():
@@ -82,7 +83,7 @@ def share_with_others(folder: str | os.PathLike) -> None:
 
 
 def problem_with(checkpoint: str | os.PathLike) -> str | None:
-    """What keeps a checkpoint from being resumed, in words, or None when it is whole."""
+    """Why a checkpoint cannot be resumed, None if it is complete."""
     folder = Path(checkpoint)
     seal = _read_json(folder / COMPLETE_FILE)
     if not isinstance(seal, dict) or not isinstance(seal.get("files"), dict):
@@ -105,7 +106,7 @@ def problem_with(checkpoint: str | os.PathLike) -> str | None:
             return f"{name} cannot be read ({error.strerror})"
     state = _read_json(folder / "trainer_state.json")
     if not isinstance(state, dict) or state.get("global_step") != step_of(folder):
-        return "trainer_state.json does not tell of this step"
+        return "trainer_state.json is of another step"
     return None
 
 
@@ -113,10 +114,7 @@ def newest_complete(
     run_folder: str | os.PathLike, at_most: int | None = None
 ) -> tuple[Path | None, list[tuple[str, str]]]:
     """
-    The newest whole checkpoint of a run.
-
-    Args:
-        at_most: only checkpoints up to this step count.
+    The newest complete checkpoint of a run up to step `at_most`.
 
     Returns:
         (its folder or None, [(name, reason)] of the newer ones that were skipped)
@@ -132,11 +130,12 @@ def newest_complete(
     return None, skipped
 
 
-def rotate(run_folder: str | os.PathLike, keep: int | None, protected: set[int]) -> None:
-    """Delete all but the newest `keep` checkpoints and those of the `protected` steps (None or 0: delete nothing).
+def delete_old_checkpoints(run_folder: str | os.PathLike, keep: int | None, protected: set[int]) -> None:
+    """
+    Delete all but the newest `keep` checkpoints and those of the `protected` steps (None or 0: delete nothing).
 
-    Only sealed ones count as kept, so that broken folders never push out the last good one. What a kill left half
-    deleted, and what a resume set aside, goes once the run has passed its step.
+    Only those with a complete.json count as kept, so that damaged folders never replace the last good one. Folders
+    without it, and those that a resume has renamed, are deleted once the run has passed their step.
     """
     if not keep or keep < 0:
         return
@@ -147,7 +146,7 @@ def rotate(run_folder: str | os.PathLike, keep: int | None, protected: set[int])
     newest = step_of(sealed[-1])
     for folder in [path for path in found if step_of(path) < newest and path not in sealed[-max(keep, 1) :]]:
         if step_of(folder) not in protected or folder not in sealed:
-            (folder / COMPLETE_FILE).unlink(missing_ok=True)  # first, so that half a deletion is no checkpoint
+            (folder / COMPLETE_FILE).unlink(missing_ok=True)  # first, so that a half-deleted folder is no checkpoint
             shutil.rmtree(folder, ignore_errors=True)
     for folder in _list_folders(run_folder, REPLACED):
         if step_of(folder) <= newest:
@@ -171,7 +170,7 @@ def _read_json(path: Path) -> Any:
 
 
 def write_run(folder: str | os.PathLike, run: dict) -> None:
-    """Write run.json whole, or leave the old one."""
+    """Write run.json; it stays as it was if that fails."""
     with replace_file(Path(folder) / RUN_FILE, "w") as file:
         json.dump(run, file, indent=2, default=str)
         file.write("\n")
@@ -184,8 +183,8 @@ def update_run(folder: str | os.PathLike, **changes: Any) -> None:
 
 def read_run(folder: str | os.PathLike) -> dict | None:
     """
-    What run.json says, or where it is lost or damaged its copy in the newest checkpoint that has one; None where there
-    is neither. UserError where it is not what this program wrote.
+    The content of run.json, or if it is lost or damaged of its copy in the newest checkpoint that has one; None if
+    there is neither. Raises UserError for a run.json that this program did not write and that has no copy.
     """
     path = Path(folder) / RUN_FILE
     for place in (path, *(checkpoint / RUN_FILE for checkpoint in reversed(list_checkpoints(folder)))):
@@ -229,8 +228,8 @@ def differences(old: dict, new: dict) -> list[str]:
 
 def read_metrics(folder: str | os.PathLike) -> list[dict]:
     """
-    The lines of metrics.jsonl, in order, with the numbers in them; a last line that a crash cut short is left out, and
-    so is what no run writes.
+    The lines of metrics.jsonl in order, with their numbers; a line that a crash cut short is left out, and so is
+    anything that is no number.
     """
     path = Path(folder) / METRICS_FILE
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
@@ -246,14 +245,14 @@ def read_metrics(folder: str | os.PathLike) -> list[dict]:
 
 
 def _is_metric(value: Any) -> bool:
-    # A loss may be infinite or NaN; finite numbers like these would only break what adds or draws them.
+    # A loss may be infinite or NaN; larger finite numbers come from no run and overflow in sums and plots.
     return type(value) in (int, float) and not 1e100 < abs(value) < math.inf
 
 
 def rewind_metrics(folder: str | os.PathLike, step: int) -> list[dict]:
     """
-    Forget the metrics after `step`, which a resumed run computes again, and all but the last of those that were written
-    more than once, as an evaluation that was made up and then lost; returns the lines that stay.
+    Delete the metrics after `step`, which a resumed run computes again, and of repeated ones (an evaluation after a
+    resume that was killed in turn) all but the last; returns the remaining lines.
     """
     kept = {(entry["step"], "loss" in entry): entry for entry in read_metrics(folder) if entry["step"] <= step}
     entries = list(kept.values())
@@ -330,10 +329,10 @@ def lock_output(folder: str | os.PathLike) -> None:
 
 
 def unlock_inherited() -> None:
-    """In a forked process: let go of the folders, which would stay held until it ends, even if the run is dead."""
+    """Release the locks in a forked process, which would hold them until it ends, even if the run is dead."""
     for descriptor in _locks.values():
         with contextlib.suppress(OSError):
-            os.close(descriptor)  # the run's own descriptor still holds the lock
+            os.close(descriptor)  # the run's own descriptor keeps the lock
     _locks.clear()
 
 

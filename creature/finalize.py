@@ -82,7 +82,7 @@ def _publish(trainer: CreatureTrainer, folder: Path) -> None:
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
             (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
-            checkpoints.share_with_others(aside)
+            checkpoints.unify_modes(aside)
             for path in sorted(aside.iterdir()):
                 os.replace(path, folder / path.name)
             aside.rmdir()

@@ -137,7 +137,9 @@ class CheckpointMixin:
                 shutil.copyfile(folder / checkpoints.RUN_FILE, self._aside / name / checkpoints.RUN_FILE)
             checkpoints.seal_checkpoint(self._aside / name)
             _put_in_place(self._aside / name, folder / name)
-            checkpoints.rotate(folder, limit, self.protected_steps | {self.state.best_global_step or -1})
+            checkpoints.delete_old_checkpoints(
+                folder, limit, self.protected_steps | {self.state.best_global_step or -1}
+            )
         self.accelerator.wait_for_everyone()
 
     def _keep_best(self, folder: Path, name: str) -> None:

@@ -87,9 +87,9 @@ def test_rotation_keeps_the_newest_and_the_protected_and_never_counts_broken_one
     for step in (10, 20, 30, 40):
         make_checkpoint(tmp_path, step)
     make_checkpoint(tmp_path, 50, seal=False)
-    checkpoints.rotate(tmp_path, 1, {20})
+    checkpoints.delete_old_checkpoints(tmp_path, 1, {20})
     assert {checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)} == {20, 40, 50}
-    checkpoints.rotate(tmp_path, None, set())
+    checkpoints.delete_old_checkpoints(tmp_path, None, set())
     assert len(checkpoints.list_checkpoints(tmp_path)) == 3
 
 
@@ -99,9 +99,9 @@ def test_rotation_clears_what_kills_left_half_deleted_and_what_a_resume_set_asid
     (tmp_path / "checkpoint-10" / checkpoints.COMPLETE_FILE).unlink()
     for step in (25, 30, 40):
         (tmp_path / f"replaced-{step}").mkdir()
-    checkpoints.rotate(tmp_path, None, set())
+    checkpoints.delete_old_checkpoints(tmp_path, None, set())
     assert len(list(tmp_path.iterdir())) == 6  # whoever keeps all keeps these too
-    checkpoints.rotate(tmp_path, 3, {10})
+    checkpoints.delete_old_checkpoints(tmp_path, 3, {10})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-20", "checkpoint-30", "replaced-40"]
 
 
