@@ -1,7 +1,7 @@
 """Settings of a run: a YAML file with the sections model, data and training first, flags on top.
 
 Reading them imports neither torch nor transformers, so that `--help` and a wrong flag answer at once: names, types and
-help texts are read from the source of the dataclasses. HfArgumentParser would have to import them, which takes 26 times
+help texts are read from the source of the dataclasses. HfArgumentParser would have to import them, which takes 25 times
 as long, and it stops at the first wrong value (docs/decisions.md).
 """
 
