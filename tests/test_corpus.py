@@ -18,8 +18,9 @@ from blocks import open_blocks
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from creature.data.text import corpus, readers
-from creature.data.text.corpus import last_safe_cut, tokenize_corpus
+from creature.data.text import corpus, pieces, readers
+from creature.data.text.corpus import tokenize_corpus
+from creature.data.text.pieces import last_safe_cut
 from creature.data.text.tokenizer import END_OF_TEXT, gpt2_hash, load_encoding
 from creature.errors import UserError
 
@@ -186,8 +187,8 @@ def test_files_folders_and_globs_in_a_fixed_order_without_repeats(tmp_path):
 def test_no_token_is_lost_or_duplicated(tmp_path_factory, files, workers, piece, chunk, fraction, kind, block_size):
     folder = tmp_path_factory.mktemp("property")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "PIECE", piece)
-        patch.setattr(corpus, "HASHED", 20)
+        patch.setattr(pieces, "PIECE", piece)
+        patch.setattr(pieces, "HASHED", 20)
         patch.setattr(readers, "CHUNK_BYTES", chunk)
         documents = []
         for i, texts in enumerate(files):
@@ -229,9 +230,9 @@ def test_a_safe_cut_changes_no_id(text):
 
 
 def test_a_run_without_a_place_to_cut_is_forced_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 1000)
-    monkeypatch.setattr(corpus, "HASHED", 100)
-    monkeypatch.setattr(corpus, "LONGEST_RUN", 4000)
+    monkeypatch.setattr(pieces, "PIECE", 1000)
+    monkeypatch.setattr(pieces, "HASHED", 100)
+    monkeypatch.setattr(pieces, "LONGEST_RUN", 4000)
     text = "x" * 9000 + " end " + " " * 9000 + "\n" + "漢" * 3000
     manifest = tokenize([write(tmp_path / "in.txt", text)], tmp_path / "out.bin")
     assert read_back(tmp_path / "out.bin") == [text]

@@ -1,8 +1,8 @@
 """Several sources as one: `--data a.bin:0.7 b.bin:0.3`, in these proportions from the first block to the last.
 
-Which part the n-th block comes from is fixed by the weights, so that at every step each part has given its share to
-within one block; which of its blocks follows from the seed. A part that is used up begins again, in another order. None
-of it depends on the length of the run: a longer or a resumed one sees the same blocks.
+The weights alone fix which part the n-th block comes from: after every block, each part has given its share to within
+one block. The seed fixes the order of a part's own blocks. A part that is used up begins again, in another order. The
+length of the run changes nothing: a longer or a resumed run sees the same blocks.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ def parse_parts(data: list[str]) -> tuple[list[str], list[Fraction] | None]:
         raise UserError(f"{missing} has no weight where others have: write NAME:WEIGHT for all parts, or for none")
     weights = [Fraction(match[2]) for match in found]
     if not all(weights):
-        raise UserError("a part of weight 0 gives nothing: leave it out, or raise its weight")
+        raise UserError("a part of weight 0 is never seen: leave it out, or raise its weight")
     return [match[1] for match in found], [weight / sum(weights) for weight in weights]
 
 
@@ -38,8 +38,8 @@ def mixture_pattern(shares: list[Fraction], count: int) -> np.ndarray:
     """
     Which part each of `count` blocks comes from, int64 [count]: shares kept to within one block in every prefix.
 
-    The rule for it is Tijdeman's (1980, "The chairman assignment problem"): of the parts that are behind, the one whose
-    block is due first.
+    Each block comes from the part whose block is due first among those that are behind (Tijdeman 1980, "The chairman
+    assignment problem").
     """
     period = math.lcm(*(share.denominator for share in shares))
     due = [int(share * period) for share in shares]
@@ -56,13 +56,13 @@ def mixture_pattern(shares: list[Fraction], count: int) -> np.ndarray:
 
 
 def mixture_rows(sizes: list[int], shares: list[Fraction], count: int, seed: int) -> np.ndarray:
-    """The rows, int64 [count], of the parts' blocks laid end to end that a mixture of `count` blocks consists of."""
+    """The rows of a mixture of `count` blocks, int64 [count], as indices into the concatenated blocks of the parts."""
     pattern, rows = mixture_pattern(shares, count), np.empty(count, dtype=np.int64)
     for part, (size, first) in enumerate(zip(sizes, np.cumsum([0, *sizes]), strict=False)):
         places = np.flatnonzero(pattern == part)
-        for again, start in enumerate(range(0, len(places), size)):
+        for epoch, start in enumerate(range(0, len(places), size)):
             now = places[start : start + size]
-            rows[now] = first + np.random.default_rng([seed, part, again]).permutation(size)[: len(now)]
+            rows[now] = first + np.random.default_rng([seed, part, epoch]).permutation(size)[: len(now)]
     return rows
 
 

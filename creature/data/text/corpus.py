@@ -4,13 +4,10 @@ The main thread reads, decodes and cuts; threads tokenize (tiktoken releases the
 platform); the main thread writes in order. The result does not depend on the number of threads.
 
 - The stream is lossless: every document's ids in order, then one end-of-text id. Decoding gives the text back byte
-  for byte.
-- A document is tokenized in pieces, but cut only where the GPT-2 pre-tokenizer always splits, so that the ids are
-  those of the whole document. A run of a million characters without any such place is cut anyway: the text is still
-  kept, only the ids at the cut differ. (Other tokenizers are cut at the same places, in larger pieces.)
-- The validation split goes by a hash of each document's first 65,536 characters: stable whatever the order of the
-  files, and copies of a document land on the same side. When no document falls on that side (or all of them do),
-  everything is in the training stream, and training holds out the end of it instead.
+  for byte. `creature.data.text.pieces` says where documents are cut.
+- A hash of each document's first 65,536 characters chooses its split: the same whatever the order of the files, and
+  copies of a document land in one split. If every document falls into validation, or none does, everything is in the
+  training stream, and `load_data` holds out the end of it.
 """
 
 import functools
@@ -20,16 +17,16 @@ import os
 import secrets
 import shutil
 import time
-import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from creature.data.text.pieces import Batch, Cutter, stream_documents
 from creature.data.text.readers import Documents
 from creature.data.text.sources import Source, find_sources
 from creature.data.text.tokenizer import END_OF_TEXT, gpt2_hash, load_encoding, load_tokenizer, tokenizer_hash
@@ -37,111 +34,9 @@ from creature.errors import UserError
 from creature.files import is_disk_full, one_at_a_time, replace_file, require_writable
 from creature.hardware import cpu_cores
 
-PIECE = 1 << 18  # characters tokenized at a time: large enough for speed, small enough for any number of threads
-LONGEST_RUN = 1 << 20  # characters without a safe place to cut, after which the cut is made anyway
-HASHED = 1 << 16  # characters of a document's beginning that choose its split
 ARROW_ROW = 1024  # tokens in a row of an Arrow corpus
 ARROW_BATCH = 1 << 24  # tokens in a record batch: every block size that divides it opens without a copy
 SPLITS = ("train", "validation")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Cutting
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def last_safe_cut(text: str, start: int = 1) -> int:
-    """
-    The last position >= `start` where `text` can be cut without changing any GPT-2 id; 0 when there is none.
-
-    No GPT-2 pre-token holds a non-space followed by white space, a letter followed by a non-letter, or a digit
-    followed by a non-digit, and none of its patterns looks back: on both sides of such a place the ids are those of
-    the whole.
-    """
-    # Judged by categories that every Unicode version since 3.0 agrees on; unassigned characters are no place to cut.
-    for i in range(len(text) - 1, max(start, 1) - 1, -1):
-        left, right = text[i - 1], text[i]
-        if right in " \n":
-            if not left.isspace():
-                return i
-        elif left.isalnum():
-            a, b = unicodedata.category(left), unicodedata.category(right)
-            if a[0] in "LN" and b[0] != a[0] and b != "Cn":
-                return i
-    return 0
-
-
-@dataclass
-class _Batch:
-    """Pieces of about PIECE characters together: (text, whether it ends its document, index of its split)."""
-
-    pieces: list[tuple[str, bool, int]] = field(default_factory=list)
-    characters: int = 0
-
-
-@dataclass
-class _Tokens:
-    """A tokenized batch: ids per split, and what the report counts."""
-
-    ids: list[np.ndarray]
-    documents: list[int]
-    characters: int
-    text_bytes: int
-
-
-class _Cutter:
-    """Makes batches of pieces out of streamed documents."""
-
-    def __init__(self, validation_fraction: float, seed: int, piece: int):
-        self.limit = int(validation_fraction * 2**64)
-        self.key = seed.to_bytes(8, "little", signed=True)
-        self.piece = piece
-        self.empty = self.forced = 0
-
-    def batches(self, texts: Iterator[tuple[str, bool]]) -> Iterator[_Batch]:
-        batch = _Batch()
-        for piece in self._pieces(texts):
-            batch.pieces.append(piece)
-            batch.characters += len(piece[0])
-            if batch.characters >= self.piece or len(batch.pieces) >= 4096:
-                yield batch
-                batch = _Batch()
-        if batch.pieces:
-            yield batch
-
-    def _pieces(self, texts: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool, int]]:
-        waiting, length, searched, split = [], 0, 0, -1
-        # A split is chosen once HASHED characters are there: no piece may leave before.
-        enough = max(self.piece, HASHED)
-        for text, ends in texts:
-            if text:
-                waiting.append(text)
-                length += len(text)
-            if ends:
-                if length or split >= 0:
-                    whole = "".join(waiting)
-                    yield whole, True, split if split >= 0 else self._split(whole)
-                else:
-                    self.empty += 1
-                waiting, length, searched, split = [], 0, 0, -1
-                continue
-            while length >= enough:
-                whole = "".join(waiting)
-                if split < 0:
-                    split = self._split(whole)
-                cut = last_safe_cut(whole[:LONGEST_RUN], searched)
-                if not cut and length >= LONGEST_RUN:
-                    cut = LONGEST_RUN
-                    self.forced += 1
-                if not cut:
-                    waiting, searched = [whole], len(whole)
-                    break
-                yield whole[:cut], False, split
-                waiting, length, searched = [whole[cut:]], length - cut, 0
-
-    def _split(self, beginning: str) -> int:
-        digest = hashlib.blake2b(beginning[:HASHED].encode("utf-8"), digest_size=8, key=self.key).digest()
-        return int(int.from_bytes(digest, "little") < self.limit)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,17 +45,27 @@ class _Cutter:
 
 
 @dataclass
-class _Coder:
-    """How a batch becomes ids."""
+class _Tokens:
+    """A tokenized batch."""
+
+    ids: list[np.ndarray]  # per split: 0 train, 1 validation
+    documents: list[int]  # per split
+    characters: int
+    text_bytes: int
+
+
+@dataclass
+class _Encoder:
+    """Tokenizes a batch of pieces."""
 
     encode: Callable[[list[str]], list[np.ndarray]]
     end_of_text: int
     dtype: np.dtype
     vocab_size: int
     hash: str
-    threads: bool
+    threads: bool  # whether several threads may encode at once
 
-    def __call__(self, batch: _Batch) -> _Tokens:
+    def __call__(self, batch: Batch) -> _Tokens:
         texts = [text for text, _, _ in batch.pieces]
         parts, documents = [[], []], [0, 0]
         end = np.array([self.end_of_text], dtype=np.uint32)
@@ -174,7 +79,7 @@ class _Coder:
         return _Tokens(ids, documents, batch.characters, text_bytes)
 
 
-def _make_coder(tokenizer_name: str) -> _Coder:
+def _load_encoder(tokenizer_name: str) -> _Encoder:
     tokenizer = None if tokenizer_name == "gpt2" else load_tokenizer(tokenizer_name)
     if tokenizer is None or tokenizer_hash(tokenizer) == gpt2_hash():
         encoding = load_encoding()
@@ -182,7 +87,7 @@ def _make_coder(tokenizer_name: str) -> _Coder:
         def encode(texts: list[str]) -> list[np.ndarray]:
             return [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
 
-        return _Coder(encode, END_OF_TEXT, np.dtype("<u2"), encoding.n_vocab, gpt2_hash(), threads=True)
+        return _Encoder(encode, END_OF_TEXT, np.dtype("<u2"), encoding.n_vocab, gpt2_hash(), threads=True)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer {tokenizer_name!r} has no end-of-text token: set its eos_token, or use another tokenizer"
@@ -202,11 +107,13 @@ def _make_coder(tokenizer_name: str) -> _Coder:
 
     dtype = np.dtype("<u2") if len(tokenizer) <= 1 << 16 else np.dtype("<u4")
     # One thread: encode_batch runs on all cores by itself.
-    return _Coder(encode_other, tokenizer.eos_token_id, dtype, len(tokenizer), tokenizer_hash(tokenizer), threads=False)
+    return _Encoder(
+        encode_other, tokenizer.eos_token_id, dtype, len(tokenizer), tokenizer_hash(tokenizer), threads=False
+    )
 
 
-def _in_order(work: Callable, items: Iterator, workers: int) -> Iterator:
-    """`map(work, items)` on `workers` threads, in order, with few items under way at any time."""
+def _ordered_map(work: Callable, items: Iterator, workers: int) -> Iterator:
+    """`map(work, items)` on `workers` threads, in order, with at most `workers` + 3 items in memory."""
     if workers <= 1:
         yield from map(work, items)
         return
@@ -230,7 +137,7 @@ def _in_order(work: Callable, items: Iterator, workers: int) -> Iterator:
 
 
 class _Stream:
-    """One split on its way to disk, and what its manifest entry will say."""
+    """Writes one split, and counts what its manifest entry says."""
 
     def __init__(self, write: Callable[[np.ndarray], None]):
         self.write = write
@@ -304,13 +211,13 @@ class _ArrowFile:
 
 
 def manifest_path(output: Path) -> Path:
-    """Where the manifest of a corpus lies: corpus.bin -> corpus.manifest.json, a folder -> manifest.json in it."""
+    """The path of a corpus's manifest: corpus.bin -> corpus.manifest.json, a folder -> manifest.json in it."""
     return output.with_name(output.stem + ".manifest.json") if output.suffix == ".bin" else output / "manifest.json"
 
 
 def _check_output(output: Path, sources: list[Source], overwrite: bool) -> None:
     if "\0" in str(output) or any("\ud800" <= character <= "\udfff" for character in str(output)):
-        raise UserError(f"--output {output} is not a name in Unicode, as its manifest needs: choose another")
+        raise UserError(f"--output {output} is not a Unicode name: choose another")
     if output.suffix not in ("", ".bin"):
         raise UserError(f"--output {output} has to end in .bin (a token stream) or have no ending (an Arrow folder)")
     if output.suffix == ".bin":
@@ -375,24 +282,24 @@ def tokenize_corpus(
     path = Path(os.path.expanduser(output))
     check = functools.partial(_check_output, path, sources, overwrite)
     check()
-    coder = _make_coder(tokenizer_name)
-    workers = (workers or cpu_cores()) if coder.threads else 1
+    encoder = _load_encoder(tokenizer_name)
+    workers = (workers or cpu_cores()) if encoder.threads else 1
     began = time.perf_counter()
 
     def write(fraction: float) -> dict:
         """The manifest of the corpus that this wrote; _NothingToTrainOn if no document fell into the training split."""
         documents = [Documents(source, text_column) for source in sources]
-        cutter = _Cutter(fraction, seed, PIECE if coder.threads else LONGEST_RUN)
+        cutter = Cutter(fraction, seed, large=not encoder.threads)
         counts = {"documents": 0, "characters": 0, "text_bytes": 0}
 
         def tokens() -> Iterator[_Tokens]:
-            with closing(_with_progress(documents, progress, "tokenizing")) as texts:
-                done = _in_order(coder, cutter.batches(texts), workers)
-                for some in done if train_tokens is None else _first(done, train_tokens, coder.end_of_text):
-                    counts["documents"] += sum(some.documents)
-                    counts["characters"] += some.characters
-                    counts["text_bytes"] += some.text_bytes
-                    yield some
+            with closing(stream_documents(documents, progress, "tokenizing")) as texts:
+                done = _ordered_map(encoder, cutter.batches(texts), workers)
+                for batch in done if train_tokens is None else _first(done, train_tokens, encoder.end_of_text):
+                    counts["documents"] += sum(batch.documents)
+                    counts["characters"] += batch.characters
+                    counts["text_bytes"] += batch.text_bytes
+                    yield batch
 
         def manifest(streams: list[_Stream | None], files: list[str]) -> dict:
             if not counts["documents"]:
@@ -403,10 +310,10 @@ def tokenize_corpus(
             return {
                 "format": "creature token corpus 1",
                 "tokenizer": tokenizer_name,
-                "tokenizer_hash": coder.hash,
-                "vocab_size": coder.vocab_size,
-                "end_of_text": coder.end_of_text,
-                "dtype": coder.dtype.name,
+                "tokenizer_hash": encoder.hash,
+                "vocab_size": encoder.vocab_size,
+                "end_of_text": encoder.end_of_text,
+                "dtype": encoder.dtype.name,
                 **counts,
                 "tokens": sum(stream.tokens for stream in streams if stream),
                 "splits": {
@@ -427,7 +334,7 @@ def tokenize_corpus(
 
         if path.suffix == ".bin":
             return _write_bin(path, tokens(), manifest, check)
-        return _write_folder(path, tokens(), manifest, coder.dtype, check)
+        return _write_folder(path, tokens(), manifest, encoder.dtype, check)
 
     try:
         try:
@@ -446,69 +353,43 @@ class _NothingToTrainOn(Exception):
 
 
 def _first(tokens: Iterator[_Tokens], limit: int, end_of_text: int) -> Iterator[_Tokens]:
-    """Batches up to where the training stream has `limit` ids; of the last one, the text that they stand for."""
+    """Batches until the training stream has `limit` ids; the text of the last batch is counted in proportion."""
     with closing(tokens):
-        for some in tokens:
-            train = some.ids[0]
+        for batch in tokens:
+            train, validation = batch.ids
             if len(train) < limit:
                 limit -= len(train)
-                yield some
+                yield batch
                 continue
-            kept = (limit + len(some.ids[1])) / (len(train) + len(some.ids[1]))  # about: it says nothing but sizes
-            documents = [int((train[:limit] == end_of_text).sum()), some.documents[1]]
-            characters, text_bytes = round(some.characters * kept), round(some.text_bytes * kept)
-            yield _Tokens([train[:limit], some.ids[1]], documents, characters, text_bytes)
+            kept = (limit + len(validation)) / (len(train) + len(validation))
+            documents = [int((train[:limit] == end_of_text).sum()), batch.documents[1]]
+            characters, text_bytes = round(batch.characters * kept), round(batch.text_bytes * kept)
+            yield _Tokens([train[:limit], validation], documents, characters, text_bytes)
             return
 
 
-def read_pieces(
-    inputs: list[str], text_column: str = "text", progress: bool = True
-) -> Iterator[list[tuple[str, bool]]]:
-    """The text of `inputs` in batches of (piece, whether it ends its document), cut where no pre-token is split."""
-    documents = [Documents(source, text_column) for source in find_sources(inputs)[0]]
-    with closing(_with_progress(documents, progress, "reading")) as texts:
-        for batch in _Cutter(0, 0, PIECE).batches(texts):
-            yield [(text, ends) for text, ends, _ in batch.pieces]
-
-
-def _with_progress(documents: list[Documents], progress: bool, title: str) -> Iterator[tuple[str, bool]]:
-    """All documents of all sources, under a progress bar in bytes of the files, with an ETA where sizes are known."""
-    from tqdm import tqdm
-
-    sizes = [one.source.size for one in documents]
-    known = all(one.source.kind not in ("hub", "arrow") for one in documents)
-    with tqdm(total=sum(sizes) if known else None, unit="B", unit_scale=True, disable=not progress, desc=title) as bar:
-        for one in documents:
-            done = 0
-            for text, ends in one:
-                if one.bytes_read != done:
-                    bar.update(one.bytes_read - done)
-                    done = one.bytes_read
-                yield text, ends
-            bar.update(one.bytes_read - done)
-
-
 def _distribute(tokens: Iterator[_Tokens], open_split: Callable[[int], Callable]) -> list[_Stream | None]:
-    """Write all batches to their splits; `open_split(index)` gives what writes one. None for validation without ids."""
+    """Write all batches to their splits, each by the function that `open_split(index)` returns; None: no ids."""
     streams: list[_Stream | None] = [_Stream(open_split(0)), None]
-    for some in tokens:
-        streams[0].add(some.ids[0], some.documents[0])
-        if len(some.ids[1]):
+    for batch in tokens:
+        streams[0].add(batch.ids[0], batch.documents[0])
+        if len(batch.ids[1]):
             streams[1] = streams[1] or _Stream(open_split(1))
-            streams[1].add(some.ids[1], some.documents[1])
+            streams[1].add(batch.ids[1], batch.documents[1])
     return streams
 
 
 def _write_bin(output: Path, tokens: Iterator[_Tokens], manifest: Callable, check: Callable) -> dict:
     paths = (output, _validation_path(output))
-    with ExitStack() as alone, ExitStack() as stack:
-        # Left in the reverse order: the manifest, written last, is in place before the streams it speaks of.
+    with ExitStack() as lock, ExitStack() as stack:
+        # Closed in reverse order: the manifest, opened last, is in place before the streams it describes.
         streams = _distribute(tokens, lambda split: stack.enter_context(replace_file(paths[split])).write)
         result = manifest(streams, [path.name for path in paths])
         file = stack.enter_context(replace_file(manifest_path(output), "w"))
         json.dump(result, file, indent=2, ensure_ascii=False)
-        # Of two that write the same corpus, one puts its files in place, all of them, and then the other looks again.
-        alone.enter_context(one_at_a_time(output.parent))
+        # If two processes write the same corpus, the second waits until all files of the first are in place, and then
+        # finds that its output exists.
+        lock.enter_context(one_at_a_time(output.parent))
         check()
         if streams[1] is None:
             paths[1].unlink(missing_ok=True)  # of an earlier corpus that this one replaces
@@ -518,8 +399,8 @@ def _write_bin(output: Path, tokens: Iterator[_Tokens], manifest: Callable, chec
 def _write_folder(
     output: Path, tokens: Iterator[_Tokens], manifest: Callable, dtype: np.dtype, check: Callable
 ) -> dict:
-    mark = secrets.token_hex(4)  # two machines may share the disk, and a process id
-    aside, old = (output.with_name(f".{output.name}.{mark}.{ending}") for ending in ("part", "old"))
+    unique = secrets.token_hex(4)  # not the process id, which two machines that share the disk may both have
+    aside, replaced = (output.with_name(f".{output.name}.{unique}.{ending}") for ending in ("part", "old"))
     files: list[_ArrowFile] = []
 
     def open_split(split: int) -> Callable[[np.ndarray], None]:
@@ -538,9 +419,9 @@ def _write_folder(
         with one_at_a_time(output.parent):
             check()
             if output.is_dir():
-                os.replace(output, old)
+                os.replace(output, replaced)
             os.replace(aside, output)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         for file in files:
             file.writer.close()

@@ -9,20 +9,20 @@ import numpy as np
 
 from creature.data.text.token_stream import TokenStream
 
-CHUNK = 1 << 20  # tokens looked at together
-WINDOW = 8  # tokens of a window, by which similar documents are found
+CHUNK = 1 << 20  # tokens read at a time
+WINDOW = 8  # tokens of a window, the unit in which documents are compared
 SKETCHED = 1 << 16  # tokens of a document's beginning that are compared
-BANDS, ROWS = 4, 3
+BANDS, ROWS = 4, 3  # of a document's MinHash sketch
 
 
 @dataclass
 class Inspection:
-    """What `inspect_stream` finds. Lengths are in tokens, without the end-of-text that ends a document."""
+    """What `inspect_stream` returns. Lengths are in tokens, without the end-of-text that ends a document."""
 
     counts: np.ndarray  # int64 [ids], how often each id occurs, end-of-text included
     starts: np.ndarray  # int64 [documents], where each begins in the stream
     lengths: np.ndarray  # int64 [documents]
-    copies: np.ndarray  # int64 [documents], how many documents are equal to this one, itself included
+    copies: np.ndarray  # int64 [documents], how many documents equal this one, itself included
     repeated: np.ndarray  # bool [documents], whether an equal one came before
     similar: np.ndarray  # bool [documents], whether a similar one came before, and no equal one
     unended: bool  # whether the last document has no end-of-text
@@ -34,12 +34,12 @@ class Inspection:
 
 def inspect_stream(stream: TokenStream, end_of_text: int, vocab_size: int, progress: bool = False) -> Inspection:
     """
-    Count the tokens and compare the documents of a stream whose ids are below `vocab_size` (`TokenStream.check`).
+    The counts of tokens and the comparison of documents of a stream whose ids are below `vocab_size`.
 
-    Equal documents are found by a hash of 64 bits. Similar ones by MinHash (Broder 1997) over windows of WINDOW tokens
-    of their first SKETCHED: two documents that share 90 % of their windows are found in 99 of 100 cases, 80 % in 94,
-    50 % in 41, 30 % in 10, 10 % in less than one. Documents of fewer than 2 x WINDOW tokens are only compared as a
-    whole. Memory: ten megabytes, and 130 bytes a document.
+    Equal documents have the same hash of 64 bits. Similar ones are found by MinHash (Broder 1997) over windows of
+    WINDOW tokens of their first SKETCHED: pairs that share 90 % of their windows in 99 of 100 cases, 80 % in 94, 50 %
+    in 41, 30 % in 10, 10 % in less than one. Documents of fewer than 2 x WINDOW tokens are only compared as a whole.
+    Memory: ten megabytes, and 130 bytes a document.
     """
     from tqdm import tqdm
 
@@ -97,10 +97,10 @@ def _documents(stream: TokenStream, end_of_text: int) -> Iterator[tuple[int, lis
 
 def _sketch(pieces: list[np.ndarray], codes: np.ndarray, factors: np.ndarray) -> list[int]:
     """
-    BANDS numbers, of which two documents have one in common the likelier, the more windows they share.
+    BANDS numbers: the more windows two documents share, the likelier they have one of these numbers in common.
 
-    Every window's hash falls into one of BANDS x ROWS bins, whose least hash is kept (one permutation hashing, Li et
-    al. 2012); a band is ROWS bins that have to agree. 0 stands for no number.
+    Every window's hash falls into one of BANDS x ROWS bins, and each bin keeps its smallest (one permutation hashing,
+    Li et al. 2012); the number of a band combines ROWS bins. A document that is too short has zeros.
     """
     ids = pieces[0] if len(pieces) == 1 else np.concatenate(pieces[:2])  # a short end of a chunk, and more
     if len(ids) < 2 * WINDOW:
@@ -120,7 +120,7 @@ def _sketch(pieces: list[np.ndarray], codes: np.ndarray, factors: np.ndarray) ->
 
 
 def _shared_bands(sketches: np.ndarray, considered: np.ndarray) -> np.ndarray:
-    """bool [documents]: which of the considered ones have a band in common with an earlier one of them."""
+    """bool [documents]: which of the considered documents share a band with an earlier one of them."""
     similar = np.zeros(len(sketches), bool)
     for band in sketches.T:
         places = np.flatnonzero(considered & (band != 0))

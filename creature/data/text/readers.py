@@ -99,7 +99,7 @@ class Documents:
                     yield pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
                 else:
                     yield raw
-                while raw.read(CHUNK_BYTES):  # padding after the compressed data still belongs to the file's hash
+                while raw.read(CHUNK_BYTES):  # padding after the compressed data counts in the file's hash, too
                     pass
                 self.sha256 = metered.digest.hexdigest()
             except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
@@ -218,7 +218,7 @@ class Documents:
                     raise UserError(
                         f"{self.name} is not JSON at record {number + 1:,} ({reason}): repair it, or use .jsonl"
                     ) from error
-                # Perhaps the record is only cut off. Doubling what is there keeps the attempts at a long one few.
+                # The record may continue in the next chunks. Doubling the text keeps the attempts at a long record few.
                 text, start = text[start:], 0
                 wanted = 2 * max(len(text), CHUNK_BYTES)
                 parts = [text]
@@ -362,8 +362,8 @@ class _MeteredFile(io.RawIOBase):
 
 
 def _split_at_markers(chunks: Iterator[str]) -> Iterator[tuple[str, bool]]:
-    """Cut text at its marker lines, wherever the chunks happen to end."""
-    text, line_start = "", True  # text not yet given out, and whether it begins at the start of a line
+    """Cut text at its marker lines, which may lie across the ends of chunks."""
+    text, line_start = "", True  # text not yet yielded, and whether it begins at the start of a line
     for chunk in chunks:
         text, line_start = yield from _cut_markers(text + chunk, line_start, at_end=False)
     text, _ = yield from _cut_markers(text, line_start, at_end=True)
@@ -371,7 +371,7 @@ def _split_at_markers(chunks: Iterator[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _cut_markers(text: str, line_start: bool, at_end: bool) -> Generator[tuple[str, bool], None, tuple[str, bool]]:
-    """Give out all of `text` that is decided; return what has to wait for more, and whether that begins a line."""
+    """Yield as much of `text` as can hold no part of a marker; return the rest, and whether it begins a line."""
     done = 0
     hit = text.find(MARKER)
     while hit >= 0:
@@ -379,7 +379,7 @@ def _cut_markers(text: str, line_start: bool, at_end: bool) -> Generator[tuple[s
         rest = text[after : after + 2]
         starts_line = text[hit - 1] == "\n" if hit else line_start
         if starts_line and not at_end and rest in ("", "\r"):
-            break  # whether the line ends here is in the next chunk
+            break  # the next chunk shows whether the line ends here
         if starts_line and (rest in ("", "\r", "\r\n") or rest[0] == "\n"):
             yield _without_line_break(text[done:hit]), True
             done = min(len(text), after + (2 if rest[:1] == "\r" else 1))
@@ -387,11 +387,11 @@ def _cut_markers(text: str, line_start: bool, at_end: bool) -> Generator[tuple[s
             hit = text.find(MARKER, done)
         else:
             hit = text.find(MARKER, after)
-    wait = len(text) if at_end else _decided(text, done, line_start)
-    if wait > done:
-        yield text[done:wait], False
-        line_start = text[wait - 1] == "\n"
-    return text[wait:], line_start
+    end = len(text) if at_end else _end_of_decided(text, done, line_start)
+    if end > done:
+        yield text[done:end], False
+        line_start = text[end - 1] == "\n"
+    return text[end:], line_start
 
 
 def _without_line_break(text: str) -> str:
@@ -400,8 +400,8 @@ def _without_line_break(text: str) -> str:
     return text[:-1] if text.endswith("\n") else text
 
 
-def _decided(text: str, done: int, line_start: bool) -> int:
-    """Up to where `text` can be given out: before a line break that a marker may follow, if that is not yet known."""
+def _end_of_decided(text: str, done: int, line_start: bool) -> int:
+    """Where the rest of `text` begins that may be a marker once more text is there, its line break included."""
     line = MARKER + "\r"
     last = text.rfind("\n", max(done, len(text) - len(line) - 1))
     if last >= 0 and line.startswith(text[last + 1 :]):
@@ -412,12 +412,12 @@ def _decided(text: str, done: int, line_start: bool) -> int:
 
 
 def _dictionary_bytes(path: Path, chunk) -> int:
-    """The size of a column's dictionary unpacked, as its page says: the second number of Thrift's compact protocol."""
+    """Bytes of a column's dictionary unpacked: the second number of its page header, in Thrift's compact protocol."""
     numbers: list[int] = []
     with open(path, "rb") as file:
         file.seek(chunk.dictionary_page_offset or chunk.data_page_offset)
         header = iter(file.read(16))
-    for byte in header:  # 0x15 (the next field is an i32), then the number in groups of 7 bits, the lowest first
+    for byte in header:  # 0x15 (the next field is an i32), then the number in groups of 7 bits, lowest first
         if byte != 0x15:
             break
         shift, value, more = 0, 0, True

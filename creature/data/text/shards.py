@@ -1,8 +1,8 @@
-"""Tokens that datatrove made on many machines, as one corpus: its .ds files laid end to end, with a validation split.
+"""Tokens that datatrove wrote on many machines, as one corpus: its .ds files concatenated, with a validation split.
 
-datatrove's DocumentTokenizer writes a .ds file a task, flat ids in the order of the documents, and beside it a
-.ds.index: where each document ends. The result is what `tokenize_corpus` makes of the same documents but for the split,
-which goes by a hash of the ids here.
+datatrove's DocumentTokenizer writes for each task a .ds file, flat ids in the order of the documents, and a .ds.index,
+where each document ends. The result is what `tokenize_corpus` writes for the same documents, except that here a hash of
+a document's ids, not of its text, chooses its split.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from creature.errors import UserError
 from creature.files import replace_file, sha256_file
 
 HASHED = 1 << 14  # ids of a document's beginning that choose its split
-PIECE = 1 << 20  # about as many ids are in memory at a time, or one document
+PIECE = 1 << 20  # ids in memory at a time, about; or one document, if it is longer
 
 
 def collect_shards(
@@ -34,7 +34,7 @@ def collect_shards(
     progress: bool = True,
 ) -> dict:
     """
-    Make the .ds files in `folder` (and below), in order of their names, into `output`, a .bin; return its manifest.
+    Write the .ds files in `folder` (and below), in order of their names, to `output`, a .bin; return its manifest.
 
     Beside it appear, as `tokenize_corpus` writes them, the .valid.bin with `validation_fraction` of the documents and
     the .manifest.json. Raises UserError for files that are missing, cut off, of another tokenizer, or whose documents
@@ -73,7 +73,9 @@ def collect_shards(
                 documents[split] += int((splits == split).sum())
                 largest[split] = max(largest[split], int(own.max()))
         if not tokens[0]:
-            raise UserError(f"no document of {folder} is for training: lower --validation_fraction, or add documents")
+            raise UserError(
+                f"no document of {folder} fell into the training split: lower --validation_fraction, or add documents"
+            )
         manifest = {
             "format": "creature token corpus 1",
             "tokenizer": tokenizer_name,
@@ -112,7 +114,7 @@ def _pieces(files: list[Path], dtype: np.dtype, progress: bool):
             count = int(ends[-1]) if len(ends) else 0
             if count * dtype.itemsize != file.stat().st_size or (np.diff(ends, prepend=0) < 1).any():
                 raise UserError(
-                    f"{file} has {file.stat().st_size:,} bytes where its index speaks of {count:,} ids of "
+                    f"{file} has {file.stat().st_size:,} bytes where its index has {count:,} ids of "
                     f"{dtype.itemsize} bytes: it is cut off, or of another tokenizer"
                 )
             ids = np.memmap(file, dtype, "r") if count else np.empty(0, dtype)
@@ -136,7 +138,7 @@ def _check(ids: np.ndarray, ends: np.ndarray, size: int, end_of_text: int | None
 
 
 def _choose(ids: np.ndarray, ends: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """The split of each document, int64 [documents]: 1 for validation. Copies of a document land on the same side."""
+    """The split of each document, int64 [documents]: 1 for validation. Copies of a document get the same split."""
     key, limit = seed.to_bytes(8, "little", signed=True), int(fraction * 2**64)
     splits = np.zeros(len(ends), dtype=np.int64)
     if limit:

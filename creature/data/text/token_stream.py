@@ -16,24 +16,24 @@ from creature.errors import UserError, first_line
 logger = logging.getLogger(__name__)
 
 SCANNED_WHOLE = 64 << 20  # bytes up to which every id is checked at each opening, whatever a manifest says
-SAMPLE, SAMPLES = 1 << 16, 64  # bytes and places that stand for a large file's content
+SAMPLE, SAMPLES = 1 << 16, 64  # size of a sample of a large file (bytes to hash, ids to check), and their number
 HASHED_WHOLE = SAMPLE * SAMPLES  # bytes up to which a file's whole content is hashed
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Where tokens lie: one .bin, .npy or .pt, or the .arrow files of one split. It pickles as a few names."""
+    """The token ids of one split on disk: one .bin, .npy or .pt, or its .arrow files. Pickled, it is a few names."""
 
     kind: str  # bin, npy, pt or arrow
     files: tuple[str, ...]
-    dtype: str = "uint16"  # of a .bin; the others know their own
+    dtype: str = "uint16"  # of a .bin; the other files have theirs inside
 
     @property
     def name(self) -> str:
         return self.files[0] if self.kind != "arrow" else str(Path(self.files[0]).parent)
 
     def arrays(self) -> list[pa.Array]:
-        """The tokens as flat Arrow arrays over the mapped files. Nothing is read but headers."""
+        """The tokens as flat Arrow arrays over the mapped files. Only headers are read."""
         if self.kind == "arrow":
             return [flat_ids(chunk) for file in self.files for chunk in arrow_column(file).chunks]
         opened = {"bin": self._open_bin, "npy": self._open_npy, "pt": self._open_pt}[self.kind]()
@@ -51,16 +51,16 @@ class TokenStream:
         if size % width:
             raise UserError(
                 f"{self.name} has {size:,} bytes, which is no whole number of {self.dtype} tokens: "
-                "the file is cut off or not a token stream; copy it again or make it anew with tokenize_corpus.py"
+                "the file is cut off or not a token stream; copy it again, or write it again with tokenize_corpus.py"
             )
         return np.memmap(self.name, dtype=np.dtype(self.dtype).newbyteorder("<"), mode="r")
 
     def _open_npy(self) -> np.ndarray:
         try:
             array = np.load(self.name, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # of many types, a SyntaxError among them: the header is Python text
+        except Exception as error:  # of many types, SyntaxError among them: the header is Python text
             raise UserError(
-                f"{self.name} is not a plain .npy array ({first_line(error)}): save it anew with numpy.save"
+                f"{self.name} is not a plain .npy array ({first_line(error)}): save it again with numpy.save"
             ) from error
         if not isinstance(array, np.ndarray):
             raise UserError(f"{self.name} is an archive of arrays (.npz), not a .npy: save the one with numpy.save")
@@ -73,12 +73,12 @@ class TokenStream:
 
         try:
             with warnings.catch_warnings(), open(self.name, "rb") as file:
-                warnings.simplefilter("ignore")  # about pickles of other versions; what matters is said below
-                archive = file.read(4) == b"PK\x03\x04"  # the format before torch 1.6 is none, and cannot be mapped
+                warnings.simplefilter("ignore")  # about pickles of other versions
+                archive = file.read(4) == b"PK\x03\x04"  # before torch 1.6 it was none, and cannot be mapped
                 if archive and any(entry.compress_type for entry in zipfile.ZipFile(file).infolist()):
                     raise ValueError("it is compressed, which torch.save never does")
                 tensor = torch.load(self.name, map_location="cpu", weights_only=True, mmap=archive)
-        except Exception as error:  # of a dozen types, each of which means that it is not what torch.save wrote
+        except Exception as error:  # of a dozen types, each of which means that torch.save did not write the file
             raise UserError(
                 f"{self.name} is a pickle of something else than a tensor, or damaged; it was not executed: "
                 "save the token ids with torch.save(tensor, path)"
@@ -89,17 +89,17 @@ class TokenStream:
             )
         if tensor.is_floating_point() or tensor.is_complex():
             raise UserError(f"{self.name} holds {tensor.dtype} values, not token ids: store integers (uint16)")
-        # Made contiguous, a view of few numbers could fill any memory.
+        # A view repeats few numbers on disk: a contiguous copy of it could fill any memory.
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            raise UserError(f"{self.name} is no plain tensor with its numbers in order: torch.save(tensor.clone())")
+            raise UserError(f"{self.name} is no plain contiguous tensor: save it with torch.save(tensor.clone())")
         return tensor.detach().numpy()
 
     def check(self, vocab_size: int, manifest: dict | None) -> int:
         """
-        The number of tokens, after making sure that every id is in the vocabulary.
+        The number of tokens; UserError for an id outside the vocabulary, or a size other than the manifest's.
 
-        Every id is looked at (at the speed of the disk: 1 to 3 s per 10^9 tokens), unless the file is large and its
-        manifest knows its size and largest id: then samples have to do.
+        All ids are read (at the speed of the disk: 1 to 3 s per 10^9 tokens), but of a file above 64 MiB whose manifest
+        has the largest id, only samples.
         """
         arrays = self.arrays()
         tokens = sum(map(len, arrays))
@@ -110,17 +110,14 @@ class TokenStream:
                 "the file was changed or cut off; copy or tokenize it again, or delete the manifest"
             )
         size = sum(array.nbytes for array in arrays)
-        known = entry is not None and entry["largest_id"] < vocab_size
-        if not (known and size > SCANNED_WHOLE) and size > 4 << 30:
-            logger.warning("checking every token id of %s, %.1f GB; a manifest would spare this", self.name, size / 1e9)
-        position = 0
+        sampled = entry is not None and entry["largest_id"] < vocab_size and size > SCANNED_WHOLE
+        if not sampled and size > 4 << 30:
+            logger.warning("checking all %.1f GB of token ids of %s, which has no manifest", size / 1e9, self.name)
+        position, chunk = 0, 1 << 22
         for array in arrays:
             ids = array.to_numpy(zero_copy_only=True)
-            starts = range(0, len(ids), 1 << 22)
-            if known and size > SCANNED_WHOLE:
-                starts = range(0, len(ids), max(1 << 22, len(ids) // SAMPLES))
-            for start in starts:
-                length = SAMPLE if known and size > SCANNED_WHOLE else 1 << 22
+            step, length = (max(chunk, len(ids) // SAMPLES), SAMPLE) if sampled else (chunk, chunk)
+            for start in range(0, len(ids), step):
                 check_ids(ids[start : start + length], position + start, vocab_size, self.name)
             position += len(ids)
         return tokens
@@ -134,7 +131,7 @@ class TokenStream:
         return sum(len(array) // block_size for array in self.arrays())
 
     def fits(self, block_size: int) -> bool:
-        """Whether rows of `block_size` can be cut without one that spans two buffers."""
+        """Whether no row of `block_size` spans two buffers."""
         return all(len(array) % block_size == 0 for array in self.arrays()[:-1])
 
     def content_hash(self) -> str:
@@ -151,7 +148,7 @@ class TokenStream:
 
 
 def check_ids(ids: np.ndarray, position: int, vocab_size: int, name: str) -> None:
-    """UserError for the first id of a piece of `name`, which begins at `position`, that is not in the vocabulary."""
+    """Raise UserError for the first of `ids` outside the vocabulary; they begin at `position` of the file `name`."""
     if not len(ids):
         return
     low = int(ids.min()) if ids.dtype.kind == "i" else 0
@@ -159,7 +156,7 @@ def check_ids(ids: np.ndarray, position: int, vocab_size: int, name: str) -> Non
         where = int(np.argmax((ids >= vocab_size) | (ids < 0)))
         raise UserError(
             f"{name} has id {ids[where]} at position {position + where:,}, outside a vocabulary of {vocab_size:,}: "
-            "it was made with another tokenizer or dtype; tokenize the text again, or set vocab_size to fit"
+            "another tokenizer or dtype wrote it; tokenize the text again, or set vocab_size to fit"
         )
 
 
@@ -182,7 +179,7 @@ def arrow_column(file: str) -> pa.ChunkedArray:
     try:
         table = pa.ipc.open_stream(pa.memory_map(file)).read_all()
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file} is not a whole Arrow file ({error}): copy it again, or tokenize anew") from error
+        raise UserError(f"{file} is not a whole Arrow file ({error}): copy it again, or tokenize again") from error
     return table.column("input_ids")
 
 

@@ -47,7 +47,7 @@ def load_tokenizer(name_or_path: str = "gpt2") -> "PreTrainedTokenizerFast":
     from transformers import AddedToken, GPT2Tokenizer
 
     vocabulary, merges = _read_vocabulary()
-    # From parts, not from files: given vocab_file and merges_file, transformers 5 builds a tokenizer with one entry.
+    # Not from files: given vocab_file and merges_file, transformers 5 builds a tokenizer with one entry.
     tokenizer = GPT2Tokenizer(
         vocab=dict(vocabulary), merges=list(merges), padding_side="left", clean_up_tokenization_spaces=False
     )
@@ -61,7 +61,7 @@ def _load_other(name_or_path: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        # Said, not left out: at a terminal, transformers would otherwise ask whether to run the folder's code.
+        # Without this argument, transformers asks at a terminal whether to run the folder's code.
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:  # the Hub client raises a dozen unrelated types: all of them mean "not to be had"
         where = "the folder" if os.path.isdir(name_or_path) else "the folder or Hub name"
@@ -84,8 +84,8 @@ def load_encoding() -> "tiktoken.Encoding":
     vocabulary, merges = _read_vocabulary()
     to_byte = {character: byte for byte, character in enumerate(byte_characters())}
     ranks = {bytes(to_byte[c] for c in token): i for token, i in vocabulary.items() if token != END_OF_TEXT_TOKEN}
-    # tiktoken merges the pair of lowest id, GPT-2 the pair of lowest merge rank: the same thing only while the ids
-    # follow the merges, as they do in the published files.
+    # tiktoken merges the pair of lowest id, GPT-2 the pair of lowest merge rank: the same pair only if ids are in the
+    # order of the merges, as in the published files.
     assert all(vocabulary[left + right] == 256 + rank for rank, (left, right) in enumerate(merges))
     return tiktoken.Encoding(
         "gpt2",
@@ -132,8 +132,8 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     """
     What a model's configuration takes from its tokenizer: vocab_size and the ids of the special tokens.
 
-    NULL and padding get spare ids behind the tokenizer's own where it has no tokens for them; vocab_size is the next
-    multiple of 64, which is what matrix products are fast with.
+    A tokenizer without NULL or padding tokens gets spare ids behind its own; vocab_size is rounded up to a multiple of
+    64, for fast matrix products.
     """
     vocabulary = tokenizer.get_vocab()
     spare = max(vocabulary.values()) + 1
@@ -147,10 +147,10 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     """
-    A sha256 that tells two vocabularies apart: over the sorted entries and the merges.
+    A sha256 over the sorted vocabulary and the merges.
 
-    The same in every process and after save and load. Added special tokens (null, padding) do not count: they change
-    no id of ordinary text.
+    It is the same in every process and after save and load. Added special tokens (null, padding) are not hashed: they
+    change no id of ordinary text.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -185,7 +185,6 @@ def token_byte_lengths(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) ->
     for token, i in tokenizer.get_vocab().items():
         if i >= vocab_size or i in special:
             continue
-        # In a byte-level vocabulary one character is one byte; decoding would turn half a character into a
-        # replacement sign.
+        # In a byte-level vocabulary one character is one byte; decoding would turn half a character into U+FFFD.
         lengths[i] = len(token) if byte_level.issuperset(token) else len(tokenizer.decode([i]).encode("utf-8"))
     return lengths

@@ -1,4 +1,4 @@
-"""A tokenizer of one's own: byte-level BPE like GPT-2's, its merges learned from a corpus of any size."""
+"""Your own tokenizer: byte-level BPE like GPT-2's, its merges learned from a corpus of any size."""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from creature.data.text.corpus import read_pieces
+from creature.data.text.pieces import read_pieces
 from creature.data.text.tokenizer import END_OF_TEXT_TOKEN, NULL_TOKEN, PAD_TOKEN, load_tokenizer
 from creature.errors import UserError
 from creature.files import require_writable
@@ -31,13 +31,13 @@ def train_tokenizer(
     """
     Learn a byte-level BPE tokenizer from `inputs` (see creature.data.text.sources) and save it as the folder `output`.
 
-    The folder is what AutoTokenizer loads and `--tokenizer_name` takes. `vocab_size` counts the special tokens (end of
+    AutoTokenizer loads the folder, and `--tokenizer_name` takes it. `vocab_size` counts the special tokens (end of
     text, NULL, padding) and is rounded up to a multiple of 64, as a model's table is; a small corpus may give fewer.
-    `train_characters`: read no more than about so many. Text is split as GPT-2 splits it, so that a corpus is cut into
-    pieces for it at the same places.
+    `train_characters`: stop reading after about that many. Text is split as GPT-2 splits it, so that a corpus for this
+    tokenizer is cut into pieces at the same places.
 
-    Returns the vocabulary's size, the documents and characters read, and the bytes a token of the first piece of text
-    has. Raises UserError for bad input, a size out of range, and an output that exists (without `overwrite`).
+    Returns the vocabulary's size, the documents and characters read, and the bytes per token in the first piece of
+    text. Raises UserError for bad input, a size out of range, and an output that exists (without `overwrite`).
     """
     if not SMALLEST <= vocab_size <= LARGEST:
         raise UserError(f"--vocab_size {vocab_size:,} is not in {SMALLEST} to {LARGEST:,}: 4,096 to 65,536 are usual")
@@ -78,7 +78,7 @@ def _learn(texts: Iterator[list[str]], vocab_size: int) -> "PreTrainedTokenizerF
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.post_processor = processors.ByteLevel(trim_offsets=False)
-    # Every byte is in the vocabulary, seen or not: no text is without ids.
+    # Every byte is in the vocabulary, seen or not, so that every text has ids.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
