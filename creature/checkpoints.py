@@ -268,10 +268,9 @@ def rewind_metrics(folder: str | os.PathLike, step: int) -> list[dict]:
 
 def check_output(settings: Settings) -> None:
     """
-    Whether a run of these settings may have its output folder; changes nothing. UserError says what is there and what
-    to do.
+    UserError when a run of these settings must not write to its output folder; changes nothing.
 
-    A dry run takes a folder of its own kind; a new run takes a fresh one; a resumed run one that holds a run.
+    A new run needs an empty folder, a dry run an empty one or one of a dry run, a resumed run one that holds a run.
     """
     folder, dry_run = Path(settings.output_dir), settings.dry_run
     resume, overwrite = bool(settings.resume), settings.overwrite_output_dir
@@ -310,9 +309,10 @@ _locks: dict[tuple[int, int], int] = {}  # the folders that this process holds, 
 
 
 def lock_output(folder: str | os.PathLike) -> None:
-    """Make the folder and hold it for this process, however it ends; UserError when another run is writing there.
+    """
+    Create the folder and lock it until this process ends, in whatever way; UserError when another run is writing there.
 
-    A file system that knows no locks has none.
+    On a file system without locks nothing is locked.
     """
     status = os.stat(require_writable(folder))
     key = (status.st_dev, status.st_ino)
@@ -336,16 +336,16 @@ def unlock_inherited() -> None:
     _locks.clear()
 
 
-def claim_output(folder: str | os.PathLike, *, keep: bool) -> None:
-    """Make the folder ready for writing: what an earlier run left is deleted unless `keep` (a resumed run)."""
+def clear_output(folder: str | os.PathLike, *, keep: bool) -> None:
+    """Lock the folder and delete the run in it, unless `keep` (it is resumed), and the files that killed runs left."""
     folder = Path(folder)
     lock_output(folder)
     if not keep and (folder / RUN_FILE).exists():
         for path in folder.iterdir():
             if path.name not in (RUN_FILE, LOCK_FILE):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        (folder / RUN_FILE).unlink()  # last: a folder without it would not be ours to delete
-    shutil.rmtree(folder / WRITING_FOLDER, ignore_errors=True)  # what a killed writer left
+        (folder / RUN_FILE).unlink()  # last: without it the folder would not be recognised as a run
+    shutil.rmtree(folder / WRITING_FOLDER, ignore_errors=True)
     for path in folder.glob(".*.part"):
         path.unlink(missing_ok=True)
 
@@ -360,8 +360,8 @@ def require_space(folder: str | os.PathLike, checkpoint_bytes: int) -> None:
         )
 
 
-def choose_checkpoint(folder: str | os.PathLike, resume: str | bool, at_most: int | None) -> tuple[Path, list]:
-    """The checkpoint that --resume means (the newest whole one, or the one named); UserError when there is none."""
+def find_checkpoint(folder: str | os.PathLike, resume: str | bool, at_most: int | None) -> tuple[Path, list]:
+    """(the checkpoint of --resume: the one named or the newest complete one, [(name, reason)] of skipped ones)."""
     if isinstance(resume, str):
         named = Path(resume)
         if not re.fullmatch(r"checkpoint-\d{1,12}", named.name) or not named.is_dir():
@@ -371,15 +371,9 @@ def choose_checkpoint(folder: str | os.PathLike, resume: str | bool, at_most: in
         return named, []
     newest, skipped = newest_complete(folder, at_most)
     if newest is None:
-        reasons = "; ".join(f"{name}: {why}" for name, why in skipped)
+        reasons = f" ({'; '.join(f'{name}: {why}' for name, why in skipped)})" if skipped else ""
+        limit, remedy = "", "start afresh with --overwrite_output_dir"
         if at_most is not None:
-            raise UserError(
-                f"no complete checkpoint in {folder} from which a run of this --max_steps could go on, up to "
-                f"step {max(at_most, 0)}{f' ({reasons})' if reasons else ''}: keep the old --max_steps, or start "
-                "afresh with --overwrite_output_dir"
-            )
-        raise UserError(
-            f"no complete checkpoint in {folder} to resume{f' ({reasons})' if reasons else ''}: start afresh with "
-            "--overwrite_output_dir"
-        )
+            limit, remedy = f" up to step {max(at_most, 0)}", f"keep the old --max_steps, or {remedy}"
+        raise UserError(f"no complete checkpoint in {folder} to resume{limit}{reasons}: {remedy}")
     return newest, skipped

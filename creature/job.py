@@ -211,7 +211,7 @@ def open_folder(settings: Settings, args, run: dict, resumed: ResumedRun | None)
             raise UserError(
                 f"another run has been in {folder} since this one was started: look at it, then start again"
             )
-        checkpoints.claim_output(folder, keep=resumed is not None)
+        checkpoints.clear_output(folder, keep=resumed is not None)
         if resumed:
             set_aside_later(resumed)
             checkpoints.rewind_metrics(folder, resumed.step)

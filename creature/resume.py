@@ -71,7 +71,7 @@ def choose_checkpoint(resumed: ResumedRun, settings: Settings, steps: int, decay
             f"max_steps was {fixed['max_steps']} and is now {steps}, and the learning rate of a {fixed['schedule']} "
             "schedule would jump: resume with the old value, or --accept_changes"
         )
-    checkpoint, skipped = checkpoints.choose_checkpoint(resumed.folder, settings.resume, at_most)
+    checkpoint, skipped = checkpoints.find_checkpoint(resumed.folder, settings.resume, at_most)
     for name, why in skipped:
         print(f"skipped {name}: {why}", flush=True)
     step = checkpoints.step_of(checkpoint)

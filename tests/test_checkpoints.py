@@ -74,13 +74,13 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(tmp_path):
     make_checkpoint(tmp_path, 5, seal=False)
     assert checkpoints.newest_complete(tmp_path)[0] is None
     with pytest.raises(UserError, match="checkpoint-5: complete.json is missing"):
-        checkpoints.choose_checkpoint(tmp_path, True, None)
+        checkpoints.find_checkpoint(tmp_path, True, None)
     with pytest.raises(UserError, match="up to step 3: keep the old --max_steps"):
-        checkpoints.choose_checkpoint(tmp_path, True, 3)
+        checkpoints.find_checkpoint(tmp_path, True, 3)
     with pytest.raises(UserError, match="cannot be resumed"):
-        checkpoints.choose_checkpoint(tmp_path, str(tmp_path / "checkpoint-5"), None)
+        checkpoints.find_checkpoint(tmp_path, str(tmp_path / "checkpoint-5"), None)
     with pytest.raises(UserError, match="not a checkpoint folder"):
-        checkpoints.choose_checkpoint(tmp_path, str(tmp_path), None)
+        checkpoints.find_checkpoint(tmp_path, str(tmp_path), None)
 
 
 def test_rotation_keeps_the_newest_and_the_protected_and_never_counts_broken_ones(tmp_path):
@@ -206,9 +206,9 @@ def test_claiming_clears_an_old_run_and_keeps_a_resumed_one(tmp_path):
     make_checkpoint(tmp_path, 3)
     (tmp_path / checkpoints.WRITING_FOLDER).mkdir()
     (tmp_path / ".run.json.0a1b.part").touch()
-    checkpoints.claim_output(tmp_path, keep=True)
+    checkpoints.clear_output(tmp_path, keep=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "run.json"]
-    checkpoints.claim_output(tmp_path, keep=False)
+    checkpoints.clear_output(tmp_path, keep=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -223,13 +223,13 @@ def test_a_folder_that_another_process_writes_to_is_left_alone(tmp_path):
         assert holder.stdout.readline() == "held\n"
         for keep in (True, False):
             with pytest.raises(UserError, match="another run is writing"):
-                checkpoints.claim_output(tmp_path, keep=keep)
+                checkpoints.clear_output(tmp_path, keep=keep)
         assert (tmp_path / "run.json").exists()
     finally:
         holder.kill()
         holder.communicate()
-    checkpoints.claim_output(tmp_path, keep=True)
-    checkpoints.claim_output(tmp_path, keep=False)  # a process never locks itself out
+    checkpoints.clear_output(tmp_path, keep=True)
+    checkpoints.clear_output(tmp_path, keep=False)  # a process never locks itself out
 
 
 def test_a_run_that_came_and_went_after_the_folder_was_checked_is_noticed(tmp_path):
@@ -290,7 +290,7 @@ def test_a_disk_too_small_and_a_folder_that_cannot_be_written_are_refused_early(
         checkpoints.require_space(tmp_path, 10**9)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        checkpoints.claim_output(tmp_path / "file" / "run", keep=False)
+        checkpoints.clear_output(tmp_path / "file" / "run", keep=False)
 
 
 def test_sealing_covers_every_file_also_in_folders(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from test_run import MICRO
+from creatures import MICRO
 
 import run_clm_creature
 from benchmarks import endurance, torture

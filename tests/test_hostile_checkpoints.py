@@ -115,7 +115,7 @@ def ask_for(folder, resume: bool) -> None:
         return
     resumed = find_run(settings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "choose_checkpoint", lambda *_: (Path("checkpoint-1"), []))
+        patch.setattr(checkpoints, "find_checkpoint", lambda *_: (Path("checkpoint-1"), []))
         for steps in (8, 10, 12):
             choose_checkpoint(resumed, settings, steps, decay_steps=4)
     check_same_run(resumed, RUN["must_match"], accept_changes=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from creatures import GPT2, micro_model
+from creatures import GPT2, MICRO, micro_model
 from huggingface_hub import ModelCard
 from loopback_hub import loopback_hub
 from safetensors.torch import load_file
@@ -27,14 +27,9 @@ from creature.errors import UserError
 
 PROJECT = Path(modeling_creature.__file__).parent
 NAME = "someone/micro"
-MICRO = {
-    "model": dict(
-        vocab_size=50304, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, sense_hidden_size=8, vision_image_size=8, vision_patch_size=4,
-        vision_hidden_size=8, vision_num_layers=1, vision_num_heads=2, num_touch_points=8, touch_embedding_size=4,
-        num_audio_codebooks=2, audio_codebook_size=16, audio_code_size=8, depth_hidden_size=8, depth_num_layers=1,
-        depth_num_heads=2, num_joints=3, num_blend_shapes=4,
-    ),
+SETTINGS = {
+    "model": MICRO["model"]
+    | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=64, attention_dropout=0),
     "training": dict(
         tokens_per_step=128, per_device_train_batch_size=2, logging_steps=2, save_steps=6, eval_steps=6, max_steps=12,
         cpu_threads=1, output_dir="micro", push_to_hub=True, hub_model_id=NAME,
@@ -93,7 +88,7 @@ print("report: " + json.dumps(report))
 def hub(tmp_path_factory):
     """A hub to which a micro run has been pushed by the training job itself; `place` is where it ran."""
     place = tmp_path_factory.mktemp("run")
-    (place / "micro.yaml").write_text(yaml.safe_dump(MICRO))
+    (place / "micro.yaml").write_text(yaml.safe_dump(SETTINGS))
     write_story_corpus(place / "stories.txt", 4000, seed=0)
     with loopback_hub() as hub, pytest.MonkeyPatch.context() as patch:
         hub.place = place

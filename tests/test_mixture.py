@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from creatures import MICRO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_run import MICRO
 
 import run_clm_creature
 from creature import checkpoints

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from test_run import MICRO
+from creatures import MICRO
 
 nbformat = pytest.importorskip("nbformat")
 

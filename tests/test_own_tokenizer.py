@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from test_run import MICRO
+from creatures import MICRO
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_clm_creature

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from creatures import MICRO
 from safetensors.torch import load_file
 
 import run_clm_creature
@@ -18,19 +19,6 @@ from creature import checkpoints
 from creature.errors import UserError
 
 PROJECT = Path(run_clm_creature.__file__).parent
-MICRO = {
-    "model": dict(
-        vocab_size=50304, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=32, attention_dropout=0.1, sense_hidden_size=8, vision_image_size=8,
-        vision_patch_size=4, vision_hidden_size=8, vision_num_layers=1, vision_num_heads=2, num_touch_points=8,
-        touch_embedding_size=4, num_audio_codebooks=2, audio_codebook_size=16, audio_code_size=8,
-        depth_hidden_size=8, depth_num_layers=1, depth_num_heads=2, num_joints=3, num_blend_shapes=4,
-    ),
-    "training": dict(
-        tokens_per_step=128, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=3, save_steps=8,
-        eval_steps=100, warmup_steps=2, decay_steps=0.25, cpu_threads=1,
-    ),
-}  # fmt: skip
 
 
 @pytest.fixture

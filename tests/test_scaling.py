@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from creatures import MICRO
 from safetensors.torch import load_file
-from test_run import MICRO
 
 import run_clm_creature
 from creature import checkpoints

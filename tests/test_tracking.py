@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from test_run import MICRO
+from creatures import MICRO
 
 import run_clm_creature
 from creature import checkpoints, job
