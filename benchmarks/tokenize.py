@@ -1,9 +1,9 @@
 """Tokenizing speed: this library on one core and on all, against `datasets.map` with the stock tokenizer.
 
-  python benchmarks/tokenize.py                          # 20 MB of made-up stories
+  python benchmarks/tokenize.py                          # 20 MB of generated stories
   python benchmarks/tokenize.py --input books/ --megabytes 50
 
-Every way gets the same documents and has to give the same ids.
+Every row tokenizes the same documents and must give the same ids.
 """
 
 import sys
@@ -23,7 +23,7 @@ from creature.errors import UserError, run_main  # noqa: E402
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", help="text to tokenize (default: made-up stories)")
+    parser.add_argument("--input", nargs="+", help="text to tokenize (default: generated stories)")
     parser.add_argument("--megabytes", type=float, default=20, help="how much of it (default 20)")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Make one corpus of the tokens that datatrove has written on one machine or many.
+"""Collect the tokens that datatrove wrote, on one machine or many, into one corpus.
 
 examples:
   python scripts/collect_shards.py --input tokenized/ --output data/corpus.bin

@@ -4,8 +4,8 @@ examples:
   python scripts/inspect_corpus.py data/corpus.bin
   python scripts/inspect_corpus.py data/tinystories --split validation --samples 10 --output tinystories.png
 
-Documents, tokens, a histogram of the lengths, the most frequent tokens, duplicates and decoded samples of anything that
-run_clm_creature.py trains on. Prints a report and draws a figure. A corpus larger than the memory is no problem.
+Prints documents, tokens, the most frequent tokens, duplicates and decoded samples of anything that run_clm_creature.py
+trains on, and draws a histogram of the lengths. A corpus may be larger than the memory.
 """
 
 import argparse
@@ -25,13 +25,13 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("data", metavar="DATA", help="token file, Arrow folder, text file or folder, or Hub name")
     add("--split", choices=("train", "validation"), default="train", help="default train")
-    add("--tokenizer_name", default="gpt2", metavar="NAME", help="that of the corpus (default gpt2)")
-    add("--block_size", type=int, default=2048, metavar="N", help="to compare the lengths with (default 2048)")
+    add("--tokenizer_name", default="gpt2", metavar="NAME", help="tokenizer of the corpus (default gpt2)")
+    add("--block_size", type=int, default=2048, metavar="N", help="count the documents that are longer (default 2048)")
     add("--top", type=int, default=25, metavar="N", help="most frequent tokens shown (default 25)")
     add("--samples", type=int, default=5, metavar="N", help="documents shown (default 5)")
     add("--seed", type=int, default=0, help="another seed shows other documents (default 0)")
     add("--output", help="a .png, .svg or .pdf file (default: the name of DATA and .png, in this folder)")
-    add("--cache_dir", default="data", help="where text is kept once it is tokenized (default data)")
+    add("--cache_dir", default="data", help="folder for the tokens of text (default data)")
     arguments = parser.parse_args()
     for name, least in (("block_size", 2), ("top", 1), ("samples", 0)):
         if getattr(arguments, name) < least:
@@ -53,7 +53,7 @@ def main() -> None:
         raise UserError(f"{arguments.data} has no validation split of its own: leave out --split")
     tokenizer = load_tokenizer(arguments.tokenizer_name)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer {arguments.tokenizer_name!r} has no end-of-text token to tell documents by")
+        raise UserError(f"the tokenizer {arguments.tokenizer_name!r} has no end-of-text token, where documents end")
     stream.check(len(tokenizer), None)
     found = inspect_stream(stream, tokenizer.eos_token_id, len(tokenizer), progress=sys.stderr.isatty())
 

@@ -1,10 +1,10 @@
-"""Write a small English corpus of made-up children's stories, to try the library without a download.
+"""Write a small English corpus of generated children's stories, to try the library without a download.
 
 examples:
   python scripts/make_sample_corpus.py --tokens 300000 --output data/stories.txt
   python scripts/make_sample_corpus.py --tokens 10000000 --seed 7 --output data/more_stories.txt
 
-The same seed gives the same stories; no story comes twice. Lines that read <|endoftext|> stand between them.
+The same seed gives the same stories; no story occurs twice. Lines that read <|endoftext|> separate them.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from creature.errors import UserError, run_main  # noqa: E402
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=300_000, help="at least so many GPT-2 tokens (default 300000)")
+    parser.add_argument("--tokens", type=int, default=300_000, help="GPT-2 tokens to write, at least (default 300000)")
     parser.add_argument("--output", default="data/stories.txt", help="a text file (default data/stories.txt)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed tells other stories (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other stories (default 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Turn text into tokens to train on.
+"""Tokenize text into a corpus to train on.
 
 examples:
   python scripts/tokenize_corpus.py --input books/ --output data/corpus.bin
@@ -9,9 +9,9 @@ examples:
 
 Reads .txt, .md, .jsonl, .json, .csv, .tsv and .parquet files, plain or as .gz, .bz2, .xz, .zst, and datasets on the
 Hub (owner/name, owner/name:configuration:split, or a folder laid out as one), as a stream. A file of plain text is one
-document, or several with lines that read <|endoftext|> between them; an end-of-text token follows each. Memory stays
-small whatever the size of the input. Writes corpus.bin (uint16 ids), corpus.valid.bin and corpus.manifest.json, or an
-Arrow folder.
+document, or several separated by lines that read <|endoftext|>; an end-of-text token follows each. Memory stays small
+whatever the size of the input. Writes corpus.bin (uint16 ids), corpus.valid.bin and corpus.manifest.json, or an Arrow
+folder.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
         *spellings("train_tokens"),
         type=int,
         metavar="N",
-        help="stop after so many training tokens, and read the input no further",
+        help="stop after that many training tokens, and read the input no further",
     )
     add("--overwrite", action="store_true", help="replace an output that exists")
     return parser.parse_args()
@@ -82,7 +82,7 @@ def report(arguments: argparse.Namespace, manifest: dict) -> None:
     for name, entry in manifest["splits"].items():
         rows.append((name, f"{entry['tokens']:,} tokens in {entry['documents']:,} documents: {entry['file']}"))
     if manifest["validation_fraction"] and "validation" not in manifest["splits"]:
-        rows.append(("validation", "no document fell into it; training holds out the end of the token stream"))
+        rows.append(("validation", "no document fell into it; a run holds out the end of the token stream"))
     for name in ("empty_documents", "forced_cuts", "repaired_records", "files_left_out"):
         if manifest[name]:
             rows.append((name.replace("_", " "), f"{manifest[name]:,}"))

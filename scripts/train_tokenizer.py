@@ -7,8 +7,8 @@ examples:
   python scripts/tokenize_corpus.py --input books/ --tokenizer_name data/tokenizer --output data/corpus.bin
 
 Takes the input that tokenize_corpus.py takes, and writes a folder that AutoTokenizer loads. Give that folder to
-tokenize_corpus.py and to run_clm_creature.py as --tokenizer_name; the model's vocab_size follows it. Every text has ids
-and comes back byte for byte, whatever language the tokenizer was trained on.
+tokenize_corpus.py and to run_clm_creature.py as --tokenizer_name; the model takes its vocab_size from it. Any text can
+be encoded and decodes to the same bytes, whatever language the tokenizer was trained on.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
         *spellings("train_characters"),
         type=int,
         metavar="N",
-        help="learn from about the first so many characters; 1 to 10 billion are plenty (default: all)",
+        help="learn from about the first N characters; 1 to 10 billion are plenty (default: all)",
     )
     add("--overwrite", action="store_true", help="replace a tokenizer that exists")
     return parser.parse_args()
