@@ -21,7 +21,7 @@ from creature.trainer import CreatureTrainer
 
 SAMPLES = 3  # of the model card
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50}
-# What stays here when a run is pushed: what only a resume needs, and the ways to files on this machine.
+# Not pushed: what only a resume needs, and run.json, which has paths of this machine.
 NOT_PUSHED = ["checkpoint-*", f"{checkpoints.REPLACED}-*", checkpoints.RUN_FILE, ".*"]
 
 
@@ -49,7 +49,7 @@ def finish(trainer: CreatureTrainer, settings: Settings, train_blocks, run: dict
     if stopped:
         if trainer.is_world_process_zero():
             checkpoints.update_run(folder, status="stopped", steps_done=step)
-            print(f"stopped after step {step:,} and saved; go on with: {resume_command(run['command'])}", flush=True)
+            print(f"stopped after step {step:,} and saved; resume with: {resume_command(run['command'])}", flush=True)
         return
     _publish(trainer, folder)
     if not trainer.is_world_process_zero():
@@ -75,13 +75,13 @@ def finish(trainer: CreatureTrainer, settings: Settings, train_blocks, run: dict
 
 
 def _publish(trainer: CreatureTrainer, folder: Path) -> None:
-    """Put the final model and its tokenizer into the folder of the run, file by file, each whole."""
+    """Write the final model and its tokenizer aside, then move each file into the folder of the run."""
     aside = folder / checkpoints.WRITING_FOLDER
     with explain_write_errors(folder, lambda: resume_hint(folder)):
-        trainer.save_model(str(aside), _internal_call=True)  # is not pushed from here: the card is still missing
+        trainer.save_model(str(aside), _internal_call=True)  # without a push: the card is still missing
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
-            (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
+            (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nothing reads
             checkpoints.unify_modes(aside)
             for path in sorted(aside.iterdir()):
                 os.replace(path, folder / path.name)
@@ -90,7 +90,7 @@ def _publish(trainer: CreatureTrainer, folder: Path) -> None:
 
 
 def _push(trainer: CreatureTrainer, folder: Path) -> None:
-    """Upload the finished folder of the run, card and plots too; a failure costs nothing but the upload."""
+    """Upload the finished folder of the run with card and plots; a failure is printed with the command to repeat it."""
     args = trainer.args
     name = trainer.hub_model_id
     try:
@@ -107,7 +107,7 @@ def _push(trainer: CreatureTrainer, folder: Path) -> None:
 
 
 def _plain_model(trainer: CreatureTrainer, folder: Path):
-    """The trained model without wrappers and autocast; where FSDP has it in pieces, the one that was just published."""
+    """The trained model without wrappers and autocast; under FSDP, which shards it, the one that was just saved."""
     if trainer.is_fsdp_enabled:
         return load_model(folder, str(trainer.args.device))
     return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
@@ -132,12 +132,12 @@ def _plot(folder: Path) -> None:
     try:
         plot_runs([folder], folder / "loss.png")
         plot_runs([folder], folder / "throughput.png", ("tokens_per_second", "mfu"))
-    except Exception as error:  # a picture is not worth a finished run
+    except Exception as error:  # the run is finished, with or without plots
         print(f"no plots were drawn: {error}", flush=True)
 
 
 def resume_command(command: str) -> str:
-    """The command of a run with --resume; flags that began it afresh are left out."""
-    fresh = {"--overwrite_output_dir", "--overwrite-output-dir", "--accept_changes", "--accept-changes"}
-    words = [word for word in shlex.split(command) if word not in fresh]
+    """The command of a run with --resume; flags that only a new run takes are left out."""
+    new_run_only = {"--overwrite_output_dir", "--overwrite-output-dir", "--accept_changes", "--accept-changes"}
+    words = [word for word in shlex.split(command) if word not in new_run_only]
     return shlex.join(words if "--resume" in words else [*words, "--resume"])

@@ -88,7 +88,11 @@ def build_arguments(settings: Settings, plan: Plan, resumed: ResumedRun | None) 
         raise UserError("nothing says how long to train: give --max_steps or --num_train_epochs")
     try:
         args = CreatureTrainingArguments(**values)
-    except (ValueError, TypeError, NotImplementedError) as error:  # the last one from accelerate, of what it lacks
+    except (
+        ValueError,
+        TypeError,
+        NotImplementedError,
+    ) as error:  # the last is accelerate's
         raise UserError(f"the training section is not valid: {error}") from error
     _check_trackers(args.report_to)
     if args.matrix_learning_rate and "optim" in settings.given:
@@ -99,7 +103,7 @@ def build_arguments(settings: Settings, plan: Plan, resumed: ResumedRun | None) 
     if args.sample_steps and sharded(training):
         raise UserError("--sample_steps needs the whole model in one process, and FSDP spreads it: leave it out")
     if args.n_gpu > 1:
-        args._n_gpu = 1  # nn.DataParallel would count the batch differently
+        args._n_gpu = 1  # else the Trainer uses nn.DataParallel, which counts the batch differently
     if plan.threads:
         torch.set_num_threads(plan.threads)
     transformers.utils.logging.disable_progress_bar()  # of writing and reading model files
@@ -109,7 +113,7 @@ def build_arguments(settings: Settings, plan: Plan, resumed: ResumedRun | None) 
 def _check_trackers(names: list[str]) -> None:
     try:
         for tracker in get_reporting_integration_callbacks(names):
-            tracker()  # each looks for its library
+            tracker()  # raises where its library is missing
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(
             f"--report_to {' '.join(names)} does not work here ({first_line(error)}): install what is missing, or "
@@ -191,8 +195,8 @@ def build_model(config: CreatureConfig, seed: int) -> MultiModalCreature:
     model = MultiModalCreature(config)
     streams = tuple(name for name, weight in config.loss_weights.items() if weight)
     model.train_only(senses=("internal_voice",), streams=streams)
-    # Saved as generation_config.json: a small model that always takes the likeliest token goes round in circles, and
-    # servers use the temperature of a request only where the model samples.
+    # Saved as generation_config.json: a small model repeats itself under greedy decoding, and servers use the
+    # temperature of a request only where the model samples.
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = transformers.GenerationConfig(**ids, **SAMPLING)
     return model
@@ -245,7 +249,7 @@ def build_trainer(
     trainer.add_callback(MetricsFile(args.output_dir, resumed.seconds_trained if resumed else 0.0))
     trainer.add_callback(FirstStep())
     trainer.add_callback(ConsoleLog(throughput, bar=False if args.disable_tqdm else None))
-    scaled_down = settings.dry_run and args.device.type == "cpu"  # its speed says nothing
+    scaled_down = settings.dry_run and args.device.type == "cpu"  # too slow to judge its speed
     trainer.add_callback(HealthAdvice(min_samples_per_second=0.0 if scaled_down else 5.0))
     if run["decay_start"] and not settings.dry_run:
         trainer.protected_steps.add(run["decay_start"])
@@ -257,10 +261,10 @@ def build_trainer(
 
 
 def train(trainer: CreatureTrainer, plan: Plan, resumed: ResumedRun | None) -> None:
-    """Train to the end or to a signal; running out of memory ends in a sentence that names the batch that would fit."""
+    """Train to the end or to a signal; out of memory ends in a UserError that names the batch that would fit."""
     try:
         if resumed and resumed.step >= trainer.args.max_steps > 0:
-            trainer.load_finished(resumed.checkpoint)  # only its end was lost
+            trainer.load_finished(resumed.checkpoint)  # only evaluation or final model are missing
         else:
             trainer.train(resume_from_checkpoint=str(resumed.checkpoint) if resumed else None)
         if trainer.state.global_step >= trainer.state.max_steps:

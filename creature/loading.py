@@ -68,9 +68,9 @@ def load_config(folder: str | Path) -> "CreatureConfig":
 
 def check_weights(folder: str | Path, config: "CreatureConfig | None" = None) -> None:
     """
-    UserError where an index of weights names files outside its folder, or the weights are fewer than `config` says.
+    UserError where an index of weights names files outside its folder, or there are fewer weights than `config` says.
 
-    The second before a model is built: a config.json of a few bytes may speak of more parameters than any memory holds.
+    A config.json of a few bytes can ask for more parameters than any memory holds, so this comes before the model.
     """
     folder, files = Path(folder), {"model.safetensors"}
     if (folder / WEIGHT_INDEX).is_file():
@@ -83,16 +83,16 @@ def check_weights(folder: str | Path, config: "CreatureConfig | None" = None) ->
     if config is None:
         return
     stored = sum((folder / name).stat().st_size for name in files if (folder / name).is_file())
-    least = (  # of the parameters; to count all of them, a model would have to be built
+    least = (  # a lower bound: counting all parameters would take a model
         config.hidden_size * (config.vocab_size + 2 * config.num_hidden_layers * config.intermediate_size)
         + config.vision_num_layers * config.vision_hidden_size**2
         + config.depth_num_layers * config.depth_hidden_size**2
         + config.num_audio_codebooks * config.audio_codebook_size
         + config.num_touch_points
     )
-    if least > stored:  # a parameter takes more than a byte
+    if least > stored:  # every parameter takes more than a byte
         raise UserError(
-            f"the model in {folder} cannot be loaded (config.json speaks of more than {least:,} parameters, and the "
+            f"the model in {folder} cannot be loaded (config.json has more than {least:,} parameters, and the "
             f"weights have {stored:,} bytes): use another checkpoint"
         )
 
@@ -136,9 +136,9 @@ def ids_without_text(config: "CreatureConfig", tokenizer: "PreTrainedTokenizerBa
     return sorted((spare | {config.null_token_id, config.pad_token_id}) - {None, config.eos_token_id})
 
 
-def load_own_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
+def load_saved_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer saved with a model, or with the run around a checkpoint, or GPT-2's where none was saved."""
-    # AutoTokenizer looks at the configuration too, and asks for trust in remote code where it does not know the type.
+    # AutoTokenizer reads the configuration too, and asks for trust_remote_code where its type is not registered.
     import modeling_creature  # noqa: F401
     from creature.data.text.tokenizer import load_tokenizer
 

@@ -1,4 +1,4 @@
-"""From the settings to what this machine does with them: device, precision, compiling, batch, rate and threads."""
+"""The plan of a run, from its settings and this machine: device, precision, compiling, batch, rate and threads."""
 
 import math
 import os
@@ -13,7 +13,7 @@ from creature.optimizer import width_learning_rate
 from creature.resume import ResumedRun
 from creature.settings import Settings
 
-# Shorter steps of a GPU wait for Python and its launches where the host is slow (docs/experiments.md).
+# With shorter steps, a GPU waits for Python to launch its kernels where the host is slow (docs/experiments.md).
 RECORDED_SECONDS = 0.1
 
 
@@ -58,7 +58,7 @@ def plan_run(settings: Settings, config, resumed: ResumedRun | None = None) -> P
         fits=lambda: fit_micro_batch(config, block_size, device, precision, compiled=compiled),
     )  # fmt: skip
     mode = training.get("torch_compile_mode")
-    # Recomputed layers have two names: transformers 5.23 calls them otherwise than 5.17.
+    # transformers 5.17 says gradient_checkpointing, 5.23 activation_checkpointing.
     others = ("torch_compile_mode", "torch_compile_backend", "activation_checkpointing", "gradient_checkpointing")
     plain = compiled and world_size == 1 and not sharded(training) and not any(training.get(name) for name in others)
     form = (micro, block_size, accumulation, settings.data.separate_documents)
@@ -172,7 +172,7 @@ def _find_precision(training: dict, device: Device) -> tuple[str, str]:
 
 
 def _find_compiler(training: dict, device: Device) -> tuple[bool, str, str | None]:
-    """(whether steps are compiled, the reason, a note where that was not to be expected)."""
+    """(whether steps are compiled, the reason, a note where compiling was wanted and does not work)."""
     from creature.compiling import use_plain_kernels
 
     asked = training.get("torch_compile")
@@ -199,7 +199,7 @@ def graphs_pay(
 ) -> bool:
     """
     Whether compiled steps of one process are worth recording as CUDA graphs (torch.compile's "reduce-overhead"): the
-    device is so fast that a slow host would hold it up, has room to spare, and the steps have the form measured so.
+    step is so short that the GPU would wait for a slow host, twice the memory is there, and nothing is accumulated.
     """
     speed = tokens_per_second(config, block_size, device.name) if device.kind == "cuda" else None
     if speed is None or accumulation > 1 or separate_documents or micro_batch * block_size / speed >= RECORDED_SECONDS:

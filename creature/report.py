@@ -1,4 +1,4 @@
-"""What a run says about itself: run.json, and the same as a table, once, at the start."""
+"""The description of a run: run.json, and the same as a table at the start."""
 
 import hashlib
 import json
@@ -19,10 +19,9 @@ from creature.settings import PROJECT, Settings
 from creature.trainer import halved_steps, schedule_steps
 from losses_creature import float8_suits
 
-# Times that a text can be seen before seeing it again stops helping (Muennighoff et al. 2023, "Scaling Data-Constrained
-# Language Models").
+# Epochs up to which repeated text helps (Muennighoff et al. 2023, "Scaling Data-Constrained Language Models").
 REPEATS = 4
-# What a resumed run must agree with, beside what `must_match` adds.
+# What a resumed run must agree with; `must_match` adds the rest.
 FIXED_OF_PLAN = ("tokens_per_step", "micro_batch", "accumulation", "world_size", "block_size", "precision")
 FIXED_OF_ARGS = (
     "seed", "data_seed", "learning_rate", "matrix_learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon",
@@ -54,12 +53,12 @@ def must_match(settings: Settings, plan: Plan, args, config, data_info: dict, st
 
 
 def _can_halve(settings: Settings, plan: Plan) -> bool:
-    """Whether a batch can be two updates here: see `CreatureTrainer._batch_is_halved`."""
+    """Whether a step can be two updates here: see `CreatureTrainer._batch_is_halved`."""
     return plan.micro_batch * plan.accumulation > 1 and plan.precision != "fp16" and not sharded(settings.training)
 
 
 def _float8_head(plan: Plan, config) -> bool:
-    """Whether the head's products can be made in float8 on this device."""
+    """Whether this device can compute the head in float8."""
     on_gpu = plan.device.kind == "cuda" and torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     return float8_suits(device, config.vocab_size, config.hidden_size)

@@ -10,7 +10,7 @@ class CreatureTrainingArguments(TrainingArguments):
     """
     TrainingArguments with the defaults of training a small creature from scratch.
 
-    A batch is thought of in tokens: `tokens_per_step` is what one optimizer step sees, `per_device_train_batch_size`
+    The batch is counted in tokens: `tokens_per_step` is what one optimizer step sees, `per_device_train_batch_size`
     is what fits the machine, and `gradient_accumulation_steps` follows from the two and the number of processes.
     """
 
@@ -31,7 +31,7 @@ class CreatureTrainingArguments(TrainingArguments):
         default=0.03,
         metadata={"help": "Peak learning rate of Muon, for the matrices of the body; 0 leaves them to --optim too."},
     )
-    # A finished run can be extended: its stable phase goes on where the decay began (Hu et al. 2024, "MiniCPM").
+    # A finished run can be extended from where the decay began (Hu et al. 2024, "MiniCPM").
     lr_scheduler_type: str = field(
         default="warmup_stable_decay",
         metadata={"help": "Schedule of the learning rate; warmup_stable_decay can be extended later."},
@@ -67,18 +67,18 @@ class CreatureTrainingArguments(TrainingArguments):
     )
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
     eval_steps: float | None = field(default=1000, metadata={"help": "Evaluate every so many steps."})
-    # Predictions leave the GPU before they become many.
+    # Moves predictions off the GPU before they fill its memory.
     eval_accumulation_steps: int | None = field(
         default=16, metadata={"help": "Evaluation batches whose predictions stay on the device."}
     )
-    # Without a seed of its own, a resumed run would shuffle by the seed of the moment.
+    # If None, a resumed run would shuffle by torch's current seed.
     data_seed: int | None = field(default=42, metadata={"help": "Seed of the order of the samples."})
     report_to: None | str | list[str] = field(
         default="none", metadata={"help": "Trackers to report to, such as tensorboard or wandb."}
     )
     # The Trainer takes every forward parameter with "label" in its name for required otherwise.
     label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Never: fixed."})
-    # Before its end a run has no model card, and the Trainer would push its arguments, a pickle, beside the model.
+    # Earlier pushes of the Trainer have no model card, and contain its arguments as a pickle.
     hub_strategy: str = field(default="end", metadata={"help": "When --push_to_hub pushes: end, the whole folder."})
     sample_steps: int = field(
         default=0, metadata={"help": "Print a continuation of --prompt every so many steps; 0 for none."}

@@ -30,11 +30,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from creature.loading import find_model, load_own_tokenizer, load_to_generate
+    from creature.loading import find_model, load_saved_tokenizer, load_to_generate
 
     folder = find_model(arguments.checkpoint)
     model, _ = load_to_generate(folder, arguments.device)
-    page = build_page(model, load_own_tokenizer(folder), folder)
+    page = build_page(model, load_saved_tokenizer(folder), folder)
     print(f"the page is at {launch(page, arguments.host, arguments.port)} until Ctrl+C", flush=True)
     page.block_thread()
 

@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from creature.loading import find_model, load_config, load_own_tokenizer
+    from creature.loading import find_model, load_config, load_saved_tokenizer
 
     folders = find_all(arguments.checkpoint) if arguments.all else [(0, find_model(arguments.checkpoint))]
     import transformers
@@ -68,7 +68,7 @@ def main() -> None:
     device = device_info(arguments.device)
     arguments.batch_size = arguments.batch_size or (1 if device.kind == "cpu" else 16)
     config = load_config(folders[0][1])
-    tokenizer = load_own_tokenizer(folders[0][1])
+    tokenizer = load_saved_tokenizer(folders[0][1])
     if arguments.documents:
         report_documents(folders[0][1], config, tokenizer, device, arguments)
         return

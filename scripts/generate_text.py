@@ -53,14 +53,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from creature.loading import find_model, ids_without_text, load_own_tokenizer, load_to_generate
+    from creature.loading import find_model, ids_without_text, load_saved_tokenizer, load_to_generate
 
     folder = find_model(arguments.checkpoint)
     import torch
     import transformers
 
     model, device = load_to_generate(folder, arguments.device)
-    tokenizer = load_own_tokenizer(folder)
+    tokenizer = load_saved_tokenizer(folder)
     ids = tokenizer(arguments.prompt, add_special_tokens=False)["input_ids"] or [model.config.bos_token_id]
     context = model.config.max_position_embeddings
     if len(ids) >= context:

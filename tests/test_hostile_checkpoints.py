@@ -268,7 +268,7 @@ def test_an_index_of_weights_cannot_leave_its_folder(trained, tmp_path):
 
 
 def test_code_in_a_folder_of_a_model_or_tokenizer_is_not_run(trained, tmp_path):
-    from creature.loading import load_own_tokenizer
+    from creature.loading import load_saved_tokenizer
 
     folder = tmp_path / "model"
     folder.mkdir()
@@ -282,5 +282,5 @@ def test_code_in_a_folder_of_a_model_or_tokenizer_is_not_run(trained, tmp_path):
     tokenizer = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     (folder / "tokenizer_config.json").write_text(dumped(tokenizer))
     answer(load, folder)
-    assert answer(load_own_tokenizer, folder)
+    assert answer(load_saved_tokenizer, folder)
     assert not (tmp_path / "trapped").exists()

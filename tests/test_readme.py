@@ -143,7 +143,7 @@ def test_the_commands_of_both_pages_run(place, environment):
     assert "dry run passed" in outputs[f"{FULL_RUN} --dry_run"]
     assert "not ready" not in outputs["python scripts/check_environment.py --data data/corpus.bin"]
     if os.name == "posix":
-        assert f"go on with: {FULL_RUN} --resume" in outputs[FULL_RUN]
+        assert f"resume with: {FULL_RUN} --resume" in outputs[FULL_RUN]
         assert f"finished {TINY_STEPS} steps" in outputs[f"{FULL_RUN} --resume"]
     assert f"finished {TINY_STEPS + 8} steps" in outputs[f"{FULL_RUN} --resume --max_steps 62500"]
     assert "Once upon a time" in outputs[real_run[-1]]

@@ -119,7 +119,7 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_the_same_log(place, monke
     original = StopSignals.on_step_end
     monkeypatch.setattr(StopSignals, "on_step_end", stop)
     run(monkeypatch, "--max_steps", 12, "--output_dir", "broken")
-    assert "stopped after step 5 and saved; go on with: " in capsys.readouterr().out
+    assert "stopped after step 5 and saved; resume with: " in capsys.readouterr().out
     assert json.loads(Path("broken/run.json").read_text())["status"] == "stopped"
     monkeypatch.setattr(StopSignals, "on_step_end", original)
     process = None
@@ -283,7 +283,7 @@ def test_sigterm_saves_and_leaves_with_0_and_the_way_to_go_on(place):
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert "saved; go on with:" in output and "--resume" in output
+    assert "saved; resume with:" in output and "--resume" in output
     newest, skipped = checkpoints.newest_complete("run")
     assert newest is not None and not skipped
 
