@@ -41,7 +41,7 @@ TOKENS = np.random.default_rng(0).integers(0, 50257, 400).astype("<u2")
 
 
 def open_tokens(path, block_size=64):
-    """Open, and read every row: a file that is taken has to be readable to the end."""
+    """Open, and read every row: a file that is accepted must be readable to the end."""
     splits, _ = load_data(DataArguments(str(path), cache_dir=str(path.parent / "cache")), block_size, 50304)
     for rows in splits.values():
         ids = np.asarray(rows["input_ids"][:])
@@ -65,7 +65,7 @@ def token_file(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["bin", "npy", "pt", "old.pt"])
-def test_a_damaged_token_file_is_taken_or_told(kind, tmp_path):
+def test_a_damaged_token_file_is_accepted_or_refused_in_words(kind, tmp_path):
     @examples(60)
     @given(damaged(token_file(kind)))
     def check(data):
@@ -96,7 +96,7 @@ MANIFEST = {
 }
 
 
-def test_a_damaged_manifest_is_taken_or_told(tmp_path):
+def test_a_damaged_manifest_is_accepted_or_refused_in_words(tmp_path):
     TOKENS.tofile(tmp_path / "a.bin")
     from creature.data.text.tokenizer import gpt2_hash
 
@@ -112,7 +112,7 @@ def test_a_damaged_manifest_is_taken_or_told(tmp_path):
     check()
 
 
-def test_a_damaged_arrow_folder_is_taken_or_told(tmp_path):
+def test_a_damaged_arrow_folder_is_accepted_or_refused_in_words(tmp_path):
     good = tmp_path / "good"
     datasets.Dataset.from_dict({"input_ids": [[1, 2, 3, 4] * 16] * 20}).save_to_disk(good)
     contents = {path.name: path.read_bytes() for path in good.iterdir()}
@@ -147,7 +147,7 @@ GOOD_TEXT = {
 
 
 @pytest.mark.parametrize("name", GOOD_TEXT)
-def test_damaged_text_is_taken_or_told(name, tmp_path):
+def test_damaged_text_is_accepted_or_refused_in_words(name, tmp_path):
     deep = [b"[" * 100_000, b'{"text":' * 100_000, b'{"text": ' + b"1" * 5000 + b"}", b'{"' + b"x" * 99_999 + b'": 1}']
 
     @examples(40)
@@ -161,7 +161,7 @@ def test_damaged_text_is_taken_or_told(name, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a pipe among the files is a thing of POSIX")
-def test_what_is_no_file_in_a_folder_is_left_out(tmp_path):
+def test_pipes_devices_and_links_in_a_folder_are_left_out(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "a.txt").write_text("some words")
@@ -176,7 +176,7 @@ def test_what_is_no_file_in_a_folder_is_left_out(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are Unicode")
-def test_a_file_name_that_is_not_unicode_is_taken(tmp_path):
+def test_a_file_name_that_is_not_unicode_is_accepted(tmp_path):
     name = os.fsdecode(b"caf\xe9.txt")
     (tmp_path / name).write_text("some words")
     manifest = tokenize_corpus([str(tmp_path)], str(tmp_path / "out.bin"), progress=False, workers=1)
@@ -187,7 +187,7 @@ def test_a_file_name_that_is_not_unicode_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["~nobody-of-this-name/x.bin", "a\0b", "a\0*", "\udcff/x", "x" * 5000, "**", "a/b\n"])
-def test_a_name_that_cannot_be_is_told(name, tmp_path, monkeypatch):
+def test_an_impossible_name_is_refused_in_words(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
     for work in (
@@ -243,7 +243,7 @@ def settle(argv) -> None:
     build_config(settings.parse_settings(argv))
 
 
-def test_a_damaged_yaml_file_is_taken_or_told(tmp_path, monkeypatch, fields_once):
+def test_a_damaged_yaml_file_is_accepted_or_refused_in_words(tmp_path, monkeypatch, fields_once):
     monkeypatch.chdir(tmp_path)
     good = Path(__file__).parent.parent / "configs" / "small_config.yaml"
     good = "".join(line for line in good.read_text().splitlines(True) if not line.startswith("#"))
@@ -280,14 +280,14 @@ WORDS += ["{internal_text: -0x" + "f" * 6000 + "}", "{? !!set {a} : 1}", "[!!tim
 
 @examples(100)
 @given(argv=st.lists(st.sampled_from(FLAGS) | st.sampled_from(WORDS) | st.text(max_size=8), max_size=6))
-def test_any_command_line_is_taken_or_told(fields_once, argv):
-    told = []
+def test_any_command_line_is_accepted_or_refused_in_words(fields_once, argv):
+    printed = []
     with pytest.MonkeyPatch.context() as patch, no_hang():
-        patch.setattr(sys, "stderr", type("Sink", (), {"write": told.append, "flush": lambda self: None})())
+        patch.setattr(sys, "stderr", type("Sink", (), {"write": printed.append, "flush": lambda self: None})())
         patch.setattr(sys, "stdout", type("Sink", (), {"write": lambda *_: None, "flush": lambda self: None})())
         with pytest.raises(SystemExit) as end:
             run_main(lambda: settle(argv))
-    text = "".join(told)
+    text = "".join(printed)
     assert end.value.code in (0, 1, 2)
     if end.value.code == 1:
         assert text.startswith("error: ") and text.count("\n") == 1 and text[:-1].isprintable() and len(text) < 5000
@@ -307,7 +307,7 @@ def test_any_command_line_is_taken_or_told(fields_once, argv):
         ([["a", "b"]], "is of type list<.*>, not text"),
     ],
 )
-def test_a_parquet_column_that_cannot_be_text_is_told_as_such(tmp_path, monkeypatch, column, words):
+def test_a_parquet_column_that_cannot_be_text_is_refused_in_words(tmp_path, monkeypatch, column, words):
     monkeypatch.setattr(readers, "MAX_RECORD", 1000)
     monkeypatch.setattr(readers, "MAX_UNPACKED", 100_000)
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", use_dictionary=False, compression="zstd")
