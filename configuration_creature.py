@@ -17,6 +17,9 @@ END_OF_TEXT_ID = 50256
 NULL_ID = 50257
 PAD_ID = 50258
 
+# Tables by token of version 0.1.0, which doubled the parameters for 0.014 nats (docs/decisions.md).
+REMOVED_FIELDS = ("use_value_embeddings", "per_layer_embedding_size")
+
 
 @strict
 class CreatureConfig(PreTrainedConfig):
@@ -35,12 +38,6 @@ class CreatureConfig(PreTrainedConfig):
         rope_parameters (`dict`, *optional*): rotary positions, as in every transformers model.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
         tie_word_embeddings (`bool`, defaults to `True`): `internal_text` is read off the token table itself.
-        use_value_embeddings (`bool`, defaults to `False`): a second table by token, of values for the attention of the
-            last layer. It learns more from much text, and needs the ids: an internal voice given as `inputs_embeds`
-            goes without.
-        per_layer_embedding_size (`int`, defaults to 0): units of every MLP, at most all, that a third table scales, by
-            token and layer (the per-layer embeddings of Gemma 3n); 0: no such table. It needs the ids and much text
-            likewise.
 
     Special tokens (`int`, *optional*): `bos_token_id` and `eos_token_id` default to GPT-2's 50256, `null_token_id` (the
         learned "present but silent") to 50257, `pad_token_id` to 50258, where the vocabulary has them.
@@ -81,7 +78,7 @@ class CreatureConfig(PreTrainedConfig):
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (
-            ["hidden_states", "first_states", "first_values", "value_embeds", "unit_scales", "attention_mask"],
+            ["hidden_states", "first_values", "attention_mask"],
             ["hidden_states", "values"],
         ),
         "norm": (["hidden_states"], ["hidden_states"]),
@@ -102,8 +99,6 @@ class CreatureConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     use_cache: bool = True
     tie_word_embeddings: bool = True
-    use_value_embeddings: bool = False
-    per_layer_embedding_size: int = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     null_token_id: int | None = None
@@ -149,9 +144,11 @@ class CreatureConfig(PreTrainedConfig):
                 setattr(self, name, token)
         given = {"internal_text": 1.0} if self.loss_weights is None else self.loss_weights
         self.loss_weights = {**dict.fromkeys(STREAMS, 0.0), **given}
-        self.per_layer_embedding_size = min(self.per_layer_embedding_size, max(self.intermediate_size, 0))
-        if self.use_value_embeddings or self.per_layer_embedding_size:
-            self.base_model_tp_plan = None  # what a token brings along is whole on every device
+        if any([kwargs.pop(name, None) for name in REMOVED_FIELDS]):
+            raise ValueError(
+                "CreatureConfig: this model was trained with further tables by token (use_value_embeddings, "
+                "per_layer_embedding_size), which this version does not have: load it with version 0.1.0 or train anew."
+            )
         super().__post_init__(**kwargs)
         # Here, and not only as the validator that runs later, so that the user meets a plain ValueError.
         self.validate_architecture()
@@ -198,8 +195,6 @@ class CreatureConfig(PreTrainedConfig):
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
                 f"({self.num_attention_heads}), unless head_dim says otherwise"
             )
-        if self.per_layer_embedding_size < 0:
-            problems.append(f"per_layer_embedding_size is {self.per_layer_embedding_size}; it must be at least 0")
         if self.head_dim % 2:
             problems.append(f"head_dim ({self.head_dim}) must be even for rotary positions")
         ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]

@@ -1,5 +1,5 @@
 # Copyright 2026 The MultiModalCreature developers. Licensed under the Apache License, Version 2.0.
-"""Fast decoding of the internal text: buffers in place, a CUDA graph of each tick, few waits for the device."""
+"""Fast decoding of the internal text: a cache written in place, a CUDA graph of the step, few synchronisations."""
 
 import importlib.util
 import platform
@@ -16,22 +16,22 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-# The end of all rows, and draws that failed, are looked for once in so many tokens: every look makes a GPU wait.
+# On a GPU, end-of-text and failed draws are checked every 16 tokens, because each check synchronises.
 CHECK_EVERY = {"cpu": 1, "cuda": 16, "mps": 16}
-# Graphs stay with their model for the next call: the latest ones, with so many bytes of keys and values together.
+# A model keeps its latest graphs for the next call: at most so many, with at most so many bytes of keys and values.
 KEPT_GRAPHS, KEPT_BYTES = 8, 2**31
-SHORTEST = 256  # slots of the smallest graph; the others are powers of two
-# The step is recorded here, so the modes of torch that record graphs themselves are taken without theirs.
+SHORTEST = 256  # ticks of the smallest graph; larger ones are powers of two
+# The step is recorded here, so the modes of torch.compile that record graphs of their own are replaced.
 MODES = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
 
-# What the loop below passes on or replaces; any other argument of `forward` belongs to the loop of transformers.
+# The arguments of `forward` that the loop below handles; with any other, the loop of transformers runs.
 KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
 
-# The head is most of a small model's step. On AMD, oneDNN reads its matrix 1.3 to 2 times as fast as MKL.
+# The head takes most of a small model's step. On AMD processors, oneDNN is 1.3 to 2 times as fast as MKL for it.
 ONEDNN = torch.backends.mkldnn.is_available() and platform.machine().lower() in ("x86_64", "amd64")
 
-# Beside the model and not on it: nothing of a graph may reach a state dict, a pickle or a copy.
-_kept: WeakKeyDictionary = WeakKeyDictionary()
+# Not an attribute of the model, so that no graph gets into a state dict, a pickle or a copy.
+_graphs: WeakKeyDictionary = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -48,7 +48,7 @@ class DecodingCache:
         self.keys = [layer.keys.new_zeros(*_with_length(layer.keys, length)) for layer in prefilled.layers]
         self.values = [layer.values.new_zeros(*_with_length(layer.values, length)) for layer in prefilled.layers]
         self.slot = torch.zeros(1, dtype=torch.long, device=self.keys[0].device)  # where the next tick goes
-        self.visible = length  # slots that attention is shown; a graph always shows all and masks
+        self.visible = length  # slots that attention reads; a graph always reads all of them, masked
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Store one tick [B, heads, 1, head_dim]; returns the keys and values to attend to."""
@@ -64,7 +64,7 @@ class DecodingCache:
         for name in ("keys", "values"):
             for buffer, layer in zip(getattr(self, name), prefilled.layers, strict=True):
                 buffer[:, :, :ticks] = getattr(layer, name)
-                # A NaN that an earlier call left behind would come through the mask: 0 * NaN.
+                # A NaN left by an earlier call would pass through the mask: 0 * NaN is NaN.
                 buffer[:, :, ticks:] = 0
         self.slot.fill_(ticks)
 
@@ -78,7 +78,7 @@ def full_tick(model: nn.Module, tokens, position_ids, mask, cache) -> torch.Tens
 
 
 def bare_tick(model: nn.Module, tokens, position_ids, mask, cache) -> torch.Tensor:
-    """The same from backbone and head alone, without the senses and streams that `forward` looks after."""
+    """The same from backbone and head alone, without the checks, senses and streams of `forward`."""
     outputs = model.model(input_ids=tokens, attention_mask=mask, position_ids=position_ids, past_key_values=cache)
     hidden, head = outputs.last_hidden_state[:, -1], model.lm_head
     if hidden.device.type == "cpu" and ONEDNN and hidden.dtype == head.weight.dtype == torch.float32:
@@ -88,14 +88,14 @@ def bare_tick(model: nn.Module, tokens, position_ids, mask, cache) -> torch.Tens
 
 class Decoder:
     """
-    One pass over one new tick of every row, again and again: eagerly, or as a CUDA graph.
+    Runs the model on one new tick of every row, eagerly or as a CUDA graph.
 
-    It holds buffers and no model: the model is passed in, so that it can go when its owner lets go of it.
+    It holds no reference to the model, so that the model is freed when its owner drops it.
 
     Args:
         prefilled: as for [`DecodingCache`].
         length: slots; a graph's attention always reads them all.
-        tick: `bare_tick`, or `full_tick` where the model has hooks to be called.
+        tick: `bare_tick`, or `full_tick` where the model has hooks that must run.
     """
 
     def __init__(self, prefilled: Cache, length: int, tick=bare_tick):
@@ -106,7 +106,7 @@ class Decoder:
             self.cache = DecodingCache(prefilled, length)
             self.tokens = torch.zeros(first.shape[0], 1, dtype=torch.long, device=first.device)
             self.position_ids = torch.zeros_like(self.tokens)
-            # Added to the scores of attention, in its dtype: a mask of booleans would be converted in every layer.
+            # Added to the attention scores, in their dtype: a boolean mask would be converted in every layer.
             self.mask = first.new_zeros(first.shape[0], 1, 1, length)
 
     @property
@@ -114,7 +114,7 @@ class Decoder:
         return sum(buffer.nbytes for buffer in chain(self.cache.keys, self.cache.values))
 
     def load(self, prefilled: Cache, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None):
-        """Begin a text: the cache after the prompt, its padding [B, ticks], its positions [B or 1, ticks]."""
+        """Start a text: the cache after the prompt, its padding mask [B, ticks], its positions [B or 1, ticks]."""
         ticks = int(prefilled.get_seq_length())
         self.cache.load(prefilled, ticks)
         if self.graph is None:
@@ -145,52 +145,52 @@ class Decoder:
         return logits
 
     def capture(self, model: nn.Module, settings: dict | None = None) -> "Decoder":
-        """Record the pass as a CUDA graph: of the model's own kernels, or compiled with `compile_settings`."""
+        """Record the step as a CUDA graph, first compiled with `settings` where they are given; returns itself."""
         tick = self.tick if settings is None else compile_tick(self.tick, settings)
         device = self.tokens.device
         with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
             warmup = torch.cuda.Stream()
             warmup.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(warmup):
-                for _ in range(3):  # what compiles or picks kernels does so before the recording
+                for _ in range(3):  # compilation and the choice of kernels happen before the recording
                     self._pass(model, tick)
             torch.cuda.current_stream().wait_stream(warmup)
             graph = torch.cuda.CUDAGraph()
-            # On a stream of its own, so that workspaces of cuBLAS are the graph's and not shared with whoever may free
-            # them; of this thread alone, as a data loader may be pinning memory in another one.
+            # On a stream of its own, so that the graph has its own cuBLAS workspaces, which nobody else frees; of this
+            # thread alone, because a data loader may be pinning memory in another one.
             with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
                 self.logits = self._pass(model, tick)
         self.graph, self.fingerprint = graph, fingerprint(model)
-        self.tick = tick  # the compiled kernels stay loaded as long as the graph that launches them
+        self.tick = tick  # keeps the compiled kernels loaded as long as the graph that launches them
         return self
 
 
 def compile_settings(config: CompileConfig) -> dict:
-    """What `torch.compile` is given for a caller's `compile_config`: a graph has one shape, and is recorded here."""
+    """The arguments of `torch.compile` for a caller's `compile_config`: static shapes, no CUDA graphs of its own."""
     return config.to_dict() | {"dynamic": False, "mode": MODES.get(config.mode, config.mode)}
 
 
 def compile_tick(tick, settings: dict):
     """`bare_tick` or `full_tick`, compiled at its first call."""
-    # A code object of its own: torch counts compilations by code object, and gives up after a few.
+    # A copy of the code object, because torch counts compilations by code object and stops after a few.
     return torch.compile(types.FunctionType(tick.__code__.replace(), globals(), tick.__name__), **settings)
 
 
-def is_plain(model, stopping_criteria, generation_config, synced_gpus: bool, inputs: dict) -> bool:
-    """Whether `decode` gives exactly what the loop of transformers would give; otherwise that loop is to run."""
+def can_decode(model, stopping_criteria, generation_config, synced_gpus: bool, inputs: dict) -> bool:
+    """Whether `decode` returns exactly what the loop of transformers returns; otherwise that loop must run."""
     cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
     given = {name for name, value in inputs.items() if value is not None}
     return (
         given <= KNOWN_INPUTS
         and not (synced_gpus or model.training)
         and not (generation_config.return_dict_in_generate or generation_config.is_assistant)
-        # A cache that the caller brought or chose is the caller's.
+        # A cache that the caller passed or chose must be filled, which `decode` does not do.
         and generation_config.cache_implementation is None
         and bool(inputs.get("use_cache"))
         and type(cache) is DynamicCache
         and not getattr(cache, "_is_user_defined", False)
         and (mask is None or mask.dim() == 2)
-        # Other attention implementations take other masks.
+        # Other attention implementations need other masks.
         and model.config._attn_implementation in ("sdpa", "eager")
         and stopping_criteria.max_length is not None
         and all(type(criteria) in (MaxLengthCriteria, EosTokenCriteria) for criteria in stopping_criteria)
@@ -199,15 +199,15 @@ def is_plain(model, stopping_criteria, generation_config, synced_gpus: bool, inp
 
 def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, inputs: dict):
     """
-    The loop of `GenerationMixin._sample`, with the same tokens, in as little Python per token as it takes.
+    The loop of `GenerationMixin._sample` with less Python per token; it returns the same tokens.
 
-    input_ids [B, T] -> [B, T + N], N the tokens until the last row has ended, at most up to the maximal length.
+    input_ids [B, T] -> [B, T + N]: N tokens, until every row has ended or the maximal length is reached.
     """
     rows, prompt = input_ids.shape
     longest = stopping_criteria.max_length
     ends = [criteria.eos_token_id for criteria in stopping_criteria if isinstance(criteria, EosTokenCriteria)]
     ends = torch.cat([end.flatten() for end in ends]).to(input_ids.device) if ends else None
-    # A processor of the user's own, or a listener, is not to see tokens beyond the end.
+    # A logits processor of the user, or a streamer, must not see tokens after the end.
     known = all(
         type(processor).__module__.startswith("transformers.")
         and not isinstance(processor, PrefixConstrainedLogitsProcessor)
@@ -237,12 +237,12 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
                 finished |= (tokens[:, None] == ends).any(dim=1)
             sequences[:, length] = tokens
             length += 1
-            look = length >= longest or (length - prompt) % check_every == 0
-            if look and generation_config.do_sample:
+            check = length >= longest or (length - prompt) % check_every == 0
+            if check and generation_config.do_sample:
                 _check_drawn(drawn)
             if streamer is not None:
                 streamer.put(tokens.cpu())
-            if length >= longest or (look and ends is not None and finished.all()):
+            if length >= longest or (check and ends is not None and finished.all()):
                 break
             if decoder is None:
                 decoder = _decoder(model, outputs.past_key_values, longest - length, generation_config)
@@ -251,8 +251,8 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
             logits = decoder(model, tokens)
     finally:
         if decoder is not None and decoder.graph is not None:
-            with _lock:  # for the next call of its shape, as the one used last
-                _kept.setdefault(model, {})[decoder.key] = decoder
+            with _lock:  # keep it for the next call of its shape, as the most recently used
+                _graphs.setdefault(model, {})[decoder.key] = decoder
     if streamer is not None:
         streamer.end()
     if ends is not None and check_every > 1:
@@ -264,13 +264,12 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
 
 def _draw(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    One draw from each row of probabilities [B, N], the one that `torch.multinomial` makes: weights and indices, [B].
+    One draw from each row of probabilities [B, N], the same as `torch.multinomial`: weights [B] and indices [B].
 
-    Exponential clocks, of which the first to ring wins: argmax p / q, q ~ Exp(1). `torch.multinomial` checks all
-    probabilities before, which takes a GPU longer than the draw, and bad ones end all work of the process on it. Here
-    such a row has the weight NaN.
+    It is argmax of p / q with q ~ Exp(1). `torch.multinomial` first checks all probabilities, which takes a GPU longer
+    than the draw, and on bad ones it aborts the CUDA context. Here the weight of such a row is NaN.
     """
-    if probabilities.device.type not in ("cpu", "cuda"):  # elsewhere a clock may ring at 0
+    if probabilities.device.type not in ("cpu", "cuda"):  # elsewhere exponential_ may return 0
         indices = torch.multinomial(probabilities, num_samples=1)[:, 0]
         return torch.zeros_like(indices, dtype=probabilities.dtype), indices
     weights, indices = (probabilities / torch.empty_like(probabilities).exponential_()).max(dim=-1)
@@ -278,38 +277,38 @@ def _draw(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _check_drawn(weights: torch.Tensor) -> None:
-    """Raise RuntimeError where a draw of a row had no probabilities to go by."""
+    """RuntimeError where a row was drawn from NaN or infinite scores."""
     if weights.isnan().any():
         raise RuntimeError(
-            "There are no probabilities to sample from, as the scores of the next token are NaN or infinite: look for "
-            "such numbers in the model's weights, or leave out the logits processor that made them."
+            "There are no probabilities to sample from, because the scores of the next token are NaN or infinite: look "
+            "for such numbers in the model's weights, or leave out the logits processor that made them."
         )
 
 
 def _decoder(model, prefilled: Cache, passes: int, generation_config) -> Decoder:
-    """A decoder for the passes to come: a kept graph of this shape, a new one, or none where graphs cannot be had."""
+    """A decoder for the next `passes` ticks: with a kept graph of this shape, with a new one, or without a graph."""
     ticks = int(prefilled.get_seq_length()) + passes
     slots = max(SHORTEST, 1 << (ticks - 1).bit_length())
     first = prefilled.layers[0].keys
     needed = slots * sum(layer.keys[:, :, 0].nbytes + layer.values[:, :, 0].nbytes for layer in prefilled.layers)
     bare = is_bare(model)
-    # A batch that needs more keeps the device busy without a graph, too.
+    # A batch that needs more memory keeps the device busy without a graph.
     recordable = bare and needed <= KEPT_BYTES and is_recordable(model)
     settings = None
     if generation_config.compile_config is not None and not generation_config.disable_compile:
         if recordable and can_compile(model):
             settings = compile_settings(generation_config.compile_config)
         else:
-            warnings.warn("`compile_config` is left aside: no compiled CUDA graph can be had here.", stacklevel=2)
+            warnings.warn("`compile_config` is ignored: this model or device cannot run a CUDA graph.", stacklevel=2)
     if not recordable:
         return Decoder(prefilled, ticks, bare_tick if bare else full_tick)
     key = (len(first), slots, first.dtype, model.config._attn_implementation, repr(settings))
     with _lock:
-        graphs = _kept.setdefault(model, {})
-        decoder = graphs.pop(key, None)  # out of reach while it is in use: a second thread makes its own
+        graphs = _graphs.setdefault(model, {})
+        decoder = graphs.pop(key, None)  # removed while it is in use, so that a second thread records its own
         if decoder is not None and decoder.fingerprint == fingerprint(model):
             return decoder
-        decoder = None  # its memory first
+        decoder = None  # free its memory before others are counted
         while graphs and (len(graphs) >= KEPT_GRAPHS or needed + sum(g.bytes for g in graphs.values()) > KEPT_BYTES):
             del graphs[next(iter(graphs))]
     if settings is not None:
@@ -325,41 +324,41 @@ def _decoder(model, prefilled: Cache, passes: int, generation_config) -> Decoder
             )
     if decoder is None:
         decoder = Decoder(prefilled, slots).capture(model)
-    decoder.key = key  # that of what was asked for: nobody is to wait for a second attempt
+    decoder.key = key  # also after a failed compilation, which is not tried again
     return decoder
 
 
 def fingerprint(model: nn.Module) -> tuple:
-    """Where the model's weights are: a graph reads them there, whatever is written into them, and nowhere else."""
+    """The addresses, dtypes and shapes of the weights: a recorded graph reads them at these addresses only."""
     return tuple((t.data_ptr(), t.dtype, t.shape) for t in chain(model.parameters(), model.buffers()))
 
 
 def is_bare(model: nn.Module) -> bool:
-    """Whether the model is what its class says: no hooks, no adapters, no quantized layers, no other `forward`."""
+    """Whether the model has no hooks, adapters, quantized layers or replaced `forward`: then `bare_tick` suffices."""
     for module in model.modules():
         package, _, name = type(module).__module__.rpartition(".")
         known = name.endswith("_creature") or package.partition(".")[0] in ("torch", "transformers")
         if not known or "forward" in module.__dict__ or module._compiled_call_impl is not None:
             return False
         for hook in chain(module._forward_hooks.values(), module._forward_pre_hooks.values()):
-            # transformers leaves its own, which do nothing unless hidden states are asked for.
+            # transformers leaves hooks of its own, which do nothing unless hidden states are requested.
             if not getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing"):
                 return False
     return type(model.lm_head) is nn.Linear and model.lm_head.bias is None
 
 
 def is_recordable(model: nn.Module) -> bool:
-    """Whether a tick of a bare model is always the same series of kernels, all of them on one GPU."""
+    """Whether a step of a bare model always launches the same kernels, all on one GPU."""
     return (
         model.device.type == "cuda"
         and not torch.is_autocast_enabled("cuda")
-        and model.config.rope_parameters["rope_type"] not in ("dynamic", "longrope")  # these ask for the length
+        and model.config.rope_parameters["rope_type"] not in ("dynamic", "longrope")  # these depend on the length
         and all(type(weight) is nn.Parameter and weight.device == model.device for weight in model.parameters())
     )
 
 
 def can_compile(model: nn.Module) -> bool:
-    """Whether torch can compile for the model's device: Triton is there, and the card is not too old for it."""
+    """Whether torch can compile for the model's GPU: Triton is installed and supports it."""
     return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(model.device) >= (7, 0)
 
 
@@ -368,4 +367,4 @@ def _with_length(states: torch.Tensor, length: int) -> tuple[int, int, int, int]
     return rows, heads, length, size
 
 
-__all__ = ["decode", "is_plain"]
+__all__ = ["can_decode", "decode"]

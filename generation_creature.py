@@ -11,43 +11,28 @@ from transformers.utils import ModelOutput
 
 try:
     from .configuration_creature import STREAMS
-    from .decoding_creature import decode, is_plain
-    from .losses_creature import IGNORE_INDEX
-    from .streams_creature import pick
+    from .decoding_creature import can_decode, decode
+    from .senses_creature import SENSE_TABLE
+    from .streams_creature import sample_token
 except ImportError:
     from configuration_creature import STREAMS
-    from decoding_creature import decode, is_plain
-    from losses_creature import IGNORE_INDEX
-    from streams_creature import pick
+    from decoding_creature import can_decode, decode
+    from senses_creature import SENSE_TABLE
+    from streams_creature import sample_token
 
 
-# The senses that arrive from outside, and the efference copies, which a loop feeds back itself.
-OUTER_SENSES = (
-    "external_voice_ids",
-    "input_features",
-    "input_features_mask",
-    "pixel_values",
-    "pixel_mask",
-    "joint_positions",
-    "joint_rotations",
-    "body_mask",
-    "touch_points",
-    "touch_surfaces",
-    "touch_values",
-    "touch_mask",
-)
-# Per tick, [B, T, ...]: the pose that animation starts from, senses encoded before the loop, and the efference copies.
-# Each with what stands for "absent" at a tick.
-TICK_INPUTS = {
-    "sense_embeds": 0.0,
-    "joint_rotations": 0.0,
-    "body_mask": False,
-    "external_text_ids": IGNORE_INDEX,
-    "audio_codes": IGNORE_INDEX,
-    "animation": 0.0,
-    "animation_mask": False,
-}
-EFFERENCE = {"external_text": "external_text_ids", "audio": "audio_codes", "animation": "animation"}
+def _inputs_of(senses) -> dict[str, float | bool]:
+    """The arguments and masks of some rows of the table of senses, each with its value at an absent tick."""
+    inputs = {name: absent for sense in senses for name, absent in sense.arguments.items()}
+    return inputs | {sense.mask: False for sense in senses if sense.mask}
+
+
+# What arrives from outside, and what a loop feeds back itself.
+OUTER_SENSES = _inputs_of([sense for sense in SENSE_TABLE if not sense.copy_of])
+COPIES = {sense.copy_of: sense for sense in SENSE_TABLE if sense.copy_of}
+# Along the ticks of a generation: the senses, encoded once before the loop, the pose that animation starts from, and
+# the efference copies; each with its value at an absent tick.
+TICK_INPUTS = {"sense_embeds": 0.0, "joint_rotations": 0.0, "body_mask": False} | _inputs_of(COPIES.values())
 
 
 @dataclass
@@ -118,9 +103,9 @@ class CreatureGenerationMixin(GenerationMixin):
         call's temperature.
 
         Greedy search and sampling of the text alone run in a loop of their own (`decoding_creature.py`), on a GPU as a
-        CUDA graph, recorded at the first call of a batch size and length. `compile_config=CompileConfig()` has what the
-        graph holds compiled: faster, after a first call many times as long. Its `dynamic` is without effect, and its
-        modes record no graphs of their own. `cache_implementation="dynamic"` asks for the loop of transformers.
+        CUDA graph, recorded at the first call of a batch size and length. `compile_config=CompileConfig()` compiles
+        the step before it is recorded: faster, after a first call many times as long. Its `dynamic` has no effect, and
+        its modes record no graphs of their own. `cache_implementation="dynamic"` selects the loop of transformers.
 
         Args:
             output_streams: out of "external_text", "audio", "animation".
@@ -138,7 +123,7 @@ class CreatureGenerationMixin(GenerationMixin):
             if "joint_rotations" in given:
                 felt = given["joint_rotations"]
                 everywhere = torch.ones(felt.shape[:2], dtype=torch.bool, device=felt.device)
-                # With a mask, ticks beyond the felt body are absent, not joints of zero length.
+                # With a mask, the ticks after the last felt one are absent, and not quaternions of zeros.
                 kwargs |= {"joint_rotations": felt, "body_mask": given.get("body_mask", everywhere)}
         commanded = kwargs.get("animation")
         if commanded is not None and kwargs.get("animation_mask") is None:
@@ -168,7 +153,7 @@ class CreatureGenerationMixin(GenerationMixin):
         kwargs["return_dict_in_generate"] = True  # several fields are what comes back in any case
         outputs = super().generate(inputs, *args, emission=emission, **kwargs)
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
-        # Where the check for the end lags behind by a pass, that pass has emitted beyond the last token.
+        # transformers may notice the end one pass late; what that pass emitted is cut off.
         new_tokens = outputs.sequences.shape[1] - (prompt.shape[1] if prompt is not None else 0)
         fields = {name: getattr(outputs, name, None) for name in CreatureGenerateOutput.__dataclass_fields__}
         fields |= {name: torch.stack(ticks[:new_tokens], dim=1) for name, ticks in emission.emitted.items()}
@@ -184,8 +169,8 @@ class CreatureGenerationMixin(GenerationMixin):
         streamer=None,
         **model_kwargs,
     ):
-        """Greedy search and sampling: as in `GenerationMixin`, and fast where nothing but the tokens is asked for."""
-        if is_plain(self, stopping_criteria, generation_config, synced_gpus, model_kwargs):
+        """Greedy search and sampling: as in `GenerationMixin`, in the fast loop where only the tokens are wanted."""
+        if can_decode(self, stopping_criteria, generation_config, synced_gpus, model_kwargs):
             return decode(
                 self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
             )
@@ -209,7 +194,7 @@ class CreatureGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, inputs_embeds=None, emission=None, **kwargs
     ):
-        """As in `GenerationMixin`; what goes along the ticks is cut to the ticks of this pass."""
+        """As in `GenerationMixin`; the inputs along the ticks are cut to the ticks of this pass."""
         per_tick = {name: kwargs.pop(name) for name in TICK_INPUTS if kwargs.get(name) is not None}
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
@@ -217,7 +202,7 @@ class CreatureGenerationMixin(GenerationMixin):
         if emission is None and not per_tick:
             return model_inputs
         now = model_inputs["inputs_embeds"] if model_inputs.get("input_ids") is None else model_inputs["input_ids"]
-        # Counted from the cache: `input_ids` holds the whole text or, after a prompt of embeddings, only what is new.
+        # Counted from the cache, because after a prompt of embeddings `input_ids` holds the new tokens only.
         cache = model_inputs.get("past_key_values")
         end = now.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
         if emission is not None:
@@ -236,24 +221,23 @@ class CreatureGenerationMixin(GenerationMixin):
             return model_kwargs
         for stream, tick in self._emit(outputs, emission.streams, emission.temperature).items():
             emission.emitted.setdefault(stream, []).append(tick)
-            # The ticks before the first emission are absent, unless the caller knows what was said in the prompt.
-            name = EFFERENCE[stream]
+            # The ticks before the first emission are absent, unless the caller says what was emitted in the prompt.
+            ((name, _),), mask = COPIES[stream].arguments.items(), COPIES[stream].mask
             before = tick[:, None][:, :0] if model_kwargs.get(name) is None else model_kwargs[name]
             model_kwargs[name] = torch.cat((_at_ticks(name, before, 0, emission.ticks), tick[:, None]), dim=1)
-            if stream == "animation":
-                known = model_kwargs.get("animation_mask")
+            if mask:
+                known = model_kwargs.get(mask)
                 known = tick.new_zeros((len(tick), 0), dtype=torch.bool) if known is None else known
-                known = _at_ticks("animation_mask", known, 0, emission.ticks)
-                model_kwargs["animation_mask"] = F.pad(known, (0, 1), value=True)
+                model_kwargs[mask] = F.pad(_at_ticks(mask, known, 0, emission.ticks), (0, 1), value=True)
         return model_kwargs
 
     def _emit(self, outputs: ModelOutput, streams: tuple[str, ...], temperature: float | None) -> dict:
         """What the side streams emit at the last tick of a forward pass, [B, ...] each, by name."""
         emitted = {}
         if "external_text" in streams:
-            emitted["external_text"] = pick(outputs.external_text_logits[:, -1], temperature)
+            emitted["external_text"] = sample_token(outputs.external_text_logits[:, -1], temperature)
         if "audio" in streams:
-            # Drawn here and not in `forward`, where a sample would have no place.
+            # Sampled here and not in `forward`, which is deterministic.
             code_table = self.model.senses.own_voice.code_table
             emitted["audio"] = self.streams.audio.emit(outputs.last_hidden_state[:, -1], code_table, temperature)[0]
         if "animation" in streams:
@@ -280,6 +264,10 @@ class CreatureGenerationMixin(GenerationMixin):
 
         Returns:
             [`CreatureStep`].
+
+        Raises:
+            TypeError: for an argument that `forward` does not have.
+            ValueError: as `forward`.
         """
         in_forward = tuple(stream for stream in output_streams if stream != "audio")
         outputs = self(
@@ -288,12 +276,12 @@ class CreatureGenerationMixin(GenerationMixin):
         logits = outputs.logits[:, -1]
         emitted = self._emit(outputs, output_streams, temperature)
         if "internal_text" in output_streams:
-            emitted["internal_text"] = pick(logits, temperature)
+            emitted["internal_text"] = sample_token(logits, temperature)
         return CreatureStep(**emitted, logits=logits, past_key_values=outputs.past_key_values)
 
 
 def _at_ticks(name: str, value: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """The ticks from `start` to before `end` of one of `TICK_INPUTS` [B, T, ...], filled up with absence beyond T."""
+    """The ticks [start, end) of one of `TICK_INPUTS` [B, T, ...]; ticks after T are absent."""
     value = value[:, start:end]
     missing = end - start - value.shape[1]
     return F.pad(value, (0, 0) * (value.dim() - 2) + (0, missing), value=TICK_INPUTS[name])

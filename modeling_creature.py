@@ -1,6 +1,8 @@
 # Copyright 2026 The MultiModalCreature developers. Licensed under the Apache License, Version 2.0.
 """MultiModalCreature: one causal transformer over ticks; senses are summed into it, streams hang on its last state."""
 
+import difflib
+import inspect
 import os
 from dataclasses import dataclass
 
@@ -27,12 +29,10 @@ try:
         CreatureRMSNorm,
         CreatureRotaryEmbedding,
         ResidualProjection,
-        ValueTable,
         ZeroProjection,
-        varlen_available,
     )
-    from .losses_creature import IGNORE_INDEX, linear_token_losses
-    from .senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
+    from .losses_creature import IGNORE_INDEX, linear_cross_entropy, linear_token_losses
+    from .senses_creature import SENSE_TABLE, CreatureSenses, SenseProjection, VoiceCopy, check_ids, rest_pose
     from .streams_creature import CreatureStreams, count_targets, text_loss, text_target_weights
 except ImportError:
     from configuration_creature import SENSES, STREAMS, CreatureConfig
@@ -43,13 +43,14 @@ except ImportError:
         CreatureRMSNorm,
         CreatureRotaryEmbedding,
         ResidualProjection,
-        ValueTable,
         ZeroProjection,
-        varlen_available,
     )
-    from losses_creature import IGNORE_INDEX, linear_token_losses
-    from senses_creature import CreatureSenses, SenseProjection, VoiceCopy, rest_pose
+    from losses_creature import IGNORE_INDEX, linear_cross_entropy, linear_token_losses
+    from senses_creature import SENSE_TABLE, CreatureSenses, SenseProjection, VoiceCopy, check_ids, rest_pose
     from streams_creature import CreatureStreams, count_targets, text_loss, text_target_weights
+
+# What `forward` accepts beside its own parameters; anything else is a mistake.
+KNOWN_KWARGS = TransformersKwargs.__required_keys__ | TransformersKwargs.__optional_keys__ | {"shift_labels"}
 
 
 @dataclass
@@ -59,22 +60,22 @@ class CreatureOutput(ModelOutput):
 
     Args:
         loss: scalar, the weighted sum of the streams' losses.
-        losses: the detached loss of every stream that was computed, by name.
         logits: [B, T or logits_to_keep, vocab_size], of the internal text.
+        losses: the detached loss of every stream that was computed, by name.
         token_losses: [B, T - 1] float32, the loss of every next token in nats, 0 where its label is -100
             (in evaluation with `return_logits=False`).
         predictions: [B, T - 1] the likeliest next tokens (with `token_losses`).
         external_text_logits: [B, T, vocab_size] (with `output_streams`, as the next two).
-        audio_logits: [B, T, codebooks, codebook_size]; each code given the labels before it in its tick, or, without
-            labels, given the likeliest ones.
+        audio_logits: [B, T, codebooks, codebook_size]; each code given the targets before it in its tick, or, without
+            targets, given the likeliest codes.
         animation: [B, T, animation_size], see `streams_creature.pack_animation`.
         last_hidden_state: [B, T, hidden_size], what all streams read.
         past_key_values, hidden_states, attentions: as in every transformers model.
     """
 
     loss: torch.FloatTensor | None = None
-    losses: dict | None = None
     logits: torch.FloatTensor | None = None
+    losses: dict | None = None
     token_losses: torch.FloatTensor | None = None
     predictions: torch.LongTensor | None = None
     external_text_logits: torch.FloatTensor | None = None
@@ -110,28 +111,13 @@ class CreaturePreTrainedModel(PreTrainedModel):
         # By classes of the matrices themselves: of a class from outside, transformers skips modules without weights.
         if isinstance(module, SenseProjection | ZeroProjection):
             init.zeros_(module.weight)  # a sense that is connected changes nothing until it is trained
-        elif isinstance(module, ValueTable):
-            init.normal_(module.weight, mean=0.0, std=2.5 * std)  # no norm behind it: near the size of other values
         elif isinstance(module, VoiceCopy):
             init.normal_(module.code_table, mean=0.0, std=std)
         elif isinstance(module, CreatureDecoderLayer):
             init.ones_(module.residual_scale)
-            if module.input_scale is not None:
-                init.zeros_(module.input_scale)
         elif isinstance(module, ResidualProjection):
             # The residual stream adds up 2 x layers outputs: scale them so that its variance does not grow (GPT-2).
             init.normal_(module.weight, mean=0.0, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
-
-    def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
-        """As in transformers; the other tables by token follow."""
-        embeddings = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        for table, rows in (
-            (self.base_model.embed_values, 1),
-            (self.base_model.embed_per_layer, self.config.num_hidden_layers),
-        ):
-            if table is not None:
-                self._get_resized_embeddings(table, rows * len(embeddings.weight), mean_resizing=mean_resizing)
-        return embeddings
 
 
 class CreatureModel(CreaturePreTrainedModel):
@@ -143,18 +129,11 @@ class CreatureModel(CreaturePreTrainedModel):
         super().__init__(config)
         # No padding_idx: GPT-2's id 0 is "!", and every row of the table is a token like any other.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_values = None
-        if config.use_value_embeddings:
-            self.embed_values = ValueTable(config.vocab_size, config.num_key_value_heads * config.head_dim)
-        self.embed_per_layer = None
-        if config.per_layer_embedding_size:  # a row for every token and layer, those of a token together
-            rows = config.vocab_size * config.num_hidden_layers
-            self.embed_per_layer = nn.Embedding(rows, config.per_layer_embedding_size)
         self.layers = nn.ModuleList(CreatureDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.embed_norm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm = CreatureRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = CreatureRotaryEmbedding(config)
-        # Behind the layers: tools that look at the first checkpointed layer are to meet one that always runs.
+        # Registered after `layers`, so that tools probing the first checkpointed layer find a decoder layer.
         self.senses = CreatureSenses(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -163,7 +142,9 @@ class CreatureModel(CreaturePreTrainedModel):
         """The sum of the senses present: the backbone's input, [B, T, hidden_size]."""
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError("Give the internal voice once: either `input_ids` or `inputs_embeds`, not both.")
-        hidden_states = self.embed_tokens(input_ids) if input_ids is not None else inputs_embeds
+        hidden_states = inputs_embeds
+        if input_ids is not None:  # a negative id is an absent tick
+            hidden_states = self.embed_tokens(input_ids.clamp(min=0)).masked_fill((input_ids < 0)[..., None], 0.0)
         others = self.senses(senses, self.embed_tokens)
         if hidden_states is None:
             if not others and senses.get("sense_embeds") is None:
@@ -175,21 +156,6 @@ class CreatureModel(CreaturePreTrainedModel):
         if senses.get("sense_embeds") is not None:
             hidden_states = hidden_states + senses["sense_embeds"]
         return hidden_states
-
-    def embed_layers(self, input_ids: torch.Tensor | None, dtype: torch.dtype) -> list[torch.Tensor | None]:
-        """The factors that the tokens have for each layer's MLP, [B, T, per_layer_embedding_size], or None."""
-        layers = self.config.num_hidden_layers
-        if self.embed_per_layer is None or input_ids is None:
-            return [None] * layers
-        rows = input_ids[..., None] * layers + torch.arange(layers, device=input_ids.device)
-        vectors = self.embed_per_layer(rows)  # [B, T, layers, per_layer_embedding_size]
-        # Of one size for all tokens, however much a row has grown.
-        vectors = F.rms_norm(vectors, vectors.shape[-1:], eps=self.norm.eps)
-        return list(vectors.to(dtype).unbind(2))
-
-    def _takes_boundaries(self, hidden_states: torch.Tensor) -> bool:
-        """Whether attention can be told where documents begin in place of a mask, which is faster."""
-        return varlen_available(hidden_states) and not (self.training and self.config.attention_dropout)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -216,18 +182,14 @@ class CreatureModel(CreaturePreTrainedModel):
             # The residual stream is what a training step reads and writes most: keep it in the compute dtype.
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
 
-        # The norm brings the sum to one scale, however many senses it is made of.
-        hidden_states = first_states = self.embed_norm(hidden_states)
-        value_embeds = None
-        if self.embed_values is not None and input_ids is not None:
-            value_embeds = self.embed_values(input_ids).to(hidden_states.dtype)
-        unit_scales = self.embed_layers(input_ids, hidden_states.dtype)
+        # The norm brings the sum to one scale, however many senses are in it.
+        hidden_states = self.embed_norm(hidden_states)
 
-        causal_mask = document_boundaries = None
-        unmasked = attention_mask is None and past_key_values is None and self.config._attn_implementation == "sdpa"
-        if unmasked and kwargs.get("cu_seq_lens_q") is not None and self._takes_boundaries(hidden_states):
-            document_boundaries = kwargs["cu_seq_lens_q"]
-        elif not (unmasked and position_ids is None):
+        # Without a mask, sdpa uses its own causal flag. transformers would choose that too, except in graphs compiled
+        # before torch 2.14: there it writes out the mask, and training is a quarter slower (docs/experiments.md).
+        causal_mask = None
+        unmasked = attention_mask is None and past_key_values is None and position_ids is None
+        if not (unmasked and self.config._attn_implementation == "sdpa"):
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=hidden_states,
@@ -236,10 +198,7 @@ class CreatureModel(CreaturePreTrainedModel):
                 # Only positions that the caller chose can mean packed documents.
                 position_ids=position_ids,
             )
-        # Otherwise sdpa's own causal flag does it. transformers would say so too, except in compiled graphs before
-        # torch 2.14: there it writes out the mask, and training is a quarter slower (docs/log.md).
-
-        # After the mask: beside a cache, be it empty, transformers does not look for packed documents.
+        # After the mask, because with a cache, even an empty one, transformers does not look for packed documents.
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -248,18 +207,14 @@ class CreatureModel(CreaturePreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
 
         first_values = None
-        for layer, scales in zip(self.layers, unit_scales, strict=True):
+        for layer in self.layers:
             hidden_states, values = layer(
                 hidden_states,
-                first_states,
                 first_values,
-                value_embeds,
-                scales,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
-                document_boundaries=document_boundaries,
                 **kwargs,
             )
             first_values = values if first_values is None else first_values
@@ -283,9 +238,8 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         self.streams = CreatureStreams(config)
         # The class name is in none of transformers' tables; without this the Trainer counts unshifted targets.
         self.loss_type = "ForCausalLM"
-        # Whether the internal text's loss may be computed in float8 (`losses_creature.linear_cross_entropy`). Of the
-        # training, not of the model: so it is no part of the configuration.
-        self.fp8_head = False
+        # `creature.fast.apply` puts a faster one here.
+        self.text_cross_entropy = linear_cross_entropy
         self.post_init()
 
     def train_only(self, senses=("internal_voice",), streams=("internal_text",)) -> None:
@@ -302,12 +256,11 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         unknown = set(senses) - set(SENSES) | set(streams) - set(STREAMS)
         if unknown:
             raise ValueError(f"Unknown senses or streams: {sorted(unknown)}; known are {SENSES} and {STREAMS}.")
-        for name in SENSES[1:]:
-            getattr(self.model.senses, name).requires_grad_(name in senses)
-        copies = {"external_text": "own_text", "audio": "own_voice", "animation": "own_command"}
-        for name, copy in copies.items():
+        for sense in SENSE_TABLE:
+            trained = sense.copy_of in streams if sense.copy_of else sense.name in senses
+            getattr(self.model.senses, sense.name).requires_grad_(trained)
+        for name in STREAMS[1:]:
             getattr(self.streams, name).requires_grad_(name in streams)
-            getattr(self.model.senses, copy).requires_grad_(name in streams)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """As in transformers; config.json also says how to load the folder's code as a backbone, and for serving."""
@@ -345,12 +298,12 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         animation: torch.FloatTensor | None = None,
         animation_mask: torch.BoolTensor | None = None,
         sense_embeds: torch.FloatTensor | None = None,
-        external_text_labels: torch.LongTensor | None = None,
-        audio_labels: torch.LongTensor | None = None,
-        rotation_labels: torch.FloatTensor | None = None,
-        blend_shape_labels: torch.FloatTensor | None = None,
-        eye_labels: torch.FloatTensor | None = None,
-        animation_label_mask: torch.BoolTensor | None = None,
+        external_text_targets: torch.LongTensor | None = None,
+        audio_targets: torch.LongTensor | None = None,
+        rotation_targets: torch.FloatTensor | None = None,
+        blend_shape_targets: torch.FloatTensor | None = None,
+        eye_targets: torch.FloatTensor | None = None,
+        animation_target_mask: torch.BoolTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_streams: tuple[str, ...] = (),
         return_logits: bool | None = None,
@@ -373,11 +326,11 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             external_text_ids, audio_codes, animation: efference copies, what the creature emitted for this tick: [B, T]
                 ids and [B, T, 8] codes, negative where absent, [B, T, animation_size] with `animation_mask` [B, T].
             sense_embeds: [B, T, hidden_size] senses encoded before, see `encode_senses`.
-            labels, external_text_labels: [B, T] unshifted ids, -100 where unknown. (`shift_labels` [B, T], in place of
-                `labels`, has at tick t what tick t is to predict.)
-            audio_labels: [B, T, 8] codes, -100 where unknown.
-            rotation_labels, blend_shape_labels, eye_labels: [B, T, 4, 24, 4] unit quaternions, [B, T, 51] in [0, 1],
-                [B, T, 2, 4] (gaze direction, openness); `animation_label_mask` [B, T].
+            labels, external_text_targets: [B, T] unshifted ids, -100 where unknown. (`shift_labels` [B, T], in place of
+                `labels`, holds at tick t the id that tick t predicts.)
+            audio_targets: [B, T, 8] codes, -100 where unknown.
+            rotation_targets, blend_shape_targets, eye_targets: [B, T, 4, 24, 4] unit quaternions, [B, T, 51] in [0, 1],
+                [B, T, 2, 4] (gaze direction, openness); `animation_target_mask` [B, T].
             num_items_in_batch: what the losses are divided by: a number for the internal text, or four in the order of
                 `STREAMS` (see `streams_creature.count_targets`); by default each stream's own count in this batch.
             output_streams: names of streams whose outputs are wanted beside the internal text.
@@ -385,12 +338,10 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
                 largest tensor of all. False in evaluation gives `token_losses` and `predictions` in their place.
 
         Raises:
-            ValueError: for an unknown stream, two internal voices, or no input at all.
+            TypeError: for an unknown argument.
+            ValueError: for an unknown stream, ids out of range, two internal voices, or no input at all.
         """
-        unknown = set(output_streams) - set(STREAMS)
-        if unknown:
-            known = ", ".join(STREAMS)
-            raise ValueError(f"Unknown streams in output_streams: {sorted(unknown)}; the streams are {known}.")
+        self._check_arguments(kwargs, output_streams)
         senses = {
             "external_voice_ids": external_voice_ids,
             "input_features": input_features,
@@ -412,19 +363,25 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         }
         shift_labels = kwargs.pop("shift_labels", None)
         if shift_labels is not None:
-            # Under sequence parallelism a row is a piece of a text, and brings the target of its last tick as well.
+            # Under sequence parallelism a row is a piece of a text, and has the target of its last tick as well.
             labels = F.pad(shift_labels, (1, 0), value=IGNORE_INDEX)
         targets = {
             "labels": labels,
-            "external_text_labels": external_text_labels,
-            "audio_labels": audio_labels,
-            "rotation_labels": rotation_labels,
-            "blend_shape_labels": blend_shape_labels,
-            "eye_labels": eye_labels,
-            "animation_label_mask": animation_label_mask,
+            "external_text_targets": external_text_targets,
+            "audio_targets": audio_targets,
+            "rotation_targets": rotation_targets,
+            "blend_shape_targets": blend_shape_targets,
+            "eye_targets": eye_targets,
+            "animation_target_mask": animation_target_mask,
         }
+        if input_ids is not None:
+            check_ids("input_ids", input_ids, self.config.vocab_size)
+        for name in ("labels", "external_text_targets", "audio_targets"):
+            if targets[name] is not None:
+                size = self.config.audio_codebook_size if name == "audio_targets" else self.config.vocab_size
+                check_ids(name, targets[name], size)
         if use_cache is None and (labels is not None or (position_ids is not None and past_key_values is None)):
-            # A cache is of no use to a loss, and with one transformers does not keep packed documents apart.
+            # A loss needs no cache, and with one transformers does not keep packed documents apart.
             use_cache = False
 
         outputs = self.model(
@@ -452,16 +409,28 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
 
         return CreatureOutput(
             loss=loss,
-            losses=losses,
             logits=logits,
+            losses=losses,
             token_losses=token_losses,
             predictions=predictions,
-            **self._stream_outputs(hidden, senses, audio_labels, output_streams, logits_to_keep),
+            **self._stream_outputs(hidden, senses, audio_targets, output_streams, logits_to_keep),
             past_key_values=outputs.past_key_values,
             last_hidden_state=hidden,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _check_arguments(self, kwargs: dict, output_streams: tuple[str, ...]) -> None:
+        """Raise for names that `forward` does not know: a misspelt sense would be absent in silence."""
+        for name in kwargs.keys() - KNOWN_KWARGS:
+            known = {*inspect.signature(MultiModalCreature.forward).parameters, *KNOWN_KWARGS}
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f": did you mean `{near[0]}`?" if near else "; its docstring lists what it takes."
+            raise TypeError(f"`forward` has no argument `{name}`{hint}")
+        unknown = set(output_streams) - set(STREAMS)
+        if unknown:
+            known = ", ".join(STREAMS)
+            raise ValueError(f"Unknown streams in output_streams: {sorted(unknown)}; the streams are {known}.")
 
     def _losses(
         self,
@@ -471,7 +440,7 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         num_items_in_batch: torch.Tensor | float | None,
         token_losses: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, dict | None]:
-        """The weighted sum of the losses of the streams that have a weight and labels, and each of them by name."""
+        """The weighted sum of the losses of the streams that have a weight and targets, and each of them by name."""
         weights = self.config.loss_weights
         table = self.model.embed_tokens.weight
         code_table = self.model.senses.own_voice.code_table
@@ -481,13 +450,15 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             sums["internal_text"] = (token_losses * text_target_weights(self.config, targets["labels"][:, 1:])).sum()
         elif weights["internal_text"] and targets["labels"] is not None:
             sums["internal_text"] = text_loss(
-                self.config, hidden, self._head(), targets["labels"], self.fp8_head and self.training
+                self.config, hidden, self._head(), targets["labels"], self.text_cross_entropy
             )
-        if weights["external_text"] and targets["external_text_labels"] is not None:
-            sums["external_text"] = self.streams.external_text.loss(hidden, table, targets["external_text_labels"])
-        if weights["audio"] and targets["audio_labels"] is not None:
-            sums["audio"] = self.streams.audio.loss(hidden, code_table, targets["audio_labels"])
-        moves = ("rotation_labels", "blend_shape_labels", "eye_labels")
+        if weights["external_text"] and targets["external_text_targets"] is not None:
+            sums["external_text"] = self.streams.external_text.loss(
+                hidden, table, targets["external_text_targets"], self.text_cross_entropy
+            )
+        if weights["audio"] and targets["audio_targets"] is not None:
+            sums["audio"] = self.streams.audio.loss(hidden, code_table, targets["audio_targets"])
+        moves = ("rotation_targets", "blend_shape_targets", "eye_targets")
         if weights["animation"] and any(targets[name] is not None for name in moves):
             sums["animation"] = self.streams.animation.loss(hidden, self._pose(hidden, senses), targets)
         if not sums:
@@ -504,8 +475,8 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
 
     def _head(self) -> torch.Tensor | nn.Module:
         """
-        The weight of the internal text's head, or the head itself where only its own forward knows the logits: with an
-        adapter around it, a quantized weight, or one that is spread over devices (a DTensor).
+        The weight of the internal text's head, or the head itself where only its own forward computes the logits: with
+        an adapter around it, a quantized weight, or one that is sharded over devices (a DTensor).
         """
         plain = type(self.lm_head) is nn.Linear and type(self.lm_head.weight) in (nn.Parameter, torch.Tensor)
         return self.lm_head.weight if plain else self.lm_head
@@ -516,7 +487,7 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         return rest_pose(hidden.new_zeros(*hidden.shape[:2], self.config.num_joints, 4)) if pose is None else pose
 
     def _stream_outputs(
-        self, hidden: torch.Tensor, senses: dict, audio_labels: torch.Tensor | None, streams, logits_to_keep
+        self, hidden: torch.Tensor, senses: dict, audio_targets: torch.Tensor | None, streams, logits_to_keep
     ) -> dict:
         """The outputs of the streams asked for, at the ticks that `logits_to_keep` keeps."""
         outputs = {}
@@ -524,8 +495,8 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         code_table = self.model.senses.own_voice.code_table
         if "external_text" in streams:
             outputs["external_text_logits"] = self.streams.external_text(kept, self.model.embed_tokens.weight)
-        if "audio" in streams and audio_labels is not None:
-            following = _keep(F.pad(audio_labels[:, 1:], (0, 0, 0, 1)), logits_to_keep)
+        if "audio" in streams and audio_targets is not None:
+            following = _keep(F.pad(audio_targets[:, 1:], (0, 0, 0, 1)), logits_to_keep)
             flat = self.streams.audio(kept.flatten(0, 1), following.flatten(0, 1), code_table)
             outputs["audio_logits"] = flat.unflatten(0, kept.shape[:2])
         elif "audio" in streams:
@@ -546,7 +517,7 @@ def _keep(x: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
 AutoConfig.register("creature", CreatureConfig, exist_ok=True)
 AutoModel.register(CreatureConfig, CreatureModel, exist_ok=True)
 AutoModelForCausalLM.register(CreatureConfig, MultiModalCreature, exist_ok=True)
-# What does not ask the auto classes goes by these names: the Trainer's label smoothing shifts labels for no others.
+# The Trainer's label smoothing shifts labels only for models named in these tables.
 MODEL_MAPPING_NAMES["creature"] = "CreatureModel"
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["creature"] = "MultiModalCreature"
 CreatureModel.register_for_auto_class("AutoModel")

@@ -25,7 +25,7 @@ def main() -> int | None:
     # Heavy imports come after the settings are known to be right.
     launch.keep_compiled_code()
     launch.say_waiting("loading torch and transformers")
-    from creature import finalize, job, report, resume
+    from creature import fast, finalize, job, report, resume
     from creature.plan import plan_run
     from creature.trainer import schedule_steps
 
@@ -43,6 +43,7 @@ def main() -> int | None:
 
     launch.say_waiting("building the model")
     model = job.build_model(config, args.seed)
+    fast.apply(model, float8=args.fp8_head)
     notes = data.notes + ((f"resuming from {resumed.checkpoint.name}",) if resumed else ())
     run = report.describe_run(settings, data.info, plan, args, model, steps, notes)
     if resumed:

@@ -5,7 +5,11 @@ The backbone's input at a tick is the sum of the vectors of the senses present a
 adds exactly nothing and is not computed. Presence within a batch is a boolean per tick: an encoder runs on the present
 ticks only. Every last projection starts at zero and has no bias: connecting a sense changes no logit until it is
 trained. The internal voice is the token table itself and lives in the backbone.
+
+`SENSE_TABLE` at the end is the one list of the senses and their arguments: a further sense is a class and a row.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +17,12 @@ from torch import nn
 from transformers import ViTConfig, ViTModel
 
 try:
-    from .configuration_creature import CreatureConfig
+    from .configuration_creature import SENSES, CreatureConfig
+    from .losses_creature import IGNORE_INDEX
     from .streams_creature import quaternion_to_6d, unpack_animation
 except ImportError:
-    from configuration_creature import CreatureConfig
+    from configuration_creature import SENSES, CreatureConfig
+    from losses_creature import IGNORE_INDEX
     from streams_creature import quaternion_to_6d, unpack_animation
 
 
@@ -31,19 +37,32 @@ def encode_present(encode, mask: torch.Tensor | None, *inputs: torch.Tensor) -> 
     """
     Run `encode` on the rows of `inputs` where `mask` is true and return its vectors, exactly zero elsewhere.
 
-    mask [...] bool, inputs [..., features] each, or None for "all present" -> [..., size]. What stands at absent places
-    is never read, NaN included.
+    mask [...] bool, or None for "all present"; inputs [..., features] each -> [..., size]. Inputs at absent places may
+    be anything, NaN included.
     """
     if mask is None:
         return encode(*inputs)
     if torch.compiler.is_compiling():
-        # A count that depends on the data would break the graph: encode every place, on zeros where nothing is.
+        # A shape that depends on the data would break the graph: encode every place, with zeros where nothing is.
         def fill(value):
             return value.masked_fill(~mask.view(*mask.shape, *[1] * (value.dim() - mask.dim())), 0)
 
         return encode(*map(fill, inputs)).masked_fill(~mask[..., None], 0)
     vectors = encode(*(value[mask] for value in inputs))  # [N, size]
     return scatter_present(mask, vectors)
+
+
+def check_ids(name: str, ids: torch.Tensor, size: int) -> None:
+    """
+    ValueError for ids that are not below `size`; a negative id stands for an absent tick.
+
+    Not while a GPU trains, where reading the largest id would make the host wait for all work before it.
+    """
+    if torch.compiler.is_compiling() or ids.numel() == 0 or ids.is_meta or (ids.is_cuda and torch.is_grad_enabled()):
+        return
+    largest = int(ids.max())
+    if largest >= size:
+        raise ValueError(f"`{name}` holds the id {largest}, and there are {size:,}: the largest is {size - 1:,}.")
 
 
 def scatter_present(mask: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
@@ -159,6 +178,8 @@ class TouchSense(nn.Module):
         force, place, temperature = values.float().split((1, 3, 1), dim=-1)
         # Forces span decades; skin temperature (about 33 degrees Celsius) is the zero of warmth, 10 degrees its unit.
         scaled = torch.cat((force.clamp(min=0).log1p(), place, (temperature - 33.0) / 10.0), dim=-1)
+        check_ids("touch_points", points, self.point_embedding.num_embeddings)
+        check_ids("touch_surfaces", surfaces, self.surface_embedding.num_embeddings)
         contact = self.point_embedding(points) + self.surface_embedding(surfaces)
         contact = contact + self.value_proj(scaled.to(contact.dtype))
         return self.act(self.up_proj(contact))
@@ -190,6 +211,7 @@ class VoiceCopy(nn.Module):
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         """codes [B, T, codebooks]; a tick with a negative code is absent -> [B, T, hidden_size]."""
+        check_ids("audio_codes", codes, self.code_table.shape[1])
         return encode_present(self._encode, (codes >= 0).all(dim=-1), codes)
 
 
@@ -214,11 +236,40 @@ class CommandCopy(nn.Module):
         return encode_present(self._encode, mask, animation)
 
 
-# Senses that arrive in several tensors: the first is of no use without the others.
-_TOGETHER = {
-    "joint_positions": ("joint_rotations",),
-    "touch_points": ("touch_surfaces", "touch_values"),
-}
+@dataclass(frozen=True)
+class Sense:
+    """
+    One row of `SENSE_TABLE`.
+
+    Args:
+        name: the sense's module in `CreatureSenses`.
+        module: its class, called with the arguments in their order, then the mask where there is one.
+        arguments: those of `MultiModalCreature.forward` that it arrives in, each with what an absent tick holds.
+        mask: the argument [B, T] (touch: [B, T, contacts]) that says where it is present; None for ids, which are
+            negative where it is absent.
+        copy_of: the stream whose emission it feeds back, for the efference copies.
+        is_text: whether its ids are those of the token table, which the module is then given.
+    """
+
+    name: str
+    module: type[nn.Module]
+    arguments: dict[str, float]
+    mask: str | None = None
+    copy_of: str | None = None
+    is_text: bool = False
+
+
+SENSE_TABLE = (
+    Sense("external_voice", TextSense, {"external_voice_ids": IGNORE_INDEX}, is_text=True),
+    Sense("audio", AudioSense, {"input_features": 0.0}, mask="input_features_mask"),
+    Sense("vision", VisionSense, {"pixel_values": 0.0}, mask="pixel_mask"),
+    Sense("proprioception", ProprioceptionSense, {"joint_positions": 0.0, "joint_rotations": 0.0}, mask="body_mask"),
+    Sense("touch", TouchSense, {"touch_points": 0, "touch_surfaces": 0, "touch_values": 0.0}, mask="touch_mask"),
+    Sense("own_text", TextSense, {"external_text_ids": IGNORE_INDEX}, copy_of="external_text", is_text=True),
+    Sense("own_voice", VoiceCopy, {"audio_codes": IGNORE_INDEX}, copy_of="audio"),
+    Sense("own_command", CommandCopy, {"animation": 0.0}, mask="animation_mask", copy_of="animation"),
+)
+assert SENSES[1:] == tuple(sense.name for sense in SENSE_TABLE if not sense.copy_of)
 
 
 class CreatureSenses(nn.Module):
@@ -227,14 +278,8 @@ class CreatureSenses(nn.Module):
     def __init__(self, config: CreatureConfig):
         super().__init__()
         self.config = config
-        self.external_voice = TextSense(config)
-        self.audio = AudioSense(config)
-        self.vision = VisionSense(config)
-        self.proprioception = ProprioceptionSense(config)
-        self.touch = TouchSense(config)
-        self.own_text = TextSense(config)
-        self.own_voice = VoiceCopy(config)
-        self.own_command = CommandCopy(config)
+        for sense in SENSE_TABLE:
+            setattr(self, sense.name, sense.module(config))
 
     def forward(self, inputs: dict, token_table: nn.Embedding) -> list[torch.Tensor]:
         """
@@ -243,37 +288,33 @@ class CreatureSenses(nn.Module):
         Args:
             inputs: the sense arguments of `MultiModalCreature.forward`, None or missing where a sense is absent.
             token_table: the backbone's embedding, shared by every use of text.
+
+        Raises:
+            ValueError: for a part of a sense without the others, and for ids out of range.
         """
-        get = inputs.get
-        for first, others in _TOGETHER.items():
-            missing = [name for name in others if get(name) is None]
-            if get(first) is not None and missing:
-                raise ValueError(f"`{first}` is one part of a sense: give {' and '.join(missing)} with it.")
         vectors = []
-        if get("external_voice_ids") is not None:
-            vectors.append(self.external_voice(get("external_voice_ids"), token_table))
-        if get("input_features") is not None:
-            vectors.append(self.audio(get("input_features"), get("input_features_mask")))
-        if get("pixel_values") is not None:
-            vectors.append(self.vision(get("pixel_values"), get("pixel_mask")))
-        if get("joint_positions") is not None:
-            vectors.append(self.proprioception(get("joint_positions"), get("joint_rotations"), get("body_mask")))
-        if get("touch_points") is not None:
-            vectors.append(
-                self.touch(get("touch_points"), get("touch_surfaces"), get("touch_values"), get("touch_mask"))
-            )
-        if get("external_text_ids") is not None:
-            vectors.append(self.own_text(get("external_text_ids"), token_table))
-        if get("audio_codes") is not None:
-            vectors.append(self.own_voice(get("audio_codes")))
-        if get("animation") is not None:
-            vectors.append(self.own_command(get("animation"), get("animation_mask")))
+        for sense in SENSE_TABLE:
+            given = [name for name in sense.arguments if inputs.get(name) is not None]
+            mask = inputs.get(sense.mask)
+            if given == ["joint_rotations"] or (not given and mask is None):
+                continue  # rotations alone are not felt: they are the pose that animation starts from
+            missing = [name for name in sense.arguments if name not in given]
+            if missing:
+                names = " and ".join(f"`{name}`" for name in missing)
+                raise ValueError(f"`{(given or [sense.mask])[0]}` is one part of a sense: give {names} with it.")
+            tensors = [inputs[name] for name in sense.arguments]
+            if sense.is_text:
+                check_ids(given[0], tensors[0], token_table.num_embeddings)
+                tensors.append(token_table)
+            elif sense.mask:
+                tensors.append(None if mask is None else mask.bool())
+            vectors.append(getattr(self, sense.name)(*tensors))
         return vectors
 
     def pose(self, inputs: dict) -> torch.Tensor | None:
         """
-        The pose that the next motor command starts from, [B, T, joints, 4]: the body as it is felt, else as it was last
-        commanded, else (None, or at ticks that have neither) the pose in which no joint is turned.
+        The pose that the next motor command starts from, [B, T, joints, 4]: the felt body, else the last command, else
+        the pose in which no joint is rotated (None where that holds for all ticks).
         """
         felt, commanded = inputs.get("joint_rotations"), inputs.get("animation")
         pose = None
@@ -289,7 +330,7 @@ class CreatureSenses(nn.Module):
             return pose
         if below is None:
             below = rest_pose(pose)
-        return torch.where(mask[..., None, None], pose, below.to(pose.dtype))
+        return torch.where(mask.bool()[..., None, None], pose, below.to(pose.dtype))
 
 
 def rest_pose(like: torch.Tensor) -> torch.Tensor:
@@ -297,4 +338,4 @@ def rest_pose(like: torch.Tensor) -> torch.Tensor:
     return F.pad(torch.ones_like(like[..., :1]), (0, 3)).expand_as(like)
 
 
-__all__ = ["CreatureSenses"]
+__all__ = ["SENSE_TABLE", "CreatureSenses", "Sense"]

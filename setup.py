@@ -36,7 +36,6 @@ setup(
         "modeling_creature",
         "generation_creature",
         "decoding_creature",
-        "kernels_creature",
         "layers_creature",
         "losses_creature",
         "senses_creature",
@@ -45,7 +44,14 @@ setup(
     ],
     # configs/ and scripts/ lie beside the package in a clone, and are found in a wheel as creature/configs and
     # `python -m creature_scripts.generate_text`.
-    packages=["creature", "creature.data", "creature.data.text", "creature.configs", "creature_scripts"],
+    packages=[
+        "creature",
+        "creature.data",
+        "creature.data.text",
+        "creature.fast",
+        "creature.configs",
+        "creature_scripts",
+    ],
     package_dir={"creature.configs": "configs", "creature_scripts": "scripts"},
     package_data={"creature.configs": ["**/*.yaml", "**/*.jinja", "**/*.py"]},
     install_requires=[

@@ -6,6 +6,8 @@ predicted from the hidden state of tick t - 1. Losses are sums over the targets;
 the whole accumulated batch, so that micro-batches simply add up.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -35,22 +37,22 @@ def text_loss(
     hidden: torch.Tensor,
     head: torch.Tensor | nn.Module,
     labels: torch.Tensor,
-    fp8: bool = False,
+    cross_entropy: Callable = linear_cross_entropy,
 ) -> torch.Tensor:
     """
     Sum of the next-token losses of a text stream.
 
-    hidden: [B, T, hidden_size] of ticks 0..T-1. head: its weight [vocab_size, hidden_size], or a module that makes the
-    logits, all of them at once. labels: [B, T], unshifted, or [B, T + 1] where the tick after the last is known too.
-    fp8: see `losses_creature.linear_cross_entropy`.
+    hidden: [B, T, hidden_size] of ticks 0..T-1. head: its weight [vocab_size, hidden_size], or a module that returns
+    the logits, all of them at once. labels: [B, T], unshifted, or [B, T + 1] where the tick after the last is known.
+    cross_entropy: `losses_creature.linear_cross_entropy`, or another function of the same signature.
     """
-    # A last tick without a target gets one of weight 0, so that `hidden` is used whole, without a copy.
+    # A last tick without a target gets one of weight 0, so that `hidden` need not be cut, which would copy it.
     targets = F.pad(labels[:, 1:], (0, hidden.shape[1] + 1 - labels.shape[1]), value=IGNORE_INDEX).reshape(-1)
     weights = text_target_weights(config, targets)
     if isinstance(head, nn.Module):
         logits = head(hidden).flatten(0, 1).float()
         return (F.cross_entropy(logits, targets.clamp(min=0), reduction="none") * weights).sum()
-    return linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets.clamp(min=0), weights, fp8)
+    return cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets.clamp(min=0), weights)
 
 
 def count_targets(config: CreatureConfig, batch: dict) -> torch.Tensor:
@@ -65,9 +67,9 @@ def count_targets(config: CreatureConfig, batch: dict) -> torch.Tensor:
         ranks of a step and pass the sum as `num_items_in_batch`.
     """
     labels = batch.get("labels")
-    spoken = batch.get("external_text_labels")
-    codes = batch.get("audio_labels")
-    moves = animation_target_mask(batch)
+    spoken = batch.get("external_text_targets")
+    codes = batch.get("audio_targets")
+    moves = animation_targets_present(batch)
     counts = [
         None if labels is None else text_target_weights(config, labels[:, 1:]).sum(),
         None if spoken is None else text_target_weights(config, spoken[:, 1:]).sum(),
@@ -78,13 +80,13 @@ def count_targets(config: CreatureConfig, batch: dict) -> torch.Tensor:
     return torch.stack([torch.zeros((), device=device) if count is None else count for count in counts])
 
 
-def animation_target_mask(batch: dict) -> torch.Tensor | None:
-    """[B, T] bool: the ticks of a batch that have an animation target, or None without animation labels."""
-    for name in ("rotation_labels", "blend_shape_labels", "eye_labels"):
+def animation_targets_present(batch: dict) -> torch.Tensor | None:
+    """[B, T] bool: the ticks of a batch that have an animation target, or None without any."""
+    for name in ("rotation_targets", "blend_shape_targets", "eye_targets"):
         if batch.get(name) is not None:
-            mask = batch.get("animation_label_mask")
+            mask = batch.get("animation_target_mask")
             everywhere = torch.ones(batch[name].shape[:2], dtype=torch.bool, device=batch[name].device)
-            return everywhere if mask is None else mask
+            return everywhere if mask is None else mask.bool()
     return None
 
 
@@ -173,9 +175,15 @@ class ExternalTextStream(nn.Module):
         """hidden [B, T, hidden_size], token_table [vocab_size, hidden_size] -> logits [B, T, vocab_size]."""
         return F.linear(self.proj(hidden), token_table)
 
-    def loss(self, hidden: torch.Tensor, token_table: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sum of next-token losses; labels [B, T] ids, -100 where unknown, NULL where silent."""
-        return text_loss(self.config, self.proj(hidden), token_table, labels)
+    def loss(
+        self,
+        hidden: torch.Tensor,
+        token_table: torch.Tensor,
+        targets: torch.Tensor,
+        cross_entropy: Callable = linear_cross_entropy,
+    ) -> torch.Tensor:
+        """Sum of next-token losses; targets [B, T] ids, -100 where unknown, NULL where silent."""
+        return text_loss(self.config, self.proj(hidden), token_table, targets, cross_entropy)
 
 
 class DepthLayer(nn.Module):
@@ -238,9 +246,9 @@ class AudioStream(nn.Module):
         # The product runs in the table's autocast dtype, one codebook per position.
         return torch.einsum("nkc,kvc->nkv", x, code_table[: x.shape[1]].to(x.dtype))
 
-    def loss(self, hidden: torch.Tensor, code_table: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sum of the code losses; hidden [B, T, hidden_size], labels [B, T, codebooks], -100 where unknown."""
-        hidden, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten(0, 1)
+    def loss(self, hidden: torch.Tensor, code_table: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Sum of the code losses; hidden [B, T, hidden_size], targets [B, T, codebooks], -100 where unknown."""
+        hidden, targets = hidden[:, :-1].flatten(0, 1), targets[:, 1:].flatten(0, 1)
         logits = self(hidden, targets, code_table).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
@@ -257,7 +265,7 @@ class AudioStream(nn.Module):
         logits = None
         for _ in range(self.num_codes):
             logits = self(hidden, codes, code_table)
-            codes = torch.cat((codes, pick(logits[:, -1], temperature)[:, None]), dim=1)
+            codes = torch.cat((codes, sample_token(logits[:, -1], temperature)[:, None]), dim=1)
         return codes, logits
 
 
@@ -289,36 +297,36 @@ class AnimationStream(nn.Module):
         matrices, shapes, eyes = self._decode(hidden, pose)
         return pack_animation(matrix_to_quaternion(matrices), shapes, eyes)
 
-    def loss(self, hidden: torch.Tensor, pose: torch.Tensor, labels: dict) -> torch.Tensor:
+    def loss(self, hidden: torch.Tensor, pose: torch.Tensor, targets: dict) -> torch.Tensor:
         """
         Sum over the target ticks of: the mean squared chordal distance of the joints (Frobenius norm of the difference
         of the rotation matrices), the mean squared error of the shapes, and of the eyes 1 - cosine of the gaze plus the
         squared error of the openness.
 
-        hidden [B, T, hidden_size], pose [B, T, joints, 4]; labels: the animation labels of the forward pass.
+        hidden [B, T, hidden_size], pose [B, T, joints, 4]; targets: the animation targets of the forward pass.
         """
         matrices, shapes, eyes = self._decode(hidden[:, :-1], pose[:, :-1])
         loss = torch.zeros(shapes.shape[:2], device=hidden.device)
-        mask = animation_target_mask(labels)[:, 1:]
+        mask = animation_targets_present(targets)[:, 1:]
 
         def target(name):
-            # Filled, not multiplied: what stands at ticks without a target may be anything, NaN included.
-            values = labels[name][:, 1:].float()
+            # Filled, not multiplied: the values at ticks without a target may be anything, NaN included.
+            values = targets[name][:, 1:].float()
             return values.masked_fill(~mask.view(*mask.shape, *[1] * (values.dim() - 2)), 0.0)
 
-        if labels.get("rotation_labels") is not None:
-            error = matrices - matrix_from_6d(quaternion_to_6d(target("rotation_labels")))
+        if targets.get("rotation_targets") is not None:
+            error = matrices - matrix_from_6d(quaternion_to_6d(target("rotation_targets")))
             loss = loss + error.square().sum((-2, -1)).mean((-2, -1))
-        if labels.get("blend_shape_labels") is not None:
-            loss = loss + (shapes - target("blend_shape_labels")).square().mean(-1)
-        if labels.get("eye_labels") is not None:
-            true_eyes = target("eye_labels")
+        if targets.get("blend_shape_targets") is not None:
+            loss = loss + (shapes - target("blend_shape_targets")).square().mean(-1)
+        if targets.get("eye_targets") is not None:
+            true_eyes = target("eye_targets")
             cosine = F.cosine_similarity(eyes[..., :3], true_eyes[..., :3], dim=-1)
             loss = loss + (1 - cosine + (eyes[..., 3] - true_eyes[..., 3]).square()).mean(-1)
         return (loss * mask).sum()
 
 
-def pick(logits: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
+def sample_token(logits: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
     """One id per row of [..., vocabulary]: the likeliest, or drawn at a temperature."""
     if not temperature:
         return logits.argmax(dim=-1)

@@ -81,7 +81,7 @@ def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict
     from creature.data import DataArguments, block_collator, load_data
     from creature.data.text.tokenizer import load_tokenizer
     from creature.optimizer import MuonAdamW, parameter_groups
-    from creature.trainer import halve_rows
+    from creature.trainer import split_rows
     from modeling_creature import MultiModalCreature
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,7 +122,7 @@ def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict
             group["lr"] = peak * up * down
         batch = next(stream)
         halved = step < training["batch_warmup"] * steps and options.micro_batch > 1
-        for part in halve_rows(batch) if halved else [batch]:
+        for part in split_rows(batch) if halved else [batch]:
             with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
                 loss = step_model(**part, return_logits=False).loss
             loss.backward()

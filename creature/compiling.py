@@ -1,4 +1,4 @@
-"""torch.compile as the job uses it: a compiler that fails stops nothing, and no short batch is compiled by itself."""
+"""torch.compile in the job: a failing compiler does not stop a run, and a short batch is not compiled by itself."""
 
 import os
 from collections.abc import Callable
@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from creature.errors import first_line, is_out_of_memory
 
 
-def or_eager(function: Callable, *args, undo: Callable[[], None] | None = None, **kwargs) -> Any:
+def with_eager_fallback(function: Callable, *args, undo: Callable[[], None] | None = None, **kwargs) -> Any:
     """
-    function(*args, **kwargs); where the compiler fails in it, the call is made again, and all later ones, uncompiled.
+    function(*args, **kwargs); where compiling it fails, the call is repeated, and the rest of the run stays, eager.
 
     Args:
-        undo: puts back what a failed call has changed. Where it is given, any error but lack of memory counts as the
-            compiler's: if it was not, it comes again.
+        undo: restores what a failed call has changed. Where it is given, any error except out-of-memory triggers the
+            eager retry; a real bug raises again.
     """
     try:
         return function(*args, **kwargs)
@@ -27,17 +27,19 @@ def or_eager(function: Callable, *args, undo: Callable[[], None] | None = None, 
         reason = _reason(error)
     if undo is not None:
         undo()
-    _compile_no_more(reason)
+    _turn_compiling_off(reason)
     return function(*args, **kwargs)
 
 
-def _compile_no_more(reason: str) -> None:
-    """Run everything uncompiled from here on, and say why in one line."""
+def _turn_compiling_off(reason: str) -> None:
+    """Run everything eager from here on, and print the reason in one line."""
+    from creature import fast
+
     torch.compiler.set_stance("force_eager")
-    use_plain_kernels()
+    fast.disable()
     if os.environ.get("RANK", "0") == "0":
         print(
-            f"torch.compile failed ({reason}): going on without it, slower; --torch_compile false leaves it out",
+            f"torch.compile failed ({reason}): continuing without it, slower; --torch_compile false does not try it",
             flush=True,
         )
 
@@ -48,21 +50,14 @@ def _reason(error: BaseException) -> str:
     return " ".join((named[0] if named else first_line(error)).split())[:200]
 
 
-def fill_rows(inputs: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+def pad_batch(inputs: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
     """
-    A short batch of text with rows without targets added, so that the last batch of a pass is not compiled by itself.
+    A short batch of text padded with rows without targets, so that the last batch of an epoch needs no compilation.
 
-    inputs: input_ids and labels, [B, T] -> [rows, T]; a batch with other senses stays as it is.
+    inputs: input_ids and labels, [B, T] -> [rows, T]; a batch with anything else is returned as it is.
     """
-    missing = rows - len(inputs["input_ids"])
-    if missing <= 0 or inputs.keys() != {"input_ids", "labels"}:
+    missing = rows - len(inputs["input_ids"]) if inputs.keys() == {"input_ids", "labels"} else 0
+    if missing <= 0:
         return inputs
     values = {"input_ids": 0, "labels": -100}
     return {name: F.pad(tensor, (0, 0, 0, missing), value=values[name]) for name, tensor in inputs.items()}
-
-
-def use_plain_kernels() -> None:
-    """Leave the model's Triton kernels alone: they take the same compiler, and plain torch does the same."""
-    import kernels_creature
-
-    kernels_creature.triton = None

@@ -195,7 +195,8 @@ def _head_bytes(config, tokens: int, wide: int, device: Device, precision: str, 
     """Bytes of the chunked head and loss at their peak (`losses_creature.linear_cross_entropy`)."""
     import torch
 
-    from losses_creature import FLOAT8_CHUNK, chunk_tokens
+    from creature.fast.head import FLOAT8_CHUNK
+    from losses_creature import chunk_tokens
 
     float8 = device.is_hopper and precision == "bf16"
     chunk = min(tokens, FLOAT8_CHUNK if float8 else chunk_tokens(torch.device(device.kind)))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
-from creature.compiling import or_eager
+from creature.compiling import with_eager_fallback
 
 # Newton-Schulz coefficients, one triple an iteration (Amsel et al. 2025, "The Polar Express"): together they carry the
 # singular values of a matrix of norm below 1 to 1 faster than one triple repeated, also in bfloat16.
@@ -23,24 +23,24 @@ _POLAR_EXPRESS = (
 )
 MOMENTUM = 0.9  # of Muon
 # Matrices in one compiled step of Muon, as many as the tiny creature has of one shape: the time to compile it grows
-# faster than their number (docs/log.md).
+# faster than their number (docs/experiments.md).
 LARGEST_STACK = 24
 _CACHED = 2**18  # numbers of a table that a CPU's core keeps near while it steps them
-# Peak learning rates at width 512: of the token table beside Muon, of everything under AdamW alone (docs/log.md).
+# Peak learning rates at width 512: of the token table beside Muon, of everything under AdamW (docs/experiments.md).
 _RATE_BESIDE_MUON, _RATE_ALONE, _RATE_WIDTH = 8e-3, 2e-3, 512
-VALUE_TABLE_RATE, SCALE_RATE = 12.5, 2.5  # times the token table's: 0.1 and 0.02 beside 8e-3
+SCALE_RATE = 2.5  # times the token table's, for norms and scales: 0.02 beside 8e-3
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """
-    The nearest semi-orthogonal matrix of each of a stack, approximately: singular values land near 1.
+    The nearest semi-orthogonal matrix to each of a stack, approximately: all singular values come close to 1.
 
     matrices [N, rows, columns] -> the same shape, in `dtype` (default: bfloat16 on a GPU, float32 elsewhere).
     """
     if dtype is None:
         dtype = torch.bfloat16 if matrices.is_cuda else torch.float32
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices  # the products below are square in the number of rows: take the smaller side
+    x = matrices.mT if tall else matrices  # the products below are rows x rows: take the smaller side
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)).to(dtype)
     if dtype != torch.bfloat16 and 2 * x.shape[-2] <= x.shape[-1]:
         x = _iterate_gram(x)
@@ -58,8 +58,8 @@ def _gram(x: torch.Tensor) -> torch.Tensor:
 
 def _iterate_gram(x: torch.Tensor) -> torch.Tensor:
     """
-    The same iterations on x @ x.mT alone, whose factors are multiplied into x at the end: a matrix four times as wide
-    as high takes half the arithmetic. Exact but for rounding, which bfloat16 has too much of.
+    The same iterations on x @ x.mT alone, multiplied into x at the end: half the arithmetic for a matrix four times as
+    wide as high. In float32 only: in bfloat16 the rounding errors grow too large.
     """
     gram, factor = _gram(x), None
     for step, (a, b, c) in enumerate(_POLAR_EXPRESS):
@@ -84,11 +84,11 @@ def _muon_step(
 ) -> None:
     """One Muon update of matrices of one shape or its transpose, in place; none where `found_inf` is not 0."""
     tall = [param.shape[0] >= param.shape[1] for param in params]
-    gradient = _stack(gradients, tall).float()  # [N, rows, columns], no more rows than columns; a neuron is a column
+    gradient = _stack(gradients, tall).float()  # [N, rows, columns], rows <= columns; a neuron is a column
     old = _stack(buffers, tall)
     new = old.lerp(gradient, 1 - momentum)
     update = orthogonalize(gradient.lerp(new, momentum)).float()  # Nesterov: look one step ahead
-    # Neurons that move much get smaller steps, as in Adam; all together keep their length.
+    # NorMuon: neurons with large updates get smaller steps, as in Adam; the update as a whole keeps its norm.
     length = update.norm(dim=(-2, -1), keepdim=True)
     old_square = torch.stack(squares)[:, None]
     square = old_square.lerp(update.square().mean(dim=-2, keepdim=True), 1 - beta2)
@@ -101,18 +101,18 @@ def _muon_step(
     kept_square = torch.where(bad, old_square, square)[:, 0]
     shrink = 1 - (lr * weight_decay) * ~bad
     update = torch.where(bad, 0.0, update)
-    made = (kept.unbind(), kept_square.unbind(), update.unbind())
-    for param, buffer, average, turn, keep, keep_square, step in zip(
-        params, buffers, squares, tall, *made, strict=True
+    results = (kept.unbind(), kept_square.unbind(), update.unbind())
+    for param, buffer, average, is_tall, new_buffer, new_average, step in zip(
+        params, buffers, squares, tall, *results, strict=True
     ):
-        average.copy_(keep_square)
-        buffer.copy_(keep.mT if turn else keep)
-        param.mul_(shrink).sub_((step.mT * (lr * longer) if turn else step * lr).to(param.dtype))
+        average.copy_(new_average)
+        buffer.copy_(new_buffer.mT if is_tall else new_buffer)
+        param.mul_(shrink).sub_((step.mT * (lr * longer) if is_tall else step * lr).to(param.dtype))
 
 
 def _stack(matrices: list[torch.Tensor], tall: list[bool]) -> torch.Tensor:
-    """The matrices as a stack, the tall ones transposed: what follows is square in the number of rows."""
-    return torch.stack([matrix.mT if turn else matrix for matrix, turn in zip(matrices, tall, strict=True)])
+    """The matrices as one stack, the tall ones transposed."""
+    return torch.stack([matrix.mT if is_tall else matrix for matrix, is_tall in zip(matrices, tall, strict=True)])
 
 
 def _row_step(
@@ -129,7 +129,7 @@ def _row_step(
 ) -> None:
     """The `step`th step of Adam with one second moment for each row, in place; none where `found_inf` is not 0."""
     good = found_inf == 0
-    gradient = torch.where(good, gradient, average)  # on its way to itself, the average stays
+    gradient = torch.where(good, gradient, average)  # moving towards itself, the average stays the same
     average.lerp_(gradient, 1 - beta1)
     fresh = torch.linalg.vector_norm(gradient, dim=1, keepdim=True).square() / gradient.shape[1]
     square.lerp_(torch.where(good, fresh, square), 1 - beta2)
@@ -145,7 +145,7 @@ def _even_parts(items: list, largest: int) -> list[list]:
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with the rows that other processes hold of it."""
+    """The whole tensor, with the rows that other processes hold."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -159,16 +159,16 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon (Jordan et al. 2024) where `group["muon"]` is true, Adam by rows where `group["by_row"]` is, AdamW (Loshchilov
     and Hutter 2019) elsewhere.
 
-    Muon replaces the momentum of a matrix by the nearest orthogonal one, so that every direction of the matrix learns
-    at the same rate; it keeps one state per weight where AdamW keeps two. What it makes is evened out over the neurons
-    by their running mean square (Li et al. 2025, "NorMuon").
+    Muon replaces the momentum of a matrix by the nearest orthogonal matrix, so that every direction of the matrix
+    learns at the same rate; it keeps one state per weight where AdamW keeps two. The update is then divided by each
+    neuron's running mean square (Li et al. 2025, "NorMuon"): 0.019 nats on 73.7 M tokens (docs/experiments.md).
 
-    By rows, the tokens of a table: one second moment for all of a row (Zhang et al. 2024, "Adam-mini"), as what tells
-    the gradients of a table apart is how often a token comes. It takes half the memory.
+    Adam by rows keeps one second moment for each row of a table (Zhang et al. 2024, "Adam-mini"), because gradients of
+    a table differ by how often a token occurs: 0.006 nats, and half the memory.
 
-    Parameters may be sharded over processes (DTensors, as FSDP 2 makes them): a matrix is gathered for its step.
+    Parameters may be sharded over processes (DTensors, as FSDP 2 creates them): a matrix is gathered for its step.
 
-    As with torch's fused optimizers, a tensor set as `found_inf` that is not 0 makes the next step change nothing.
+    As with torch's fused optimizers, a tensor set as `found_inf` that is not 0 makes the next step do nothing.
 
     Args:
         params: parameter groups, each with "muon" or "by_row" (bool) and its own "lr"; "weight_decay" (none by rows),
@@ -200,7 +200,7 @@ class MuonAdamW(torch.optim.Optimizer):
                     what = "Muon updates matrices" if group["muon"] else "Rows are those of matrices"
                     raise ValueError(f"{what}; a parameter of shape {tuple(param.shape)} goes to AdamW.")
         self._muon_step, self._row_step = (
-            partial(or_eager, torch.compile(step, dynamic=False, fullgraph=True)) if compiled else step
+            partial(with_eager_fallback, torch.compile(step, dynamic=False, fullgraph=True)) if compiled else step
             for step in (_muon_step, _row_step)
         )
 
@@ -226,13 +226,13 @@ class MuonAdamW(torch.optim.Optimizer):
     def _step_muon(self, group: dict, params: list[torch.Tensor]) -> None:
         stacks: dict[tuple | torch.Tensor, list[torch.Tensor]] = {}
         for param in params:
-            # On a CPU each matrix alone, which then stays in the cache with all that is made of it; a sharded one alone
-            # as well, for whole it is large.
+            # One at a time on a CPU, where a matrix and its temporaries then stay in the cache; a sharded one as well,
+            # because gathered it is large.
             alone = param.device.type == "cpu" or isinstance(param, DTensor)
             stacks.setdefault(param if alone else tuple(sorted(param.shape)), []).append(param)
             if not self.state[param]:
                 buffer = torch.zeros_like(param, dtype=torch.float32)
-                # A neuron is a row, or a column of a wide matrix. Not sharded: every process knows all of them.
+                # A neuron is a row, or a column of a wide matrix. Not sharded: every process holds all of them.
                 square = torch.zeros(max(param.shape), device=param.device)
                 self.state[param].update(momentum_buffer=buffer, mean_square=square)
         lr, found_inf = self._scalars(group)
@@ -241,8 +241,8 @@ class MuonAdamW(torch.optim.Optimizer):
             buffers = [self.state[param]["momentum_buffer"] for param in same]
             squares = [self.state[param]["mean_square"] for param in same]
             settings = group["weight_decay"], group["momentum"], group["beta2"]
-            # FSDP 2 leaves every process some rows of a matrix, and Muon needs it whole: all processes make the same
-            # step of it, and each keeps its rows.
+            # FSDP 2 gives every process some rows of a matrix, and Muon needs all of them: all processes compute the
+            # same step, and each keeps its rows.
             shards = [*same, *buffers]
             same, buffers, gradients = ([_whole(tensor) for tensor in some] for some in (same, buffers, gradients))
             self._muon_step(same, gradients, buffers, squares, lr, found_inf, *settings)
@@ -252,7 +252,7 @@ class MuonAdamW(torch.optim.Optimizer):
                     shard.copy_(own)
 
     def _scalars(self, group: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """The group's learning rate and `found_inf`; tensors, so that another rate is not another compilation."""
+        """The group's learning rate and `found_inf`, as tensors, so that a new rate needs no new compilation."""
         found_inf = getattr(self, "found_inf", None)
         return torch.as_tensor(group["lr"], dtype=torch.float32), torch.zeros(()) if found_inf is None else found_inf
 
@@ -265,8 +265,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 state["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
                 state["mean_square"] = torch.zeros_like(param[:, :1], dtype=torch.float32)
             state["step"].add_(found_inf == 0)
-            # FSDP 2 shards by rows, and each is stepped alone. On a CPU, as many at a time as stay in the cache.
-            # Detached: torch.compile refuses to change a view of a parameter in place.
+            # Rows are independent, so FSDP 2 shards are stepped as they are. On a CPU, as many rows at a time as stay
+            # in the cache. Detached, because torch.compile refuses to change a view of a parameter in place.
             tensors = [_own(x).detach() for x in (param, param.grad, state["exp_avg"], state["mean_square"])]
             rows = len(tensors[0]) if param.is_cuda else max(1, _CACHED // param.shape[1])
             for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
@@ -323,29 +323,23 @@ def parameter_groups(
 ) -> list[dict]:
     """
     The trainable parameters of a creature in groups: the tables, for Adam by rows; the body's matrices, for Muon; the
-    rest, for AdamW. A gate's few rows are no matrix to be made orthogonal: they belong to the rest.
+    rest, for AdamW.
 
     Args:
-        learning_rate, betas, eps: of the token table; the values' table learns VALUE_TABLE_RATE times as fast, and
-            norms, scales and gates SCALE_RATE times.
+        learning_rate, betas, eps: of the tables; norms and scales learn SCALE_RATE times as fast.
         matrix_learning_rate: of the matrices of the body.
         weight_decay: of the matrices of the body; nothing else decays.
     """
     tables = table_names(model)
-    kinds: dict[str, list[torch.Tensor]] = {"others": [], "tables": [], "values": [], "matrices": []}
+    kinds: dict[str, list[torch.Tensor]] = {"others": [], "tables": [], "matrices": []}
     for name, param in model.named_parameters():
-        if not param.requires_grad:
-            continue
-        if id(param) in tables:
-            kind = "values" if "embed_values" in tables[id(param)] else "tables"
-        else:
-            kind = "matrices" if param.dim() == 2 and ".layers." in name and "gate" not in name else "others"
-        kinds[kind].append(param)
+        if param.requires_grad:
+            is_matrix = param.dim() == 2 and ".layers." in name
+            kinds["tables" if id(param) in tables else "matrices" if is_matrix else "others"].append(param)
     adam = {"lr": learning_rate, "weight_decay": 0.0, "muon": False, "betas": betas, "eps": eps}
     groups = [
         # First, so that the rate that the Trainer logs is `learning_rate`.
         {"params": kinds["tables"], **adam, "by_row": True},
-        {"params": kinds["values"], **adam, "by_row": True, "lr": VALUE_TABLE_RATE * learning_rate},
         {"params": kinds["others"], **adam, "lr": SCALE_RATE * learning_rate},
         {"params": kinds["matrices"], "lr": matrix_learning_rate, "weight_decay": weight_decay, "muon": True},
     ]

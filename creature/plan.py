@@ -173,14 +173,14 @@ def _find_precision(training: dict, device: Device) -> tuple[str, str]:
 
 def _find_compiler(training: dict, device: Device) -> tuple[bool, str, str | None]:
     """(whether steps are compiled, the reason, a note where compiling was wanted and does not work)."""
-    from creature.compiling import use_plain_kernels
+    from creature import fast
 
     asked = training.get("torch_compile")
     if asked is None and (training.get("torch_compile_backend") or training.get("torch_compile_mode")):
         asked = True
     works, reason = compiler_available(device)
     if not works and device.kind == "cuda":
-        use_plain_kernels()
+        fast.disable()
     if asked is False:
         return False, "as asked for", None
     if asked is None and device.kind != "cuda":

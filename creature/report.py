@@ -11,13 +11,13 @@ import torch
 
 from creature.callbacks import format_seconds
 from creature.estimate import count_parameters, flops_per_token, tokens_per_second
+from creature.fast import float8_fits
 from creature.hardware import attention_kernel, peak_flops
 from creature.launch import own_command
 from creature.optimizer import MOMENTUM
 from creature.plan import Plan, sharded
 from creature.settings import PROJECT, Settings
-from creature.trainer import halved_steps, schedule_steps
-from losses_creature import float8_suits
+from creature.trainer import batch_warmup_steps, schedule_steps
 
 # Epochs up to which repeated text helps (Muennighoff et al. 2023, "Scaling Data-Constrained Language Models").
 REPEATS = 4
@@ -46,7 +46,7 @@ def must_match(settings: Settings, plan: Plan, args, config, data_info: dict, st
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "warmup_steps": warmup,
         "decay_steps": decay,
-        "batch_warmup_steps": halved_steps(args, steps) if _can_halve(settings, plan) else 0,
+        "batch_warmup_steps": batch_warmup_steps(args, steps) if _can_halve(settings, plan) else 0,
         "max_steps": steps,
         "model": json.loads(json.dumps(config.to_dict(), default=str)),  # as it will be read back
     }
@@ -61,7 +61,7 @@ def _float8_head(plan: Plan, config) -> bool:
     """Whether this device can compute the head in float8."""
     on_gpu = plan.device.kind == "cuda" and torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    return float8_suits(device, config.vocab_size, config.hidden_size)
+    return float8_fits(device, config.vocab_size, config.hidden_size)
 
 
 def describe_run(

@@ -17,7 +17,7 @@ from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from creature import checkpoints
 from creature.callbacks import NanGuard, StopEvaluation, StopSignals, Throughput
-from creature.compiling import fill_rows, or_eager
+from creature.compiling import pad_batch, with_eager_fallback
 from creature.errors import UserError, first_line
 from creature.files import replace_file
 from creature.metrics import text_metrics
@@ -25,8 +25,8 @@ from creature.optimizer import MuonAdamW, parameter_groups, table_names
 from creature.saving import CheckpointMixin, read_state, refuse_shards
 from streams_creature import STREAMS, count_targets
 
-# What a batch may hold to be divided by rows: what senses bring counts by present ticks.
-HALVED_INPUTS = {"input_ids", "labels", "position_ids", "cu_seq_lens_q"}
+# A batch of these can be split by rows; those of other senses hold one entry a present tick, not one a row.
+SPLITTABLE_INPUTS = {"input_ids", "labels", "position_ids", "cu_seq_lens_q"}
 _DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 LOG_HISTORY = 1000  # logs that stay in memory and in every trainer_state.json; metrics.jsonl has all of them
 
@@ -40,7 +40,7 @@ class CreatureTrainer(CheckpointMixin, Trainer):
           as `loss_<stream>`;
         - evaluation is token-weighted and gives loss, perplexity, bits per byte and accuracy without holding logits;
         - Muon trains the matrices of the body, Adam the rest, and only those matrices decay;
-        - at first, each half of a batch is an update of its own (`batch_warmup_steps`);
+        - in the first `batch_warmup_steps` steps, the weights are updated after each half of the batch;
         - warmup_stable_decay needs no keyword arguments;
         - tokens/s, samples/s and MFU are of the last logging window and exclude evaluation, saving and compiling;
         - a checkpoint appears whole or not at all, and the run stops before a NaN reaches the weights.
@@ -55,14 +55,13 @@ class CreatureTrainer(CheckpointMixin, Trainer):
         **kwargs,
     ):
         """byte_lengths [vocab_size]: bytes each id decodes to, for bits per byte; without it every id counts as one."""
-        # Halves of a batch are a second shape: each is to be compiled as it is, not one for all sizes.
+        # A batch and its half are compiled as two static shapes, not as one dynamic shape.
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
         model = kwargs.get("model") or args[0]
         use_cache = model.config.use_cache
         self._model_class = type(model)
         super().__init__(*args, **kwargs)
         model.config.use_cache = use_cache  # the Trainer turns it off, and that would land in every checkpoint
-        model.fp8_head = self.args.fp8_head
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         refuse_shards(plugin)
         if getattr(plugin, "mixed_precision_policy", None) is not None:
@@ -114,60 +113,61 @@ class CreatureTrainer(CheckpointMixin, Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None, **kwargs) -> torch.Tensor:
-        """The Trainer's; while the batch warms up, an update of the weights follows its first half, too."""
-        half, self._micro_batch = self._micro_batches // 2, self._micro_batch + 1
+        """The Trainer's step; during the batch warm-up, the weights are updated after each half of the batch."""
+        self._micro_batch += 1
         rows = self.args.per_device_train_batch_size
-        if not self._batch_is_halved(inputs) or num_items_in_batch is None:
+        if num_items_in_batch is None or not self._in_batch_warmup(inputs):
             return self._forward_and_backward(model, inputs, rows, num_items_in_batch, **kwargs)
-        # The mean over half a batch is divided by half its targets, and makes up half of the loss that is logged.
+        # A half is divided by half the targets of the batch, and is half of the loss that is logged.
         self._loss_share, items = 0.5, num_items_in_batch / 2
-        parts = [inputs] if self._micro_batches > 1 else halve_rows(inputs)
-        rows = rows if len(parts) == 1 else rows - rows // 2
         try:
-            losses = []
-            for part, last in zip(parts, [*[False] * (len(parts) - 1), True], strict=True):
-                losses.append(self._forward_and_backward(model, part, rows, items, **kwargs) * self._loss_share)
-                if not last or self._micro_batch == half:
+            if self._micro_batches > 1:
+                loss = self._forward_and_backward(model, inputs, rows, items, **kwargs)
+                if self._micro_batch == self._micro_batches // 2:
                     self._update(model)
-            return torch.stack(losses).sum()
+                return loss / 2
+            first, second = split_rows(inputs)
+            loss = self._forward_and_backward(model, first, rows - rows // 2, items, **kwargs)
+            self._update(model)
+            return (loss + self._forward_and_backward(model, second, rows - rows // 2, items, **kwargs)) / 2
         finally:
             self._loss_share = 1.0
 
-    def _batch_is_halved(self, inputs: dict) -> bool:
-        """Whether the step under way is one of two updates: early in the run, with micro-batches or rows to divide."""
-        if self.state.global_step >= halved_steps(self.args, self.state.max_steps):
+    def _in_batch_warmup(self, inputs: dict) -> bool:
+        """Whether this step has an update after each half: early in the run, where the batch can be divided."""
+        if self.state.global_step >= batch_warmup_steps(self.args, self.state.max_steps):
             return False
         if self.accelerator.scaler is not None:  # it expects one update a step
             return False
         if self.accelerator.distributed_type not in (DistributedType.NO, *_DDP):
             return False
-        return self._micro_batches > 1 or (len(inputs["input_ids"]) > 1 and inputs.keys() <= HALVED_INPUTS)
+        return self._micro_batches > 1 or (len(inputs["input_ids"]) > 1 and inputs.keys() <= SPLITTABLE_INPUTS)
 
     def _update(self, model) -> None:
-        """An update of the weights in the middle of a step."""
+        """Update the weights in the middle of a step."""
         if self.args.world_size > 1 and not self.accelerator.sync_gradients:
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     torch.distributed.all_reduce(parameter.grad)
                     parameter.grad /= self.args.world_size
         self._get_grad_norm(model, self._clip_grad_norm(model) if self.args.max_grad_norm else None)
-        # Not accelerate's, which waits for the last micro-batch.
+        # Not accelerate's wrapper, which skips all updates but the one after the last micro-batch.
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         optimizer.step()
         optimizer.zero_grad()
 
     def _forward_and_backward(self, model, inputs, rows: int, *args, **kwargs) -> torch.Tensor:
         """
-        The Trainer's step; where torch.compile fails in the first one, that is undone and made without it.
+        The Trainer's step; where torch.compile fails in the first one, that is undone and repeated eagerly.
 
-        rows: of a full batch; compiled, a shorter one is filled up to it.
+        rows: of a full batch, to which a shorter one is padded for a compiled model.
         """
         if not self.args.torch_compile:
             return super().training_step(model, inputs, *args, **kwargs)
-        inputs, undo = fill_rows(inputs, rows), None
+        inputs, undo = pad_batch(inputs, rows), None
         shape, fresh = inputs["input_ids"].shape, contextlib.nullcontext()
         if self._compiled_shapes and shape not in self._compiled_shapes:
-            # It is compiled now, which is not what the rates are to tell; the steps before it are.
+            # Compiling it must not count in tokens/s; the steps before it must.
             if self.args.device.type == "cuda":
                 torch.cuda.synchronize(self.args.device)
             fresh = self.throughput.paused()
@@ -180,7 +180,7 @@ class CreatureTrainer(CheckpointMixin, Trainer):
                 _set_random_states(self.args.device, states)
 
         with fresh:
-            loss = or_eager(super().training_step, model, inputs, *args, undo=undo, **kwargs)
+            loss = with_eager_fallback(super().training_step, model, inputs, *args, undo=undo, **kwargs)
         self._compiled_shapes.add(shape)
         return loss
 
@@ -356,12 +356,12 @@ class CreatureTrainer(CheckpointMixin, Trainer):
             ) from error
 
 
-def halve_rows(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Both halves of the rows of a batch of text, of `HALVED_INPUTS`; of an odd one, the second is longer."""
+def split_rows(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """The two halves of the rows of a batch of `SPLITTABLE_INPUTS`; the second is longer where the number is odd."""
     rows = len(inputs["input_ids"]) // 2
     halves = [{}, {}]
     for name, tensor in inputs.items():
-        if name == "cu_seq_lens_q":  # places in all rows, one behind the other; documents of the other half are empty
+        if name == "cu_seq_lens_q":  # positions in all rows joined; the documents of the other half become empty
             end = rows * inputs["input_ids"].shape[1]
             halves[0][name], halves[1][name] = tensor.clamp(max=end), (tensor - end).clamp(min=0)
         else:
@@ -370,7 +370,7 @@ def halve_rows(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]
 
 
 def _shield_workers(loader):
-    """Let the worker processes of a DataLoader ignore the signals to stop: the step under way needs them."""
+    """Let the worker processes of a DataLoader ignore the stop signals, because the current step still needs them."""
     inner = getattr(loader, "base_dataloader", loader)  # accelerate's loader wraps torch's
     inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)
     return loader
@@ -414,7 +414,7 @@ def schedule_steps(args, num_training_steps: int) -> tuple[int, int]:
     return warmup, min(int(decay), num_training_steps - warmup)
 
 
-def halved_steps(args, num_training_steps: int) -> int:
-    """The first steps, in which each half of the batch is an update of its own; a value below 1 is a share of all."""
+def batch_warmup_steps(args, num_training_steps: int) -> int:
+    """The first steps, in which the weights are updated after each half of a batch; below 1 a share of all steps."""
     given = args.batch_warmup_steps
     return min(int(given) if given >= 1 else round(given * num_training_steps), num_training_steps)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
-from configuration_creature import SENSES, CreatureConfig
+from configuration_creature import CreatureConfig
 from modeling_creature import MultiModalCreature
-from senses_creature import SenseProjection
+from senses_creature import SENSE_TABLE, SenseProjection
 from streams_creature import pack_animation
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -33,29 +33,19 @@ ALL_STREAMS = ("internal_text", "external_text", "audio", "animation")
 EVERY_WEIGHT = {"internal_text": 1.0, "external_text": 0.7, "audio": 0.5, "animation": 0.3}
 
 # The arguments of `forward` that carry each sense, efference copy and stream.
-SENSE_ARGUMENTS = {
-    "internal_voice": ("input_ids",),
-    "external_voice": ("external_voice_ids",),
-    "audio": ("input_features", "input_features_mask"),
-    "vision": ("pixel_values", "pixel_mask"),
-    "proprioception": ("joint_positions", "joint_rotations", "body_mask"),
-    "touch": ("touch_points", "touch_surfaces", "touch_values", "touch_mask"),
-}
-COPY_ARGUMENTS = {
-    "external_text": ("external_text_ids",),
-    "audio": ("audio_codes",),
-    "animation": ("animation", "animation_mask"),
-}
-LABEL_ARGUMENTS = {
+SENSE_ARGUMENTS = {"internal_voice": ("input_ids",)}
+COPY_ARGUMENTS = {}
+for sense in SENSE_TABLE:
+    arguments = (*sense.arguments, sense.mask) if sense.mask else tuple(sense.arguments)
+    (COPY_ARGUMENTS if sense.copy_of else SENSE_ARGUMENTS)[sense.copy_of or sense.name] = arguments
+TARGET_ARGUMENTS = {
     "internal_text": ("labels",),
-    "external_text": ("external_text_labels",),
-    "audio": ("audio_labels",),
-    "animation": ("rotation_labels", "blend_shape_labels", "eye_labels", "animation_label_mask"),
+    "external_text": ("external_text_targets",),
+    "audio": ("audio_targets",),
+    "animation": ("rotation_targets", "blend_shape_targets", "eye_targets", "animation_target_mask"),
 }
 # The module of each sense and efference copy, by its name in `model.model.senses`.
-SENSE_MODULES = (*SENSES[1:], "own_text", "own_voice", "own_command")
-
-assert tuple(SENSE_ARGUMENTS) == SENSES
+SENSE_MODULES = tuple(sense.name for sense in SENSE_TABLE)
 
 
 def micro_config(**changes) -> CreatureConfig:
@@ -109,15 +99,10 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
         for name, parameter in model.named_parameters():
             if name.endswith(("code_table", "position_embeddings", "cls_token")):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
-            elif name.endswith("input_scale"):  # starts at zero
-                parameter.fill_(0.3)
-            elif name.endswith(("residual_scale", "input_scale")):
-                # Away from 1 and 0, and so that the last tick does not outweigh all that was said before it.
-                parameter.copy_(torch.rand(parameter.shape, generator=generator) - 0.5)
+            elif name.endswith("residual_scale"):
+                # Not near 1, so that attention to earlier ticks is not small beside the last tick itself.
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.5 + 0.1)
     return model
-
-
-TABLES = {"use_value_embeddings": True, "per_layer_embedding_size": 8}  # what the tiny configuration has, too
 
 
 def micro_model(seed: int = 0, attn_implementation: str = "sdpa", random: bool = True, **changes) -> MultiModalCreature:
@@ -178,17 +163,18 @@ def random_batch(
         ),
         "animation_mask": there(*shape),
         "labels": tokens().masked_fill(~there(*shape), -100),
-        "external_text_labels": tokens().masked_fill(~there(*shape), -100),
-        "audio_labels": codes(),
-        "rotation_labels": random_quaternions(*shape, subframes, joints),
-        "blend_shape_labels": torch.rand(*shape, config.num_blend_shapes),
-        "eye_labels": eyes(),
-        "animation_label_mask": there(*shape),
+        "external_text_targets": tokens().masked_fill(~there(*shape), -100),
+        "audio_targets": codes(),
+        "rotation_targets": random_quaternions(*shape, subframes, joints),
+        "blend_shape_targets": torch.rand(*shape, config.num_blend_shapes),
+        "eye_targets": eyes(),
+        "animation_target_mask": there(*shape),
     }
 
 
-def without_labels(batch: dict) -> dict:
-    return {name: value for name, value in batch.items() if "label" not in name}
+def without_targets(batch: dict) -> dict:
+    targets = {name for names in TARGET_ARGUMENTS.values() for name in names}
+    return {name: value for name, value in batch.items() if name not in targets}
 
 
 def select(batch: dict, groups: dict, names) -> dict:
@@ -215,9 +201,9 @@ def absent_is(batch: dict, value: float) -> dict:
         "joint_rotations": "body_mask",
         "touch_values": "touch_mask",
         "animation": "animation_mask",
-        "rotation_labels": "animation_label_mask",
-        "blend_shape_labels": "animation_label_mask",
-        "eye_labels": "animation_label_mask",
+        "rotation_targets": "animation_target_mask",
+        "blend_shape_targets": "animation_target_mask",
+        "eye_targets": "animation_target_mask",
     }
     for name, mask_name in masks.items():
         if name in batch:

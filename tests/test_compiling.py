@@ -13,9 +13,9 @@ from test_trainer import TEXT_ONLY, Rows, assert_same, losses_of, make_trainer, 
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
-import kernels_creature
-from creature import machine, optimizer
-from creature.compiling import fill_rows, or_eager
+from creature import optimizer, plan
+from creature.compiling import pad_batch, with_eager_fallback
+from creature.fast import kernels
 from creature.hardware import Device
 from creature.launch import keep_compiled_code
 
@@ -23,7 +23,7 @@ from creature.launch import keep_compiled_code
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Nothing compiled before and nothing kept; at the end, what a fallback switched off is on again."""
-    monkeypatch.setattr(kernels_creature, "triton", kernels_creature.triton)
+    monkeypatch.setattr(kernels, "triton", kernels.triton)
     for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):  # set by TrainingArguments
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -90,12 +90,12 @@ def test_compiled_steps_of_a_table_in_parts_are_the_plain_ones(tmp_path, monkeyp
 
 def test_rows_that_fill_a_short_batch_have_no_targets():
     batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.ones(2, 4, dtype=torch.long)}
-    filled = fill_rows(batch, 5)
+    filled = pad_batch(batch, 5)
     assert filled["input_ids"].shape == filled["labels"].shape == (5, 4)
     assert (filled["labels"][2:] == -100).all() and (filled["labels"][:2] == 1).all()
-    assert fill_rows(batch, 2) is batch
+    assert pad_batch(batch, 2) is batch
     seen = batch | {"touch_mask": torch.ones(2, 4, 1, dtype=torch.bool)}
-    assert fill_rows(seen, 5) is seen
+    assert pad_batch(seen, 5) is seen
 
 
 def test_a_compiler_that_fails_is_told_in_a_line_and_changes_nothing(tmp_path, monkeypatch, capsys):
@@ -111,7 +111,7 @@ def test_a_compiler_that_fails_is_told_in_a_line_and_changes_nothing(tmp_path, m
     assert_same(weights_of(plain), weights_of(trainer))
     for key in ("loss", "loss_internal_text", "grad_norm", "eval_loss"):
         assert losses_of(plain, key) == losses_of(trainer, key), key
-    assert kernels_creature.triton is None
+    assert kernels.triton is None
 
 
 @pytest.mark.parametrize("when", ["backward", "optimizer"])
@@ -158,16 +158,16 @@ def test_an_error_that_is_not_the_compilers_comes_through():
         raise RuntimeError("the data is broken")
 
     with pytest.raises(RuntimeError, match="the data is broken"):
-        or_eager(broken)
+        with_eager_fallback(broken)
     with pytest.raises(RuntimeError, match="the data is broken"):
-        or_eager(broken, undo=lambda: None)
+        with_eager_fallback(broken, undo=lambda: None)
     undone = []
 
     def full():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        or_eager(full, undo=lambda: undone.append(1))
+        with_eager_fallback(full, undo=lambda: undone.append(1))
     assert not undone
 
 
@@ -196,10 +196,9 @@ def test_compiled_code_outlasts_a_reboot_unless_a_folder_is_named(tmp_path, monk
 def test_a_gpu_without_triton_or_compiler_trains_without_both(monkeypatch):
     gpu = Device("cuda", "NVIDIA GeForce RTX 3090", 24 * 2**30, 23 * 2**30, 8, True, 1, (8, 6))
     monkeypatch.setattr("creature.hardware.triton_available", lambda: True)
-    monkeypatch.setattr(kernels_creature, "triton", object())
+    monkeypatch.setattr(kernels, "triton", object())
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    notes = []
-    works, reason = machine._find_compiler({}, gpu, notes)
-    assert not works and "C compiler" in reason and notes == [f"torch.compile is off: {reason}"]
-    assert kernels_creature.triton is None
+    works, reason, note = plan._find_compiler({}, gpu)
+    assert not works and "C compiler" in reason and note == f"torch.compile is off: {reason}"
+    assert kernels.triton is None

@@ -12,7 +12,7 @@ import weakref
 
 import pytest
 import torch
-from creatures import TABLES, Listener, micro_model, random_batch
+from creatures import Listener, micro_model, random_batch
 from torch import nn
 from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList
 
@@ -84,7 +84,7 @@ def how(request):
 def stock(model, *arguments, **settings):
     """What the loop of transformers gives."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation_creature, "is_plain", lambda *_: False)
+        patch.setattr(generation_creature, "can_decode", lambda *_: False)
         return model.generate(*arguments, **settings)
 
 
@@ -157,7 +157,6 @@ def test_a_prompt_as_long_as_the_context(model, decoded, how):
         {"num_key_value_heads": 2},
         {"tie_word_embeddings": True},
         {"attn_implementation": "eager"},
-        TABLES,
     ],
 )
 def test_other_architectures(prompt, decoded, how, changes):
@@ -248,7 +247,7 @@ def test_anything_else_is_left_to_transformers(model, prompt, decoded, settings)
 def test_a_model_in_training_or_with_another_attention_is_left_to_transformers(model, prompt, decoded):
     model.train().generate(prompt, **GREEDY)
     model.eval().set_attn_implementation("flex_attention")
-    assert not decoding_creature.is_plain(model, None, model.generation_config, False, {})
+    assert not decoding_creature.can_decode(model, None, model.generation_config, False, {})
     assert not decoded
 
 
@@ -350,7 +349,7 @@ def test_what_a_compile_config_gives_to_the_compiler():
 
 
 def test_who_asks_in_vain_is_told(model, prompt):
-    with pytest.warns(UserWarning, match="`compile_config` is left aside"):
+    with pytest.warns(UserWarning, match="`compile_config` is ignored"):
         out = model.generate(prompt, **GREEDY, compile_config=CompileConfig())
     assert torch.equal(out, stock(model, prompt, **GREEDY))
 
@@ -399,10 +398,10 @@ def test_what_an_earlier_text_left_in_the_buffers_is_not_seen(model, prompt, rec
     assert torch.equal(model.generate(prompt, **GREEDY), expected) and recorded == [None]
 
 
-def test_few_graphs_are_kept(model, prompt, recorded, monkeypatch):
+def test_few_graphs_are_graphs(model, prompt, recorded, monkeypatch):
     for rows in range(1, decoding_creature.KEPT_GRAPHS + 3):
         model.generate(prompt[:1].expand(rows, -1), **{**GREEDY, "max_new_tokens": 3})
-    kept = decoding_creature._kept[model]
+    kept = decoding_creature._graphs[model]
     assert [key[0] for key in kept] == list(range(3, decoding_creature.KEPT_GRAPHS + 3))
     room = 2 * max(decoder.bytes for decoder in kept.values())
     monkeypatch.setattr(decoding_creature, "KEPT_BYTES", room)
@@ -417,7 +416,7 @@ def test_few_graphs_are_kept(model, prompt, recorded, monkeypatch):
 def test_no_graph_outlives_its_model(prompt, recorded):
     model = micro_model()
     model.generate(prompt, **GREEDY)
-    decoder = weakref.ref(*decoding_creature._kept[model].values())
+    decoder = weakref.ref(*decoding_creature._graphs[model].values())
     assert decoder() is not None
     del model
     gc.collect()

@@ -9,12 +9,11 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from creatures import TABLES, micro_model
+from creatures import micro_model
 from torch import nn
 from transformers import AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from configuration_creature import CreatureConfig
 from modeling_creature import CreatureModel, MultiModalCreature
 
 
@@ -185,16 +184,6 @@ def test_a_server_with_attention_and_layers_of_its_own_gets_the_same_logits(fold
         states.append(outputs[0][0])
     logits = torch.cat(states) @ backbone.get_input_embeddings().weight.t()
     torch.testing.assert_close(logits, expected(ids).logits[0], rtol=1e-4, atol=1e-5)
-
-
-def test_what_a_token_brings_along_is_not_split_over_devices(tmp_path):
-    """Tensor parallelism would leave each device other units than those that the table scales."""
-    assert micro_model().config.base_model_tp_plan
-    for name, value in TABLES.items():
-        model = micro_model(**{name: value})
-        model.save_pretrained(tmp_path)
-        assert "tp_plan" not in (tmp_path / "config.json").read_text(encoding="utf-8")
-        assert not any(config.base_model_tp_plan for config in (model.config, CreatureConfig.from_pretrained(tmp_path)))
 
 
 def test_every_planned_module_is_there():

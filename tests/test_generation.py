@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from creatures import ALL_STREAMS, COPY_ARGUMENTS, Listener, micro_model, random_batch, select_rows, without_labels
+from creatures import ALL_STREAMS, COPY_ARGUMENTS, Listener, micro_model, random_batch, select_rows, without_targets
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from modeling_creature import CreatureModel
@@ -28,7 +28,7 @@ def prompt(model):
 @pytest.fixture(scope="module")
 def senses(model):
     """The outer senses of prompt and continuation, without efference copies."""
-    batch = without_labels(random_batch(model.config, rows=3, ticks=PROMPT + NEW, seed=3))
+    batch = without_targets(random_batch(model.config, rows=3, ticks=PROMPT + NEW, seed=3))
     copies = {name for names in COPY_ARGUMENTS.values() for name in names}
     return {name: value for name, value in batch.items() if name not in copies | {"input_ids"}}
 
@@ -325,7 +325,7 @@ def test_emissions_are_fed_back(model, prompt):
 @pytest.mark.parametrize("ticks", [2, PROMPT, PROMPT + 3])
 def test_what_was_emitted_in_the_prompt_can_be_given(model, prompt, ticks):
     """Efference copies of fewer ticks than the prompt, of all of them, and of more, which are not known yet."""
-    given = without_labels(random_batch(model.config, rows=3, ticks=PROMPT + NEW, seed=5))
+    given = without_targets(random_batch(model.config, rows=3, ticks=PROMPT + NEW, seed=5))
     copies = {name: given[name][:, :ticks] for names in COPY_ARGUMENTS.values() for name in names}
     known = {name: value[:, :PROMPT] for name, value in copies.items()}
     expected = loop(model, prompt, {}, copies=known)

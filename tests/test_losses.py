@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels_creature
 import losses_creature
+from creature.fast import head, kernels
 from losses_creature import linear_cross_entropy, linear_token_losses
 
 
@@ -92,45 +92,53 @@ def test_chunked_cross_entropy_of_frozen_parts():
 def test_float8_keeps_four_bits_of_every_number_that_is_not_small():
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 50)[:, None]
     x[3] = 0
-    by_row, scale = losses_creature.to_float8(x.bfloat16(), dim=1)
+    by_row, scale = head.to_float8(x.bfloat16(), dim=1)
     back = by_row.double() * scale.double()
     assert scale.shape == (50, 1) and (by_row.float().abs().amax(1) == 448).sum() == 49
     large = x.bfloat16().abs() > x.bfloat16().abs().amax(1, keepdim=True) / 2**14
     assert ((back / x.bfloat16().double() - 1).abs()[large] <= 2**-4).all() and (back[3] == 0).all()
-    whole, scale = losses_creature.to_float8(x)
+    whole, scale = head.to_float8(x)
     assert scale.shape == () and whole.float().abs().max() == 448
     x[5, 5] = float("nan")
-    assert losses_creature.to_float8(x, dim=1)[0][5].isnan().all()  # nothing is hidden
+    assert head.to_float8(x, dim=1)[0][5].isnan().all()  # nothing is hidden
 
 
-def test_the_head_in_float8_stays_near_and_is_used_only_where_asked_for(monkeypatch):
-    """The kernels' part in plain torch: what is around them has to give loss and gradients all the same."""
+def test_the_float8_head_stays_near_the_plain_one(monkeypatch):
+    """With the kernels' part in plain torch: the code around them must give the loss and its gradients."""
     called = []
 
-    def softmax_odds_float8(x, weight, targets, scale, shift, target_odds):
+    def softmax_exp_logits_float8(x, weight, targets, scale, shift, target_exp):
         called.append(len(x))
-        odds = (x.float() @ weight.float().t() * scale[:, None] - shift[:, None]).exp()
-        sums, rows = odds.sum(1), torch.arange(len(x))
-        torch.testing.assert_close(odds[rows, targets], target_odds, rtol=0.1, atol=0.0)  # autocast rounds
-        odds[rows, targets] = 0.0
-        odds = odds.clamp(max=57344).to(torch.float8_e5m2).float()
-        turned, rest = odds.clone(), -odds.sum(1)
-        turned[rows, targets] = rest.clamp(min=-57344)
-        turned = kernels_creature.turned_order(turned).t().contiguous()
-        return odds.to(torch.float8_e5m2), turned.to(torch.float8_e5m2), sums, rest
+        exp_logits = (x.float() @ weight.float().t() * scale[:, None] - shift[:, None]).exp()
+        sums, rows = exp_logits.sum(1), torch.arange(len(x))
+        torch.testing.assert_close(exp_logits[rows, targets], target_exp, rtol=0.1, atol=0.0)  # autocast rounds
+        exp_logits[rows, targets] = 0.0
+        exp_logits = exp_logits.clamp(max=57344).to(torch.float8_e5m2).float()
+        transposed, rest = exp_logits.clone(), -exp_logits.sum(1)
+        transposed[rows, targets] = rest.clamp(min=-57344)
+        transposed = kernels.transposed_order(transposed).t().contiguous()
+        return exp_logits.to(torch.float8_e5m2), transposed.to(torch.float8_e5m2), sums, rest
+
+    def softmax_exp_logits(x, weight, targets):
+        logits, rows = x.float() @ weight.float().t(), torch.arange(len(x))
+        exp_logits = (logits - logits[rows, targets][:, None]).exp()
+        sums = exp_logits.sum(1)
+        exp_logits[rows, targets] = 1 - sums
+        return exp_logits.to(x.dtype), sums
 
     def scaled_mm(a, b, scale_a, scale_b, out_dtype, use_fast_accum):
         return (a.float() @ b.float() * scale_a * scale_b).to(out_dtype)
 
-    monkeypatch.setattr(losses_creature, "chunk_tokens", lambda device: 20)
-    monkeypatch.setattr(losses_creature, "FLOAT8_CHUNK", 32)
-    monkeypatch.setattr(losses_creature, "TILE_ROWS", 16)
-    monkeypatch.setattr(losses_creature, "COMMON_IDS", 40)
-    monkeypatch.setattr(losses_creature, "float8_suits", lambda *args: True)
-    monkeypatch.setattr(losses_creature, "softmax_odds_float8", softmax_odds_float8)
+    monkeypatch.setattr(head, "chunk_tokens", lambda device: 20)
+    monkeypatch.setattr(head, "FLOAT8_CHUNK", 32)
+    monkeypatch.setattr(head, "TILE_ROWS", 16)
+    monkeypatch.setattr(head, "COMMON_IDS", 40)
+    monkeypatch.setattr(head, "softmax_exp_logits_float8", softmax_exp_logits_float8)
+    monkeypatch.setattr(head, "softmax_exp_logits", softmax_exp_logits)
+    monkeypatch.setattr(head, "add_product", lambda total, a, b: total.add_((a.t() @ b).float()))
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     hidden, weight, *rest = random_head(tokens=72)
-    # Sure of another token than the target, and of an uncommon one: its odds are more than can be stored.
+    # Sure of another token than the target, and of an uncommon one: its exponential is more than can be stored.
     hidden[4] = weight[60] / weight[60].norm() * 10
     logits = hidden[4] @ weight.t()
     assert logits[60] - logits[:40].logsumexp(0) > math.log(57344 / 64) + 1 and rest[0][4] != 60 and rest[1][4] > 0
@@ -138,13 +146,20 @@ def test_the_head_in_float8_stays_near_and_is_used_only_where_asked_for(monkeypa
 
     def loss(*arguments):
         with torch.autocast("cpu", torch.bfloat16):
-            return linear_cross_entropy(*arguments)
+            return head._FastCrossEntropy.apply(*arguments)
 
-    for fp8, calls, limit in ((False, [], 0.01), (True, [32, 32], 0.07)):  # not the last 8
-        found = value_and_gradients(loss, hidden.float(), weight.float(), *rest, fp8)
+    for float8, calls, limit in ((False, [], 0.01), (True, [32, 32], 0.07)):  # not the last 8
+        found = value_and_gradients(loss, hidden.float(), weight.float(), *rest, float8)
         assert called == calls
         assert all((mine - true).norm() / true.norm() < limit for mine, true in zip(found, expected, strict=True))
         assert (found[1][4] - expected[1][4]).norm() / expected[1][4].norm() < limit
+
+
+def test_the_fast_head_is_the_plain_one_where_its_kernels_do_not_run():
+    hidden, weight, *rest = random_head(dtype=torch.float32)
+    expected = value_and_gradients(linear_cross_entropy, hidden, weight, *rest)
+    found = value_and_gradients(head.linear_cross_entropy, hidden, weight, *rest, True)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_cross_entropy_of_huge_logits_is_finite():

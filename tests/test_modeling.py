@@ -11,7 +11,6 @@ from creatures import (
     ALL_STREAMS,
     EVERY_WEIGHT,
     SENSE_ARGUMENTS,
-    TABLES,
     absent_is,
     assert_close,
     gradients,
@@ -20,7 +19,7 @@ from creatures import (
     random_batch,
     randomize,
     select,
-    without_labels,
+    without_targets,
 )
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM
@@ -178,7 +177,7 @@ def test_auto_classes_know_the_creature():
 
 def test_logits_to_keep(model, batch):
     whole = outputs(model, batch)
-    senses = without_labels(batch)
+    senses = without_targets(batch)
     whole_free = outputs(model, senses)
     for keep, ticks in ((1, slice(-1, None)), (3, slice(-3, None)), (torch.tensor([0, 5]), [0, 5])):
         with torch.no_grad():
@@ -206,14 +205,14 @@ def test_modes_of_return_logits(model, batch):
     training = micro_model().train()
     assert training(**batch).logits is None  # the largest tensor of all is never made
     assert training(**batch, return_logits=True).logits.shape == full.logits.shape
-    assert training(**without_labels(batch)).logits is not None
+    assert training(**without_targets(batch)).logits is not None
     assert training(**batch).token_losses is None
 
 
 def test_unasked_streams_are_none_and_unknown_ones_refused(model, batch):
-    out = model(**without_labels(batch))
+    out = model(**without_targets(batch))
     assert out.external_text_logits is out.audio_logits is out.animation is None
-    assert model(**without_labels(batch), output_streams=("audio",)).animation is None
+    assert model(**without_targets(batch), output_streams=("audio",)).animation is None
     with pytest.raises(ValueError, match="smell.*internal_text, external_text, audio, animation"):
         model(**batch, output_streams=("smell",))
 
@@ -229,7 +228,7 @@ def test_hidden_states_and_attentions_are_the_backbones(kind, batch):
     """The eyes are a transformer of their own, whose states are none of the creature's."""
     model = micro_model(attn_implementation=kind)
     with torch.no_grad():
-        out = model(**without_labels(batch), output_hidden_states=True, output_attentions=kind == "eager")
+        out = model(**without_targets(batch), output_hidden_states=True, output_attentions=kind == "eager")
     layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
     assert [tuple(state.shape) for state in out.hidden_states] == [(3, 8, 32)] * (layers + 1)
     if kind == "eager":
@@ -247,14 +246,15 @@ HAS_COMPILER = any(shutil.which(name) for name in ("g++", "clang++", "cl"))
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", ["eager", "flex_attention"])
-def test_attention_implementations_agree(kind, padded, batch):
+def test_attention_implementations_agree(kind, padded):
     if kind == "flex_attention" and not HAS_COMPILER:
         pytest.skip("transformers compiles flex_attention, which takes a C++ compiler on a CPU")
-    given = without_labels(batch)
+    # Not 8 ticks: for them, with grouped keys, torch 2.13's own flex_attention is wrong on a CPU without AVX-512.
+    given = without_targets(random_batch(micro_config(), ticks=16))
     if padded:
-        given["attention_mask"] = torch.ones(3, 8, dtype=torch.long)
+        given["attention_mask"] = torch.ones(3, 16, dtype=torch.long)
         given["attention_mask"][0, :3] = 0
-    real = given.get("attention_mask", torch.ones(3, 8)).bool()
+    real = given.get("attention_mask", torch.ones(3, 16)).bool()
     expected = outputs(micro_model(), given)
     model = micro_model(attn_implementation=kind)
     assert model.config._attn_implementation == kind
@@ -280,7 +280,7 @@ def test_eager_and_sdpa_have_the_same_gradients(batch):
 def test_packed_documents_do_not_see_each_other(kind, use_cache):
     model = micro_model(attn_implementation=kind)
     model.config.use_cache = use_cache
-    whole = without_labels(random_batch(model.config, rows=2, ticks=9, presence=1.1))
+    whole = without_targets(random_batch(model.config, rows=2, ticks=9, presence=1.1))
     whole["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(2, -1)
     for labels in ({}, {"labels": whole["input_ids"]}):
         with torch.no_grad():
@@ -346,9 +346,8 @@ def test_gradient_checkpointing_changes_no_gradient(batch, reentrant):
     assert len(calls) == 2 * model.config.num_hidden_layers  # each layer is run again in the backward pass
 
 
-@pytest.mark.parametrize("changes", [{}, TABLES], ids=["plain", "tables"])
-def test_resize_token_embeddings(batch, tmp_path, changes):
-    model = micro_model(**changes)
+def test_resize_token_embeddings(batch, tmp_path):
+    model = micro_model()
     before = outputs(model, batch)
     model.resize_token_embeddings(192)
     assert model.config.vocab_size == 192 and model.lm_head.weight is model.model.embed_tokens.weight
@@ -357,7 +356,7 @@ def test_resize_token_embeddings(batch, tmp_path, changes):
         assert after[name].shape[-1] == 192
         torch.testing.assert_close(after[name][..., :128], before[name])
     new = torch.full((1, 4), 191)
-    assert model(new, external_voice_ids=new, labels=new, external_text_labels=new).loss.isfinite()
+    assert model(new, external_voice_ids=new, labels=new, external_text_targets=new).loss.isfinite()
     model.save_pretrained(tmp_path)
     assert torch.equal(outputs(MultiModalCreature.from_pretrained(tmp_path), batch)["logits"], after["logits"])
 
@@ -531,7 +530,7 @@ def test_attention_dropout_is_for_training_only(batch):
     model = micro_model(attention_dropout=0.5)
     assert torch.equal(outputs(model, batch)["logits"], outputs(micro_model(), batch)["logits"])
     model.train()
-    free = without_labels(batch)
+    free = without_targets(batch)
     assert not torch.equal(outputs(model, free)["logits"], outputs(model, free)["logits"])
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from creatures import TABLES, micro_model
+from creatures import micro_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
@@ -13,7 +13,6 @@ from creature.optimizer import (
     _POLAR_EXPRESS,
     LARGEST_STACK,
     SCALE_RATE,
-    VALUE_TABLE_RATE,
     MuonAdamW,
     orthogonalize,
     parameter_groups,
@@ -93,14 +92,11 @@ def test_groups_hold_every_trainable_parameter_once_and_frozen_ones_never():
     assert not any(p is model.model.embed_tokens.weight for p in matrices)
 
 
-def test_tables_are_stepped_by_rows_and_the_values_faster():
-    model = micro_model(**TABLES)
+def test_the_token_table_is_stepped_by_rows():
+    model = micro_model()
     model.train_only()
-    by_row = {id(p): group["lr"] for group in groups(model) if group.get("by_row") for p in group["params"]}
-    backbone = model.model
-    tables = [table.weight for table in (backbone.embed_tokens, backbone.embed_per_layer, backbone.embed_values)]
-    assert [by_row.pop(id(table)) for table in tables] == [0.01, 0.01, 0.01 * VALUE_TABLE_RATE]
-    assert not by_row
+    by_row = [(id(p), group["lr"]) for group in groups(model) if group.get("by_row") for p in group["params"]]
+    assert by_row == [(id(model.model.embed_tokens.weight), 0.01)]
 
 
 def test_by_rows_a_row_has_one_second_moment():
@@ -156,7 +152,7 @@ def test_no_gradient_is_no_step():
 
 
 def test_saving_and_loading_goes_on_bit_for_bit():
-    model = micro_model(**TABLES)
+    model = micro_model()
     model.train_only()
     optimizer = MuonAdamW(groups(model))
     take_steps(model, optimizer, 0, 3)
@@ -177,7 +173,7 @@ def mesh():
 
 
 def test_sharded_parameters_take_the_same_steps_and_none_that_is_not_finite(mesh):
-    model = micro_model(**TABLES)
+    model = micro_model()
     model.train_only()
     twin = copy.deepcopy(model)
     fully_shard(twin, mesh=mesh)

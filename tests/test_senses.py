@@ -7,9 +7,9 @@ import torch
 from creatures import (
     ALL_STREAMS,
     COPY_ARGUMENTS,
-    LABEL_ARGUMENTS,
     SENSE_ARGUMENTS,
     SENSE_MODULES,
+    TARGET_ARGUMENTS,
     absent_is,
     assert_close,
     gradients,
@@ -17,7 +17,7 @@ from creatures import (
     micro_model,
     random_batch,
     select,
-    without_labels,
+    without_targets,
 )
 
 from configuration_creature import SENSES, STREAMS
@@ -46,7 +46,7 @@ def outputs(model, batch):
 
 def silent_row(batch, row):
     """The batch with nothing but the internal voice in one row."""
-    batch = without_labels(batch)
+    batch = without_targets(batch)
     for name in ("input_features_mask", "body_mask", "touch_mask", "animation_mask"):
         batch[name] = batch[name].clone()
         batch[name][row] = False
@@ -100,7 +100,7 @@ def test_absent_senses_are_not_computed(batch):
 
 
 def test_no_sense_costs_a_position(model, batch):
-    for given in ({"input_ids": batch["input_ids"]}, without_labels(batch)):
+    for given in ({"input_ids": batch["input_ids"]}, without_targets(batch)):
         out = model(**given, use_cache=True)
         assert out.last_hidden_state.shape == (ROWS, TICKS, model.config.hidden_size)
         assert out.past_key_values.get_seq_length() == TICKS
@@ -113,7 +113,7 @@ def test_connecting_an_untrained_sense_changes_no_logit(batch):
     assert all(not module.weight.any() and module.bias is None for module in projections)
     with torch.no_grad():
         text_only = model(input_ids=batch["input_ids"]).logits
-        assert torch.equal(model(**without_labels(batch)).logits, text_only)
+        assert torch.equal(model(**without_targets(batch)).logits, text_only)
 
 
 def test_present_but_silent_is_not_absent(model, batch):
@@ -146,7 +146,7 @@ def test_no_nan_for_any_subset_of_the_senses(batch, copies):
     model = micro_model()
     model.train()
     poisoned = absent_is(batch, float("nan"))
-    labels = select(poisoned, LABEL_ARGUMENTS, STREAMS)
+    labels = select(poisoned, TARGET_ARGUMENTS, STREAMS)
     for chosen in itertools.product((False, True), repeat=len(SENSES)):
         senses = select(poisoned, SENSE_ARGUMENTS, itertools.compress(SENSES, chosen))
         if copies:
@@ -295,7 +295,7 @@ def perturb(batch, name, tick):
 @pytest.mark.parametrize("name", PERTURBED)
 def test_causality(name):
     model = micro_model()
-    batch = without_labels(random_batch(model.config, 2, TICKS, presence=1.1))  # everything is there at every tick
+    batch = without_targets(random_batch(model.config, 2, TICKS, presence=1.1))  # everything is there at every tick
     batch["sense_embeds"] = torch.randn(2, TICKS, model.config.hidden_size)
     if name == "inputs_embeds":
         batch["inputs_embeds"] = torch.randn(2, TICKS, model.config.hidden_size)
@@ -317,7 +317,7 @@ def test_every_argument_of_forward_is_covered_by_the_causality_test():
     from modeling_creature import MultiModalCreature
 
     arguments = [*inspect.signature(MultiModalCreature.forward).parameters]
-    senses = arguments[arguments.index("external_voice_ids") : arguments.index("external_text_labels")]
+    senses = arguments[arguments.index("external_voice_ids") : arguments.index("external_text_targets")]
     assert {*senses, "input_ids", "inputs_embeds"} == {*PERTURBED}
 
 
@@ -343,7 +343,7 @@ def test_rotations_are_poses_not_numbers(model, batch):
     """q and -q are the same pose, for the body as it is felt, as it was commanded, and as it is asked for."""
     before = outputs(model, batch)
     loss = model(**batch).loss
-    flipped = dict(batch, joint_rotations=-batch["joint_rotations"], rotation_labels=-batch["rotation_labels"])
+    flipped = dict(batch, joint_rotations=-batch["joint_rotations"], rotation_targets=-batch["rotation_targets"])
     rotations = model.config.subframes_per_tick * model.config.num_joints * 4
     flipped["animation"] = batch["animation"].clone()
     flipped["animation"][..., :rotations] *= -1
@@ -373,7 +373,7 @@ def test_the_pose_is_felt_else_commanded_else_at_rest(model):
 
 def test_efference_copies_and_senses_add_up(model, batch):
     """One tick's input is the sum of its senses: `sense_embeds` in two parts gives what the senses give at once."""
-    senses = without_labels(batch)
+    senses = without_targets(batch)
     with torch.no_grad():
         vectors = model.model.senses(senses, model.model.embed_tokens)
         assert len(vectors) == len(SENSE_MODULES)

@@ -9,9 +9,9 @@ from creatures import (
     ALL_STREAMS,
     COPY_ARGUMENTS,
     EVERY_WEIGHT,
-    LABEL_ARGUMENTS,
     SENSE_ARGUMENTS,
     SENSE_MODULES,
+    TARGET_ARGUMENTS,
     assert_close,
     gradients,
     micro_config,
@@ -20,7 +20,7 @@ from creatures import (
     random_quaternions,
     select,
     select_rows,
-    without_labels,
+    without_targets,
 )
 
 import modeling_creature
@@ -30,8 +30,8 @@ from streams_creature import (
     matrix_from_6d,
     matrix_to_quaternion,
     pack_animation,
-    pick,
     quaternion_to_6d,
+    sample_token,
     text_loss,
     unpack_animation,
 )
@@ -80,12 +80,12 @@ def test_all_losses_of_the_model_by_hand():
     out = model(
         input_ids=torch.tensor([[1, 2, 3, 4]]),
         labels=torch.tensor([[1, 2, null, -100]]),
-        external_text_labels=torch.tensor([[null, null, null, 7]]),
-        audio_labels=codes,
-        rotation_labels=half_turn,
-        blend_shape_labels=torch.ones(1, 4, config.num_blend_shapes),
-        eye_labels=eyes,
-        animation_label_mask=torch.tensor([[True, True, False, True]]),
+        external_text_targets=torch.tensor([[null, null, null, 7]]),
+        audio_targets=codes,
+        rotation_targets=half_turn,
+        blend_shape_targets=torch.ones(1, 4, config.num_blend_shapes),
+        eye_targets=eyes,
+        animation_target_mask=torch.tensor([[True, True, False, True]]),
     )
     losses = {name: value.item() for name, value in out.losses.items()}
     assert losses["internal_text"] == pytest.approx(math.log(128), rel=1e-6)
@@ -95,20 +95,20 @@ def test_all_losses_of_the_model_by_hand():
     # and openness; a gaze without direction has a cosine of 0.
     assert losses["animation"] == pytest.approx(8 + 0.25 + (1 + 0.25), rel=1e-5)
     assert out.loss.item() == pytest.approx(sum(EVERY_WEIGHT[name] * value for name, value in losses.items()), rel=1e-6)
-    counts = count_targets(config, dict(labels=torch.tensor([[1, 2, null, -100]]), audio_labels=codes))
+    counts = count_targets(config, dict(labels=torch.tensor([[1, 2, null, -100]]), audio_targets=codes))
     assert counts.tolist() == pytest.approx([1.3, 0, 5, 0])
 
 
 def test_audio_and_external_text_losses_are_plain_cross_entropies(batch):
     model = micro_model()
-    batch["labels"][0, 3] = batch["external_text_labels"][1, 2] = model.config.null_token_id
+    batch["labels"][0, 3] = batch["external_text_targets"][1, 2] = model.config.null_token_id
     out = model(**batch, output_streams=("external_text", "audio"))
-    targets = batch["audio_labels"][:, 1:].flatten()
+    targets = batch["audio_targets"][:, 1:].flatten()
     audio = F.cross_entropy(out.audio_logits[:, :-1].flatten(0, 2), targets, ignore_index=-100)
     torch.testing.assert_close(out.losses["audio"], audio)
     for logits, labels, name in (
         (out.logits, "labels", "internal_text"),
-        (out.external_text_logits, "external_text_labels", "external_text"),
+        (out.external_text_logits, "external_text_targets", "external_text"),
     ):
         targets = batch[labels][:, 1:].flatten()
         each = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100, reduction="none")
@@ -120,11 +120,11 @@ def test_audio_and_external_text_losses_are_plain_cross_entropies(batch):
 def test_the_likeliest_animation_is_the_label():
     """Labels made of the model's own animation, one tick later, cost nothing; any other pose does."""
     model = micro_model(loss_weights=only("animation"))
-    batch = without_labels(random_batch(model.config))
+    batch = without_targets(random_batch(model.config))
     with torch.no_grad():
         own = model(**batch, output_streams=("animation",)).animation
         labels = unpack_animation(model.config, torch.cat((own[:, :1], own[:, :-1]), dim=1))
-        names = ("rotation_labels", "blend_shape_labels", "eye_labels")
+        names = ("rotation_targets", "blend_shape_targets", "eye_targets")
         targets = dict(zip(names, labels, strict=True))
         assert model(**batch, **targets).loss < 1e-5
         for name in names:
@@ -133,7 +133,7 @@ def test_the_likeliest_animation_is_the_label():
 
 def test_first_animation_stays_near_the_pose():
     model = micro_model(random=False)
-    batch = without_labels(random_batch(model.config, presence=1.1))
+    batch = without_targets(random_batch(model.config, presence=1.1))
     with torch.no_grad():
         rotations = unpack_animation(model.config, model(**batch, output_streams=("animation",)).animation)[0]
     now = batch["joint_rotations"][:, :, -1:].expand_as(rotations)
@@ -143,7 +143,7 @@ def test_first_animation_stays_near_the_pose():
 @pytest.mark.parametrize("stream", STREAMS)
 def test_a_batch_without_targets_gives_zero_not_nan(stream, batch):
     model = micro_model(loss_weights=only(stream)).train()
-    for name in LABEL_ARGUMENTS[stream]:
+    for name in TARGET_ARGUMENTS[stream]:
         value = batch[name]
         if value.dtype == torch.bool:
             batch[name] = torch.zeros_like(value)
@@ -162,8 +162,8 @@ def test_one_tick_has_no_target():
     assert out.loss.item() == 0.0
 
 
-def test_without_labels_there_is_no_loss(batch):
-    out = micro_model()(**without_labels(batch))
+def test_without_targets_there_is_no_loss(batch):
+    out = micro_model()(**without_targets(batch))
     assert out.loss is None and out.losses is None
 
 
@@ -194,10 +194,10 @@ def test_weight_zero_computes_nothing(silent, batch, monkeypatch):
         model(**batch)
 
 
-def test_a_stream_without_labels_is_not_computed(batch, monkeypatch):
+def test_a_stream_without_targets_is_not_computed(batch, monkeypatch):
     model = micro_model().train()
     monkeypatch.setattr(model.streams.audio, "forward", None)
-    del batch["audio_labels"]
+    del batch["audio_targets"]
     assert set(model(**batch).losses) == {"internal_text", "external_text", "animation"}
 
 
@@ -211,7 +211,7 @@ def test_loss_is_the_weighted_sum_of_detached_losses(batch):
 @pytest.mark.parametrize("stream", STREAMS)
 def test_each_loss_reaches_its_own_head_and_the_senses_present(stream, batch):
     model = micro_model(loss_weights=only(stream), tie_word_embeddings=False).train()
-    labels = select(batch, LABEL_ARGUMENTS, STREAMS)  # the labels of all streams: three have no weight
+    labels = select(batch, TARGET_ARGUMENTS, STREAMS)  # the labels of all streams: three have no weight
     for present in (SENSES, ("internal_voice",), ("internal_voice", "touch", "vision"), ("audio",)):
         copies = COPY_ARGUMENTS if present == SENSES else ()
         senses = select(batch, SENSE_ARGUMENTS, present) | select(batch, COPY_ARGUMENTS, copies)
@@ -245,7 +245,7 @@ def test_the_code_table_is_shared_by_voice_and_ears(batch):
     shape = (model.config.num_audio_codebooks, model.config.audio_codebook_size, model.config.audio_code_size)
     assert [n for n, p in model.named_parameters() if p.shape == shape] == ["model.senses.own_voice.code_table"]
     # The last codebook is never read before another code: what it learns, it learns as the head's own table.
-    model(input_ids=batch["input_ids"], audio_labels=batch["audio_labels"]).loss.backward()
+    model(input_ids=batch["input_ids"], audio_targets=batch["audio_targets"]).loss.backward()
     assert all(book.any() for book in gradients(model)["model.senses.own_voice.code_table"])
     given = {"input_ids": batch["input_ids"], "audio_codes": batch["audio_codes"]}
     with torch.no_grad():
@@ -264,16 +264,16 @@ def test_count_targets_counts_shifted_weighted_targets():
     null = config.null_token_id
     batch = {
         "labels": torch.tensor([[1, 2, 3, null], [5, -100, null, -100]]),
-        "external_text_labels": torch.tensor([[4, null, null, null], [-100, 1, 1, 1]]),
-        "audio_labels": torch.tensor([[[1, 1, 1], [1, -100, 1]], [[-100] * 3, [2, 2, 2]]]),
-        "eye_labels": torch.zeros(2, 3, 2, 4),
-        "animation_label_mask": torch.tensor([[True, True, False], [True, False, False]]),
+        "external_text_targets": torch.tensor([[4, null, null, null], [-100, 1, 1, 1]]),
+        "audio_targets": torch.tensor([[[1, 1, 1], [1, -100, 1]], [[-100] * 3, [2, 2, 2]]]),
+        "eye_targets": torch.zeros(2, 3, 2, 4),
+        "animation_target_mask": torch.tensor([[True, True, False], [True, False, False]]),
     }
     counts = count_targets(config, batch)
     assert counts.dtype == torch.float32 and counts.shape == (4,)
     assert counts.tolist() == pytest.approx([2 + 0.3 + 0.3, 3 * 0.3 + 3, 2 + 3, 1])
     assert count_targets(config, {}).tolist() == [0, 0, 0, 0]
-    del batch["animation_label_mask"]
+    del batch["animation_target_mask"]
     assert count_targets(config, batch)[3] == 4
 
 
@@ -281,7 +281,7 @@ def test_gradient_accumulation_is_exact(batch):
     batch = random_batch(micro_config(), rows=4)
     batch["touch_mask"][1:] = False  # the micro-batches are as different as they come
     batch["labels"][2, 2:] = -100
-    batch["audio_labels"][3] = -100
+    batch["audio_targets"][3] = -100
     model = micro_model().train()
     whole = model(**batch)
     whole.loss.backward()
@@ -315,8 +315,8 @@ def test_padding_does_not_change_a_rows_loss(side):
     model = micro_model()
     batch = random_batch(model.config, rows=1)
     # The first tick of a row has nothing to be predicted from, and left padding must not become that.
-    batch["labels"][:, 0] = batch["external_text_labels"][:, 0] = batch["audio_labels"][:, 0] = -100
-    batch["animation_label_mask"][:, 0] = False
+    batch["labels"][:, 0] = batch["external_text_targets"][:, 0] = batch["audio_targets"][:, 0] = -100
+    batch["animation_target_mask"][:, 0] = False
     alone = model(**batch)
     before, after = (5, 0) if side == "left" else (0, 5)
 
@@ -355,9 +355,9 @@ def test_the_tied_table_has_the_gradient_of_all_its_uses(batch):
     loss.backward()
     found = gradients(model)
 
-    out = model(**without_labels(batch), output_streams=("external_text",))
+    out = model(**without_targets(batch), output_streams=("external_text",))
     plain = 0.0
-    for logits, name, weight in ((out.logits, "labels", 1.0), (out.external_text_logits, "external_text_labels", 0.7)):
+    for logits, name, weight in ((out.logits, "labels", 1.0), (out.external_text_logits, "external_text_targets", 0.7)):
         targets = batch[name][:, 1:].flatten()
         weights = (targets >= 0) * torch.where(targets == model.config.null_token_id, 0.3, 1.0)
         each = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100, reduction="none")
@@ -410,13 +410,13 @@ def test_emitted_codes_are_the_likeliest_given_the_ones_before():
     assert len(sampled[::5].unique(dim=0)) > 5 and sampled.min() >= 0 and sampled.max() < 11
 
 
-def test_audio_labels_of_a_tick_change_the_logits_of_that_tick_only():
+def test_audio_targets_of_a_tick_change_the_logits_of_that_tick_only():
     model = micro_model()
     batch = random_batch(model.config, presence=1.1)
     with torch.no_grad():
         before = model(**batch, output_streams=ALL_STREAMS)
-        batch["audio_labels"] = batch["audio_labels"].clone()
-        batch["audio_labels"][:, 4, 1] = (batch["audio_labels"][:, 4, 1] + 1) % 11
+        batch["audio_targets"] = batch["audio_targets"].clone()
+        batch["audio_targets"][:, 4, 1] = (batch["audio_targets"][:, 4, 1] + 1) % 11
         after = model(**batch, output_streams=ALL_STREAMS)
     moved = (before.audio_logits != after.audio_logits).any(-1)
     assert moved[:, 3, 2].all()  # the code after the changed one, predicted at the tick before
@@ -427,11 +427,11 @@ def test_audio_labels_of_a_tick_change_the_logits_of_that_tick_only():
 
 def test_pick():
     logits = torch.tensor([[[0.0, 9.0, 1.0], [5.0, 0.0, 4.0]]])
-    assert pick(logits).tolist() == [[1, 0]]
+    assert sample_token(logits).tolist() == [[1, 0]]
     torch.manual_seed(0)
-    drawn = pick(torch.tensor([0.0, math.log(3.0)]).expand(4000, 2), temperature=1.0)
+    drawn = sample_token(torch.tensor([0.0, math.log(3.0)]).expand(4000, 2), temperature=1.0)
     assert drawn.float().mean().item() == pytest.approx(0.75, abs=0.03)
-    hot = pick(torch.tensor([0.0, math.log(9.0)]).expand(4000, 2), temperature=2.0)
+    hot = sample_token(torch.tensor([0.0, math.log(9.0)]).expand(4000, 2), temperature=2.0)
     assert hot.float().mean().item() == pytest.approx(0.75, abs=0.03)
 
 

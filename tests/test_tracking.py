@@ -28,7 +28,7 @@ CONSOLE_UNITS = {"tokens/s": "tokens_per_second", "samples/s": "samples_per_seco
 def collate_two_streams(rows):
     """A batch with a second stream: the external voice says the same tokens."""
     batch = collate_blocks(rows)
-    return batch | {"external_text_labels": batch["input_ids"]}
+    return batch | {"external_text_targets": batch["input_ids"]}
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,8 @@
-# Copyright 2026 The MultiModalCreature developers. Licensed under the Apache License, Version 2.0.
-"""The model's GPU kernels, in Triton: a matrix product with something done to its tiles, and a norm with rotation.
+"""GPU kernels in Triton: a matrix product with an element-wise epilogue, and a norm with rotation in one pass.
 
-A training step of a small model spends as long on reading and writing as on arithmetic. These kernels do element-wise
-work where the numbers already are: in the registers of the matrix product that makes them. Everything here has a plain
-equivalent beside its caller, which runs where there is no Triton.
+A training step of a small model spends as long on reading and writing memory as on arithmetic. These kernels do the
+element-wise work in the registers of the matrix product that computes its input. The plain equivalent of each is in the
+model files, and runs wherever these kernels do not.
 """
 
 import torch
@@ -16,7 +15,8 @@ except ImportError:  # no GPU compiler
     triton = None
 
 TILE_ROWS = 128
-# By epilogue of the matrix product: columns and depth of a tile, stages, programs on a multiprocessor (docs/log.md).
+# By epilogue of the matrix product: columns and depth of a tile, stages, programs on a multiprocessor
+# (docs/experiments.md).
 TILES = {
     "exp": (256, 64, 4, 1),
     "float8_exp": (128, 128, 3, 2),  # one program multiplies while the other has its epilogue
@@ -24,30 +24,35 @@ TILES = {
     "relu2_grad": (256, 64, 3, 1),  # the activation needs room, too
 }
 ROTARY_ROWS = 64
-SCALED_ROWS = 32
 FINISHED_ROWS, FINISHED_PARTS = 16, 64
 
 
-def kernels_available(*tensors: torch.Tensor) -> bool:
-    """Whether these tensors can go through the kernels here: on a GPU, with Triton, in half precision."""
+def available(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels take these tensors: in half precision, on a GPU for which there is Triton."""
     return triton is not None and all(x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) for x in tensors)
+
+
+def disable() -> None:
+    """Use plain torch from now on: where torch.compile fails, Triton's compiler fails too."""
+    global triton
+    triton = None
 
 
 def _multiprocessors(device: int) -> int:
     """
-    The multiprocessors of a device that `_matmul_kernel` is made for, else 0.
+    The number of multiprocessors of a Hopper GPU (H100, H200, GH200), 0 for any other device.
 
-    Its tiles fill the 227 KiB of shared memory of Hopper (H100, H200, GH200), and need its copy engine: for other GPUs
-    Triton makes them without asynchronous copies, so cuBLAS with an element-wise pass behind it stays.
+    The tiles of `_matmul_kernel` fill Hopper's 227 KiB of shared memory and need its copy engine; on other GPUs, cuBLAS
+    followed by an element-wise pass is used.
     """
     properties = torch.cuda.get_device_properties(device)
-    suited = properties.major == 9 and properties.shared_memory_per_block_optin >= 227 << 10
-    return properties.multi_processor_count if suited else 0
+    is_hopper = properties.major == 9 and properties.shared_memory_per_block_optin >= 227 << 10
+    return properties.multi_processor_count if is_hopper else 0
 
 
 if triton is not None:
     LOG2_E = tl.constexpr(1.4426950408889634)
-    # Odds are cut off at 2^100, or 69 nats: the sum of a large vocabulary of them still fits into float32.
+    # Exponentials are cut off at 2^100, or 69 nats: the sum of a large vocabulary of them still fits into float32.
     HIGHEST_LOG2 = tl.constexpr(100.0)
 
     @triton.jit
@@ -55,7 +60,7 @@ if triton is not None:
         a,
         b,
         out,
-        turned,
+        transposed,
         aux_ptr,
         sums_ptr,
         scale_ptr,
@@ -72,13 +77,13 @@ if triton is not None:
         GROUP: tl.constexpr = 8,
     ):
         """
-        Tiles [BM, BN] of a [M, K] @ b [K, N], each followed by the epilogue; a program makes every PROGRAMS-th of them.
+        Tiles [BM, BN] of a [M, K] @ b [K, N], each followed by the epilogue; a program computes every PROGRAMS-th tile.
 
-        "exp": exp(product - aux[row]), and the tile's row sums into sums [tiles of columns, M]. "float8_exp": the same
-        of the product times scale[row], also transposed into `turned` [N, M], its columns in the order of
-        `turned_order`; sums [2, tiles of columns, M] are those of what was rounded, and behind them of what it became.
-        "relu2": relu squared. "relu2_grad": the product times the derivative of relu squared,
-        2 sqrt(|aux|), aux [M, N] being its output. MASKED: whether the last tile of columns ends beyond N.
+        "exp": exp(product - aux[row]), and the tile's row sums into sums [tiles of columns, M].
+        "float8_exp": the same of product * scale[row], and its transpose into `transposed` [N, M], its columns in
+        `transposed_order`; sums [2, tiles of columns, M]: row sums before rounding to float8, then after it.
+        "relu2": relu squared. "relu2_grad": product * 2 sqrt(|aux|), the derivative of relu squared, whose output is
+        aux [M, N]. MASKED: whether the last tile of columns ends beyond N.
         """
         tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
         # Flattened, the loads of the next tile run during the epilogue of this one.
@@ -114,48 +119,26 @@ if triton is not None:
                 result = result * result
             else:
                 inside = (rows < M)[:, None] & (columns < N)[None, :]
-                made = tl.load(aux_ptr + rows[:, None].to(tl.int64) * N + columns[None, :], mask=inside, other=0.0)
-                result = product * 2.0 * tl.sqrt(tl.abs(made.to(tl.float32)))
-            # One half after the other needs half the shared memory.
+                activation = tl.load(
+                    aux_ptr + rows[:, None].to(tl.int64) * N + columns[None, :], mask=inside, other=0.0
+                )
+                result = product * 2.0 * tl.sqrt(tl.abs(activation.to(tl.float32)))
+            # Storing one half after the other needs half the shared memory.
             result = result.to(out.dtype)
             left, right = tl.split(tl.permute(tl.reshape(result, (BM, 2, BN // 2)), (0, 2, 1)))
             out.store([row, column], left)
             out.store([row, column + BN // 2], right)
             if EPILOGUE == "float8_exp":
                 tl.store(sums_ptr + (tiles_n + tile_n) * M + rows, tl.sum(result.to(tl.float32), 1), mask=rows < M)
-                # Rows j and j + 8 are in one thread, and beside each other go to shared memory in one step.
+                # One thread holds rows j and j + 8: side by side they go to shared memory in one step.
                 result = tl.permute(tl.reshape(result, (BM // 16, 2, 8, BN)), (0, 2, 1, 3))
                 left, right = tl.split(tl.permute(tl.reshape(result, (BM, 2, BN // 2)), (0, 2, 1)))
-                turned.store([column, row], left.T)
-                turned.store([column + BN // 2, row], right.T)
+                transposed.store([column, row], left.T)
+                transposed.store([column + BN // 2, row], right.T)
 
     @triton.jit
-    def _scale_kernel(
-        x_ptr, scale_ptr, made_ptr, grad_scale_ptr, rows, columns, scale_stride, N, BACKWARD: tl.constexpr,
-        ROWS: tl.constexpr, LANES: tl.constexpr
-    ):  # fmt: skip
-        """
-        The first N of `columns` of x [rows, columns] times scale [rows, N], in place. BACKWARD: x is what "relu2_grad"
-        makes of `made`, relu squared times scale; it becomes its gradient, and that of the scale goes to grad_scale.
-        """
-        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-        lane = tl.arange(0, LANES)[None, :]
-        inside = (row < rows) & (lane < N)
-        place = row.to(tl.int64) * columns + lane
-        x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + row.to(tl.int64) * scale_stride + lane, mask=inside, other=0.0).to(tl.float32)
-        if BACKWARD:
-            # The root of `made` has in it that of the scale's size.
-            size = tl.maximum(tl.abs(scale), 1e-30)
-            root = tl.sqrt(tl.abs(tl.load(made_ptr + place, mask=inside, other=0.0).to(tl.float32)))
-            grad = x * root / (2.0 * size)
-            tl.store(grad_scale_ptr + row.to(tl.int64) * N + lane, grad.to(x_ptr.dtype.element_ty), mask=inside)
-            scale *= tl.rsqrt(size)
-        tl.store(x_ptr + place, (x * scale).to(x_ptr.dtype.element_ty), mask=inside)
-
-    @triton.jit
-    def _odds_kernel(logits_ptr, targets_ptr, sums_ptr, columns, BLOCK: tl.constexpr):
-        """One row of logits a program: made into odds in place, with 1 - sum for the target, and summed up."""
+    def _exp_logits_kernel(logits_ptr, targets_ptr, sums_ptr, columns, BLOCK: tl.constexpr):
+        """One row of logits a program: replaced by their exponentials, 1 - sum at the target's place; and their sum."""
         row = tl.program_id(0).to(tl.int64)
         start = logits_ptr + row * columns
         target = tl.load(targets_ptr + row)
@@ -164,9 +147,10 @@ if triton is not None:
         for first in range(0, columns, BLOCK):
             column = first + tl.arange(0, BLOCK)
             logits = tl.load(start + column, mask=column < columns, other=float("-inf")).to(tl.float32)
-            odds = tl.exp2(tl.minimum((logits - shift) * LOG2_E, HIGHEST_LOG2))
-            total += odds
-            tl.store(start + column, odds.to(logits_ptr.dtype.element_ty), mask=(column < columns) & (column != target))
+            exp_logits = tl.exp2(tl.minimum((logits - shift) * LOG2_E, HIGHEST_LOG2))
+            total += exp_logits
+            inside = (column < columns) & (column != target)
+            tl.store(start + column, exp_logits.to(logits_ptr.dtype.element_ty), mask=inside)
         row_total = tl.sum(total, 0)
         tl.store(sums_ptr + row, row_total)
         tl.store(start + target, (1.0 - row_total).to(logits_ptr.dtype.element_ty))
@@ -194,43 +178,43 @@ if triton is not None:
         return tl.sum(totals, 0)
 
     @triton.jit
-    def _finish_odds_kernel(
-        odds_ptr, parts_ptr, targets_ptr, sums_ptr, rows, columns, parts, ROWS: tl.constexpr, PARTS: tl.constexpr
+    def _finish_exp_logits_kernel(
+        exp_ptr, parts_ptr, targets_ptr, sums_ptr, rows, columns, parts, ROWS: tl.constexpr, PARTS: tl.constexpr
     ):  # fmt: skip
-        """sums [rows] of parts [parts, rows], and 1 - sum in place of the odds of each row's target, which are 1."""
+        """sums [rows] of parts [parts, rows], and 1 - sum at the place of each row's target, whose exponential is 1."""
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         inside = row < rows
         total = _sum_parts(parts_ptr, row, inside, rows, parts, ROWS, PARTS)
         total = tl.where(total < 1.0, 1.0, total)  # the target's own; `maximum` would hide NaN
         target = tl.load(targets_ptr + row, mask=inside, other=0)
         tl.store(sums_ptr + row, total, mask=inside)
-        place = odds_ptr + row.to(tl.int64) * columns + target
-        tl.store(place, (1.0 - total).to(odds_ptr.dtype.element_ty), mask=inside)
+        place = exp_ptr + row.to(tl.int64) * columns + target
+        tl.store(place, (1.0 - total).to(exp_ptr.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _finish_float8_odds_kernel(
-        odds_ptr, turned_ptr, parts_ptr, targets_ptr, target_odds_ptr, sums_ptr, rest_ptr, rows, columns, parts,
+    def _finish_float8_kernel(
+        exp_ptr, transposed_ptr, parts_ptr, targets_ptr, target_exp_ptr, sums_ptr, rest_ptr, rows, columns, parts,
         ROWS: tl.constexpr, PARTS: tl.constexpr
     ):  # fmt: skip
         """
-        sums [rows] of the first half of parts [2, parts, rows]; minus the sum of the second one without the target into
-        rest [rows], and in the target's place into `turned`, but 0 into odds.
+        sums [rows] of the first half of parts [2, parts, rows]; rest [rows], minus the sum of the second half without
+        the target, which also goes to the target's place in the transpose; 0 to its place in exp_logits.
         """
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         inside = row < rows
         total = _sum_parts(parts_ptr, row, inside, rows, parts, ROWS, PARTS)
         rounded = _sum_parts(parts_ptr + parts * rows, row, inside, rows, parts, ROWS, PARTS)
-        own = tl.load(target_odds_ptr + row, mask=inside, other=0.0)
-        # No less than the target's own, which tensor cores, adding up coarsely, may miss. `maximum` would hide NaN.
+        own = tl.load(target_exp_ptr + row, mask=inside, other=0.0)
+        # At least the target's own, which tensor cores may lose to rounding. `maximum` would hide NaN.
         tl.store(sums_ptr + row, tl.where(total < own, own, total), mask=inside)
         target = tl.load(targets_ptr + row, mask=inside, other=0)
-        place = odds_ptr + row.to(tl.int64) * columns + target
+        place = exp_ptr + row.to(tl.int64) * columns + target
         rest = tl.load(place, mask=inside, other=0.0).to(tl.float32) - rounded
         tl.store(rest_ptr + row, rest, mask=inside)
-        kind = odds_ptr.dtype.element_ty
+        kind = exp_ptr.dtype.element_ty
         tl.store(place, tl.zeros((ROWS,), tl.float32).to(kind), mask=inside)
-        column = row // 16 * 16 + row % 8 * 2 + row // 8 % 2  # turned_order
-        tl.store(turned_ptr + target * rows + column, rest.to(kind), mask=inside)
+        column = row // 16 * 16 + row % 8 * 2 + row // 8 % 2  # transposed_order
+        tl.store(transposed_ptr + target * rows + column, rest.to(kind), mask=inside)
 
     @triton.jit
     def _rotary_norm_kernel(
@@ -257,7 +241,7 @@ if triton is not None:
         out_ptr, grad_ptr, cos_ptr, sin_ptr, scale_ptr, grad_x_ptr, rows, ticks, length, heads,
         stride_batch, stride_tick, stride_head, HALF: tl.constexpr, ROWS: tl.constexpr
     ):  # fmt: skip
-        """The gradient of x from the output itself: turned back, the output is the normed x. grad has strides."""
+        """The gradient of x from the output: rotated back, the output is the normed x. grad has strides."""
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         lane = tl.arange(0, HALF)
         inside = (row < rows)[:, None]
@@ -273,7 +257,7 @@ if triton is not None:
         grad1 = tl.load(grad, mask=inside, other=0.0).to(tl.float32)
         grad2 = tl.load(grad + HALF, mask=inside, other=0.0).to(tl.float32)
         scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0)[:, None]
-        # The rotation keeps lengths and angles, so the mean of grad x normed can be taken before turning back.
+        # A rotation keeps lengths and angles, so mean(grad * normed) can be computed before rotating back.
         mean = ((tl.sum(out1 * grad1, 1) + tl.sum(out2 * grad2, 1)) / (2 * HALF))[:, None]
         grad1 = (grad1 - mean * out1) * scale
         grad2 = (grad2 - mean * out2) * scale
@@ -282,19 +266,10 @@ if triton is not None:
         tl.store(grad_x_ptr + place + HALF, (grad2 * cos - grad1 * sin).to(kind), mask=inside)
 
 
-def matmul_suits(device: int, depth: int, columns: int) -> bool:
-    """Whether the fused matrix product is made for a CUDA device and for [..., depth] @ [depth, columns] there."""
-    return triton is not None and not depth % 64 and not columns % 8 and _multiprocessors(device) > 0
-
-
-def matmul_fits(x: torch.Tensor, columns: int) -> bool:
-    """
-    Whether the fused matrix product takes `x [..., K] @ [K, columns]`: on this device, all in steps of 16 bytes, and
-    with rows enough to fill its tiles, which the one row of a decoding step does not.
-    """
-    if not kernels_available(x) or x.numel() < x.shape[-1] * TILE_ROWS:
-        return False
-    return matmul_suits(x.device.index, x.shape[-1], columns)
+def matmul_fits(device: torch.device, depth: int, columns: int) -> bool:
+    """Whether the fused product of [..., depth] @ [depth, columns] runs on a device: a Hopper GPU, 16-byte steps."""
+    on_gpu = triton is not None and device.type == "cuda"
+    return on_gpu and not depth % 64 and not columns % 8 and _multiprocessors(device.index or 0) > 0
 
 
 def _matmul(
@@ -304,115 +279,109 @@ def _matmul(
     sums: torch.Tensor,
     epilogue: str,
     scale: torch.Tensor | None = None,
-    turned: torch.Tensor | None = None,
+    transposed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Launch `_matmul_kernel` for a [M, K] and b [K, N], contiguous or its transpose is: [M, N], and `turned` [N, M] where
-    there is one.
+    Launch `_matmul_kernel` for a [M, K] and b [K, N] (b or its transpose contiguous) and return [M, N]; fills
+    `transposed` [N, M] where it is given.
     """
     (m, k), n = a.shape, b.shape[1]
-    out = torch.empty((m, n), dtype=a.dtype if turned is None else turned.dtype, device=a.device)
+    out = torch.empty((m, n), dtype=a.dtype if transposed is None else transposed.dtype, device=a.device)
     columns, depth, stages, each = TILES[epilogue]
-    transposed = b.stride(0) == 1
+    b_is_transposed = b.stride(0) == 1
     programs = each * _multiprocessors(a.device.index)
     halves = TensorDescriptor.from_tensor(out, [TILE_ROWS, columns // 2])
     _matmul_kernel[(programs,)](
         TensorDescriptor.from_tensor(a, [TILE_ROWS, depth]),
-        TensorDescriptor.from_tensor(b.t() if transposed else b, [columns, depth] if transposed else [depth, columns]),
-        halves, halves if turned is None else TensorDescriptor.from_tensor(turned, [columns // 2, TILE_ROWS]),
-        aux, sums, aux if scale is None else scale, m, n, K=k, B_IS_TRANSPOSED=transposed, EPILOGUE=epilogue,
+        TensorDescriptor.from_tensor(b.t(), [columns, depth]) if b_is_transposed
+        else TensorDescriptor.from_tensor(b, [depth, columns]),
+        halves, halves if transposed is None else TensorDescriptor.from_tensor(transposed, [columns // 2, TILE_ROWS]),
+        aux, sums, aux if scale is None else scale, m, n, K=k, B_IS_TRANSPOSED=b_is_transposed, EPILOGUE=epilogue,
         MASKED=n % columns != 0, PROGRAMS=programs, BM=TILE_ROWS, BN=columns, BK=depth, num_warps=8, num_stages=stages,
     )  # fmt: skip
     return out
 
 
-def _scale(
-    x: torch.Tensor, scales: torch.Tensor, made: torch.Tensor | None = None, grad_scales: torch.Tensor | None = None
-) -> None:
-    """Launch `_scale_kernel` for x [M, N] and scales [M, n], whose rows may lie apart; backward if `made` is given."""
-    count = scales.shape[1]
-    _scale_kernel[(triton.cdiv(len(x), SCALED_ROWS),)](
-        x, scales, x if made is None else made, x if made is None else grad_scales, *x.shape, scales.stride(0), count,
-        BACKWARD=made is not None, ROWS=SCALED_ROWS, LANES=triton.next_power_of_2(count),
-    )  # fmt: skip
+# Custom operators, so that torch.compile takes them as they are.
 
 
-# Operators of their own, so that a compiled graph takes them as they are. Defined again by the copy of this file that
-# a checkpoint carries, they replace themselves.
-
-
-@torch.library.custom_op("creature::softmax_odds", mutates_args=())
-def softmax_odds(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.library.custom_op("creature::softmax_exp_logits", mutates_args=())
+def softmax_exp_logits(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The odds of every token against the target, exp(logit - target's logit), without the logits ever being written.
+    exp(logit - target's logit) of every token, without writing the logits themselves to memory.
 
-    x [M, K], weight [N, K] of one half-precision dtype, targets [M] int64 -> odds [M, N] in that dtype, where 1 minus
-    the row's sum stands in the target's place, and the sums [M] float32. odds / sums is the gradient of the cross
-    entropy log(sums). Odds are cut off at 2^100, so a loss never shows as more than about 80 nats.
+    x [M, K], weight [N, K] of one half-precision dtype, targets [M] int64 -> exp_logits [M, N] in that dtype, with
+    1 - sum of the row at the target's place, and the sums [M] float32. exp_logits / sums is the gradient of the cross
+    entropy log(sums). Exponentials are cut off at 2^100, so a loss is never reported as more than about 80 nats.
     """
     sums = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    if not matmul_fits(x, len(weight)):
-        odds = x @ weight.t()
-        _odds_kernel[(len(x),)](odds, targets, sums, len(weight), BLOCK=4096, num_warps=8)
-        return odds, sums
+    if len(x) < TILE_ROWS or not matmul_fits(x.device, x.shape[1], len(weight)):
+        exp_logits = x @ weight.t()
+        _exp_logits_kernel[(len(x),)](exp_logits, targets, sums, len(weight), BLOCK=4096, num_warps=8)
+        return exp_logits, sums
     target_logits = torch.empty_like(sums)
     _target_logits_kernel[(len(x),)](x, weight, targets, target_logits, x.shape[1], BLOCK=512, num_warps=1)
     parts = torch.empty((triton.cdiv(len(weight), TILES["exp"][0]), len(x)), dtype=torch.float32, device=x.device)
-    odds = _matmul(x, weight.t(), target_logits, parts, "exp")
-    _finish_odds_kernel[(triton.cdiv(len(x), FINISHED_ROWS),)](
-        odds, parts, targets, sums, *odds.shape, len(parts), ROWS=FINISHED_ROWS, PARTS=FINISHED_PARTS, num_warps=4
-    )
-    return odds, sums
+    exp_logits = _matmul(x, weight.t(), target_logits, parts, "exp")
+    _finish_exp_logits_kernel[(triton.cdiv(len(x), FINISHED_ROWS),)](
+        exp_logits, parts, targets, sums, *exp_logits.shape, len(parts),
+        ROWS=FINISHED_ROWS, PARTS=FINISHED_PARTS, num_warps=4,
+    )  # fmt: skip
+    return exp_logits, sums
 
 
-@softmax_odds.register_fake
+@softmax_exp_logits.register_fake
 def _(x, weight, targets):
     return x.new_empty((len(x), len(weight))), x.new_empty(len(x), dtype=torch.float32)
 
 
-@torch.library.custom_op("creature::softmax_odds_float8", mutates_args=())
-def softmax_odds_float8(
+@torch.library.custom_op("creature::softmax_exp_logits_float8", mutates_args=())
+def softmax_exp_logits_float8(
     x: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
     scale: torch.Tensor,
     shift: torch.Tensor,
-    target_odds: torch.Tensor,
+    target_exp: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    exp(logit - shift) of every token in float8_e5m2, also transposed, as products of float8 add up along rows.
+    exp(logit - shift) of every token in float8_e5m2, and its transpose, because float8 products sum along rows only.
 
     Args:
         x, weight: [M, K], [N, K] in float8_e4m3fn, what `matmul_fits` takes, M and N divisible by 16.
         targets: [M] int64.
-        scale, shift: [M] float32; a logit is scale times the product. Odds above 57,344 are cut off, where stored.
-        target_odds: [M] float32, the target's own.
+        scale, shift: [M] float32; a logit is scale times the product. What is stored is cut off at 57,344.
+        target_exp: [M] float32, exp(logit - shift) of the target.
 
     Returns:
-        odds [M, N], where 0 stands in the target's place; turned [N, M], its columns in the order of `turned_order`,
-        where minus the sum of the others stands there; the rows' sums [M] float32 before rounding; and rest [M]
-        float32, minus the sum of the others as they were rounded: with it a row adds up to 0, as a gradient of logits.
+        exp_logits [M, N], 0 at the target's place.
+        transposed [N, M], its columns in `transposed_order`, `rest` at the target's place.
+        sums [M] float32 of the rows before rounding.
+        rest [M] float32, minus the sum of the rounded values of all other tokens: with it at the target's place, a row
+        sums to 0, as a gradient with respect to logits does.
     """
     (rows, columns), tiles = (len(x), len(weight)), triton.cdiv(len(weight), TILES["float8_exp"][0])
-    turned = torch.empty((columns, rows), dtype=torch.float8_e5m2, device=x.device)
+    transposed = torch.empty((columns, rows), dtype=torch.float8_e5m2, device=x.device)
     parts = torch.empty((2, tiles, rows), dtype=torch.float32, device=x.device)
-    odds = _matmul(x, weight.t(), shift, parts, "float8_exp", scale, turned)
+    exp_logits = _matmul(x, weight.t(), shift, parts, "float8_exp", scale, transposed)
     sums, rest = torch.empty_like(shift), torch.empty_like(shift)
-    _finish_float8_odds_kernel[(triton.cdiv(rows, FINISHED_ROWS),)](
-        odds, turned, parts, targets, target_odds, sums, rest, rows, columns, tiles,
+    _finish_float8_kernel[(triton.cdiv(rows, FINISHED_ROWS),)](
+        exp_logits, transposed, parts, targets, target_exp, sums, rest, rows, columns, tiles,
         ROWS=FINISHED_ROWS, PARTS=FINISHED_PARTS, num_warps=4,
     )  # fmt: skip
-    return odds, turned, sums, rest
+    return exp_logits, transposed, sums, rest
 
 
-@softmax_odds_float8.register_fake
-def _(x, weight, targets, scale, shift, target_odds):
-    odds = x.new_empty((len(x), len(weight)), dtype=torch.float8_e5m2)
-    return odds, odds.new_empty((len(weight), len(x))), torch.empty_like(shift), torch.empty_like(shift)
+@softmax_exp_logits_float8.register_fake
+def _(x, weight, targets, scale, shift, target_exp):
+    exp_logits = x.new_empty((len(x), len(weight)), dtype=torch.float8_e5m2)
+    return exp_logits, exp_logits.new_empty((len(weight), len(x))), torch.empty_like(shift), torch.empty_like(shift)
 
 
-def turned_order(x: torch.Tensor) -> torch.Tensor:
-    """The rows of x [M, K] in the order in which `softmax_odds_float8` has them as columns: 0, 8, 1, 9, ... 7, 15."""
+def transposed_order(x: torch.Tensor) -> torch.Tensor:
+    """The rows of x [M, K] in the order of the transpose's columns in `softmax_exp_logits_float8`: 0, 8, 1, 9, ..."""
     return x.view(-1, 2, 8, x.shape[1]).transpose(1, 2).reshape(x.shape)
 
 
@@ -430,88 +399,58 @@ def _(total, a, b):
     return None
 
 
-@torch.library.custom_op("creature::product_in_float32", mutates_args=())
-def product_in_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a [M, K] @ b.T, b [N, K], in half precision -> [M, N] float32; NVIDIA's GPUs round nothing in between."""
-    if torch.version.hip is None:
-        return torch.mm(a, b.t(), out_dtype=torch.float32)
-    return (a @ b.t()).float()
-
-
-@product_in_float32.register_fake
-def _(a, b):
-    return a.new_empty((len(a), len(b)), dtype=torch.float32)
-
-
 @torch.library.custom_op("creature::matmul_relu2", mutates_args=())
-def matmul_relu2(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    """relu(x @ weight.T)^2, the first columns times scales [M, n]; x [M, K], weight [N, K] -> [M, N]."""
-    activation = _matmul(x, weight.t(), x, x, "relu2")
-    if scales is not None:
-        _scale(activation, scales)
-    return activation
+def matmul_relu2(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """relu(x @ weight.T)^2; x [M, K], weight [N, K] -> [M, N]."""
+    return _matmul(x, weight.t(), x, x, "relu2")
 
 
 @matmul_relu2.register_fake
-def _(x, weight, scales):
+def _(x, weight):
     return x.new_empty((len(x), len(weight)))
 
 
 @torch.library.custom_op("creature::matmul_relu2_grad", mutates_args=())
-def matmul_relu2_grad(
-    grad: torch.Tensor, weight: torch.Tensor, activation: torch.Tensor, scales: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    (grad @ weight) times the derivative of `matmul_relu2`, whose output is `activation` [M, N]; weight [K, N].
-
-    Returns the gradient of the product [M, N], and that of the scales [M, n] ([M, 0] without them).
-    """
-    grad_inner = _matmul(grad, weight, activation, grad, "relu2_grad")
-    grad_scales = grad.new_empty((len(grad), 0 if scales is None else scales.shape[1]))
-    if scales is not None:
-        _scale(grad_inner, scales, activation, grad_scales)
-    return grad_inner, grad_scales
+def matmul_relu2_grad(grad: torch.Tensor, weight: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
+    """(grad @ weight) times the derivative of `matmul_relu2`, whose output is `activation` [M, N]; weight [K, N]."""
+    return _matmul(grad, weight, activation, grad, "relu2_grad")
 
 
 @matmul_relu2_grad.register_fake
-def _(grad, weight, activation, scales):
-    return torch.empty_like(activation), grad.new_empty((len(grad), 0 if scales is None else scales.shape[1]))
+def _(grad, weight, activation):
+    return torch.empty_like(activation)
 
 
 class _Relu2MLP(torch.autograd.Function):
-    """relu(x @ up.T)^2 @ down.T, keeping the activation alone: its root tells what its derivative needs."""
+    """relu(x @ up.T)^2 @ down.T; it saves the activation alone, whose square root gives its derivative."""
 
     @staticmethod
-    def forward(ctx, x, up, down, scales):
-        activation = matmul_relu2(x, up, scales)  # [M, intermediate_size]
-        ctx.save_for_backward(x, up, down, activation, scales)
+    def forward(ctx, x, up, down):
+        activation = matmul_relu2(x, up)  # [M, intermediate_size]
+        ctx.save_for_backward(x, up, down, activation)
         return activation @ down.t()
 
     @staticmethod
     def backward(ctx, grad):
-        x, up, down, activation, scales = ctx.saved_tensors
+        x, up, down, activation = ctx.saved_tensors
         grad = grad.contiguous()
         grad_down = grad.t() @ activation
-        grad_inner, grad_scales = matmul_relu2_grad(grad, down, activation, scales)  # [M, intermediate_size], [M, n]
-        return grad_inner @ up, grad_inner.t() @ x, grad_down, None if scales is None else grad_scales
+        grad_inner = matmul_relu2_grad(grad, down, activation)  # [M, intermediate_size]
+        return grad_inner @ up, grad_inner.t() @ x, grad_down
 
 
-def relu2_mlp(
-    x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, scales: torch.Tensor | None = None
-) -> torch.Tensor:
+def relu2_mlp(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """
-    relu(x @ up.T)^2 @ down.T with the activation made inside the first product, differentiable once.
+    relu(x @ up.T)^2 @ down.T, the activation computed inside the first product; differentiable once.
 
-    x [..., K], up [intermediate_size, K], down [K, intermediate_size], of one dtype and as `matmul_fits` wants them;
-    scales [..., n]: factors of the first n units of the activation.
+    x [..., K] with at least `TILE_ROWS` rows, up [intermediate_size, K], down [K, intermediate_size], of one
+    half-precision dtype and of a size that `matmul_fits` accepts.
     """
-    if scales is not None:
-        scales = scales.reshape(-1, scales.shape[-1])
-    return _Relu2MLP.apply(x.reshape(-1, x.shape[-1]), up, down, scales).view(x.shape)
+    return _Relu2MLP.apply(x.reshape(-1, x.shape[-1]), up, down).view(x.shape)
 
 
 class _RotaryNorm(torch.autograd.Function):
-    """Root-mean-square norm and rotation of the heads in one pass, keeping nothing that attention does not keep too."""
+    """Root-mean-square norm and rotation of the heads in one pass; it saves only what attention saves too."""
 
     @staticmethod
     def forward(ctx, x, cos, sin, eps):

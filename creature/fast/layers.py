@@ -1,0 +1,63 @@
+"""Attention and MLP of a decoder layer with the kernels of a GPU; `layers_creature` gives the same but for rounding."""
+
+import torch
+
+from creature.fast.kernels import TILE_ROWS, available, matmul_fits, relu2_mlp, rotary_norm
+from layers_creature import CreatureAttention, CreatureMLP
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a build of torch without it
+    varlen_attn = None
+
+
+class FastAttention(CreatureAttention):
+    """Norm and rotation in one kernel; attention within documents by their boundaries in place of a mask."""
+
+    def normalize_and_rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """[B, T, heads, head_dim] -> [B, heads, T, head_dim]"""
+        if available(x) and self.head_dim & (self.head_dim - 1) == 0:
+            return rotary_norm(x, cos, sin, self.eps).transpose(1, 2)
+        return super().normalize_and_rotate(x, cos, sin)
+
+    def attend(self, query, key, value, attention_mask, cu_seq_lens_q: torch.Tensor | None = None, **kwargs):
+        """cu_seq_lens_q [N + 1] int32: see `varlen_attention`. The mask says the same, and is not read then."""
+        dropout = self.attention_dropout if self.training else 0.0
+        whole = query.shape[2] == key.shape[2]  # nothing of it comes from a cache
+        if cu_seq_lens_q is not None and whole and not dropout and varlen_available(query):
+            return varlen_attention(query, key, value, cu_seq_lens_q, self.scaling), None
+        return super().attend(query, key, value, attention_mask, cu_seq_lens_q=cu_seq_lens_q, **kwargs)
+
+
+class FastMLP(CreatureMLP):
+    """Squared ReLU computed inside the first matrix product, on a Hopper GPU; saves its output alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, hidden_size] -> the same shape."""
+        fits = available(x) and x.numel() >= TILE_ROWS * x.shape[-1]  # the one row of a decoding step fills no tile
+        if fits and matmul_fits(x.device, *self.up_proj.weight.t().shape):
+            return relu2_mlp(x, self.up_proj.weight.to(x.dtype), self.down_proj.weight.to(x.dtype))
+        return super().forward(x)
+
+
+def varlen_available(x: torch.Tensor) -> bool:
+    """Whether PyTorch's flash kernels for documents of varying length run: bf16 or fp16, on Ampere or newer."""
+    return varlen_attn is not None and available(x) and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def varlen_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """
+    Causal attention within documents that follow one another, without a mask, by PyTorch's flash kernels.
+
+    query [B, heads, T, head_dim], key, value [B, kv_heads, T, head_dim], boundaries [N + 1] int32: where in the B x T
+    ticks documents begin, and where the last one ends (empty ones are allowed) -> [B, T, heads, head_dim].
+    """
+    batch, heads, ticks, head_dim = query.shape
+    groups = heads // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    flat = [states.transpose(1, 2).reshape(batch * ticks, heads, head_dim) for states in (query, key, value)]
+    output = varlen_attn(*flat, boundaries, boundaries, ticks, ticks, scale=scaling, window_size=(-1, 0))
+    return output.view(batch, ticks, heads, head_dim)
