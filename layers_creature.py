@@ -57,17 +57,16 @@ class CreatureRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """position_ids [1 or B, T] -> cos, sin [1 or B, T, head_dim / 2] in the dtype of x."""
+        """position_ids [1 or B, T] -> cos, sin [1 or B, T, head_dim] in the dtype of x, for `apply_rotary_pos_emb`."""
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
+        return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
 
 
 def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the halves of x [B, heads, T, head_dim] against each other; cos, sin [1 or B, T, head_dim / 2]."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """Rotate the halves of x [B, heads, T, head_dim] against each other; cos, sin [1 or B, T, head_dim]."""
+    # `sin` has the minus sign of its first half already, so that swapping the halves takes one kernel.
+    return torch.addcmul(x * cos[:, None], x.roll(x.shape[-1] // 2, dims=-1), sin[:, None])
 
 
 def eager_attention_forward(
@@ -138,22 +137,24 @@ class CreatureAttention(nn.Module):
         -> the output in the shape of hidden_states, the attention weights where the implementation returns them, and
         this layer's values in the shape of first_values.
         """
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.normalize_and_rotate(self.q_proj(hidden_states).view(shape), *position_embeddings)
-        key = self.normalize_and_rotate(self.k_proj(hidden_states).view(shape), *position_embeddings)
+        query, key = self.queries_and_keys(hidden_states, *position_embeddings)
         values = self.v_proj(hidden_states)
         if first_values is not None:
             values = values + first_values
-        value = values.view(shape).transpose(1, 2)
+        value = values.view(*values.shape[:-1], -1, self.head_dim).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights, values
 
-    def normalize_and_rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """[B, T, heads, head_dim] -> [B, heads, T, head_dim]"""
-        x = F.rms_norm(x, (self.head_dim,), eps=self.eps).to(x.dtype)  # torch computes it in float32
-        return apply_rotary_pos_emb(x.transpose(1, 2), cos, sin)
+    def queries_and_keys(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
+        """[B, T, hidden_size] -> normalized and rotated queries [B, heads, T, head_dim] and keys [B, kv_heads, ...]"""
+        projected = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        query, key = (x.view(*x.shape[:-1], -1, self.head_dim) for x in projected)
+        both = torch.cat((query, key), dim=2)  # one norm and one rotation for both: a generated tick is all launches
+        both = F.rms_norm(both, (self.head_dim,), eps=self.eps).to(both.dtype)  # torch computes it in float32
+        both = apply_rotary_pos_emb(both.transpose(1, 2), cos, sin)
+        return both.split((query.shape[2], key.shape[2]), dim=1)
 
     def attend(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """query [B, heads, T, head_dim], key, value [B, kv_heads, past + T, head_dim] -> [B, T, heads, head_dim]"""

@@ -50,7 +50,9 @@ except ImportError:
     from streams_creature import CreatureStreams, count_targets, text_loss, text_target_weights
 
 # What `forward` accepts beside its own parameters; anything else is a mistake.
-KNOWN_KWARGS = TransformersKwargs.__required_keys__ | TransformersKwargs.__optional_keys__ | {"return_dict", "shift_labels"}
+KNOWN_KWARGS = (
+    TransformersKwargs.__required_keys__ | TransformersKwargs.__optional_keys__ | {"return_dict", "shift_labels"}
+)
 
 
 @dataclass

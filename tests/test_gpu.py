@@ -132,7 +132,8 @@ def test_norm_and_rotation_in_one_pass_are_the_plain_ones(head_dim, apart):
     exact, half = x.double().requires_grad_(), x.clone().requires_grad_()
     cos, sin = angles.cos(), angles.sin()
     normed = F.rms_norm(exact, (head_dim,), eps=1e-6).transpose(1, 2)
-    expected = layers_creature.apply_rotary_pos_emb(normed, cos.double(), sin.double())
+    whole = torch.cat((cos, cos), dim=-1).double(), torch.cat((-sin, sin), dim=-1).double()
+    expected = layers_creature.apply_rotary_pos_emb(normed, *whole)
     found = kernels.rotary_norm(half, cos.bfloat16(), sin.bfloat16(), 1e-6).transpose(1, 2)
     direction = torch.randn(3, 4, 50, head_dim, device="cuda").bfloat16()  # strides unlike those of the forward pass
     expected.backward(direction.double())

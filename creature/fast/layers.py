@@ -14,11 +14,15 @@ except ImportError:  # a build of torch without it
 class FastAttention(CreatureAttention):
     """Norm and rotation in one kernel; attention within documents by their boundaries in place of a mask."""
 
-    def normalize_and_rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """[B, T, heads, head_dim] -> [B, heads, T, head_dim]"""
-        if available(x) and self.head_dim & (self.head_dim - 1) == 0:
-            return rotary_norm(x, cos, sin, self.eps).transpose(1, 2)
-        return super().normalize_and_rotate(x, cos, sin)
+    def queries_and_keys(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
+        """[B, T, hidden_size] -> normalized and rotated queries [B, heads, T, head_dim] and keys [B, kv_heads, ...]"""
+        if not available(hidden_states) or self.head_dim & (self.head_dim - 1):
+            return super().queries_and_keys(hidden_states, cos, sin)
+        half = self.head_dim // 2
+        cos, sin = cos[..., :half], sin[..., half:]
+        projected = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        heads = (x.view(*x.shape[:-1], -1, self.head_dim) for x in projected)
+        return tuple(rotary_norm(x, cos, sin, self.eps).transpose(1, 2) for x in heads)
 
     def attend(self, query, key, value, attention_mask, cu_seq_lens_q: torch.Tensor | None = None, **kwargs):
         """cu_seq_lens_q [N + 1] int32: see `varlen_attention`. The mask says the same, and is not read then."""
