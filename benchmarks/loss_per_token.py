@@ -78,6 +78,7 @@ def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict
     import torch
 
     from configuration_creature import CreatureConfig
+    from creature import fast
     from creature.data import DataArguments, block_collator, load_data
     from creature.data.text.tokenizer import load_tokenizer
     from creature.optimizer import MuonAdamW, parameter_groups
@@ -99,6 +100,7 @@ def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict
     torch.manual_seed(training["seed"])
     model = MultiModalCreature(config).to(device).train()
     model.train_only()
+    fast.apply(model)
     rate = training["learning_rate"]
     groups = parameter_groups(model, rate, training["matrix_learning_rate"], training["weight_decay"])
     if training["adamw"]:

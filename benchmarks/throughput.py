@@ -102,6 +102,7 @@ def timed_steps(
     import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+    from creature import fast
     from creature.data import block_collator
     from creature.data.text.tokenizer import load_tokenizer
     from creature.hardware import device_info
@@ -111,6 +112,8 @@ def timed_steps(
 
     cuda = torch.cuda.is_available()
     own = model.config.model_type == "creature"
+    if own:
+        fast.apply(model)
     ends: list = []  # seconds; on a GPU events, so that the host runs ahead as in a real run
 
     class Clock(TrainerCallback):
