@@ -266,6 +266,9 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """As in transformers; config.json also says how to load the folder's code as a backbone, and for serving."""
+        # By default, transformers saves its ViT under the names of older versions. A stock Trainer that resumes or
+        # loads the best model reads a checkpoint by the names in the model, and would silently keep other eyes.
+        kwargs.setdefault("save_original_format", False)
         # transformers writes the one auto class that a class is registered for; `transformers serve` asks for another.
         others = {"AutoModel": CreatureModel, "AutoModelForMultimodalLM": type(self)}
         names = {auto: f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" for auto, kind in others.items()}
@@ -381,7 +384,7 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         for name in ("labels", "external_text_targets", "audio_targets"):
             if targets[name] is not None:
                 size = self.config.audio_codebook_size if name == "audio_targets" else self.config.vocab_size
-                check_ids(name, targets[name], size)
+                check_ids(name, targets[name].masked_fill(targets[name] == IGNORE_INDEX, 0), size, smallest=0)
         if use_cache is None and (labels is not None or (position_ids is not None and past_key_values is None)):
             # A loss needs no cache, and with one transformers does not keep packed documents apart.
             use_cache = False
@@ -425,7 +428,7 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
     def _check_arguments(self, kwargs: dict, output_streams: tuple[str, ...]) -> None:
         """Raise for names that `forward` does not know: a misspelt sense would be absent in silence."""
         for name in kwargs.keys() - KNOWN_KWARGS:
-            known = {*inspect.signature(MultiModalCreature.forward).parameters, *KNOWN_KWARGS}
+            known = {*inspect.signature(MultiModalCreature.forward).parameters, *KNOWN_KWARGS} - {"self", "kwargs"}
             near = difflib.get_close_matches(name, known, n=1)
             hint = f": did you mean `{near[0]}`?" if near else "; its docstring lists what it takes."
             raise TypeError(f"`forward` has no argument `{name}`{hint}")

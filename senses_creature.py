@@ -52,17 +52,18 @@ def encode_present(encode, mask: torch.Tensor | None, *inputs: torch.Tensor) -> 
     return scatter_present(mask, vectors)
 
 
-def check_ids(name: str, ids: torch.Tensor, size: int) -> None:
+def check_ids(name: str, ids: torch.Tensor, size: int, smallest: int | None = None) -> None:
     """
-    ValueError for ids that are not below `size`; a negative id stands for an absent tick.
+    ValueError for ids that are not below `size`, or below `smallest`; without one, negative ids are absent ticks.
 
     Not while a GPU trains, where reading the largest id would make the host wait for all work before it.
     """
     if torch.compiler.is_compiling() or ids.numel() == 0 or ids.is_meta or (ids.is_cuda and torch.is_grad_enabled()):
         return
-    largest = int(ids.max())
-    if largest >= size:
-        raise ValueError(f"`{name}` holds the id {largest}, and there are {size:,}: the largest is {size - 1:,}.")
+    low, high = torch.stack(ids.aminmax()).tolist()  # one wait for a GPU, not two
+    if high >= size or (smallest is not None and low < smallest):
+        bad = high if high >= size else low
+        raise ValueError(f"`{name}` holds the id {bad}; there are {size:,}, from 0 to {size - 1:,}.")
 
 
 def scatter_present(mask: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
@@ -178,8 +179,8 @@ class TouchSense(nn.Module):
         force, place, temperature = values.float().split((1, 3, 1), dim=-1)
         # Forces span decades; skin temperature (about 33 degrees Celsius) is the zero of warmth, 10 degrees its unit.
         scaled = torch.cat((force.clamp(min=0).log1p(), place, (temperature - 33.0) / 10.0), dim=-1)
-        check_ids("touch_points", points, self.point_embedding.num_embeddings)
-        check_ids("touch_surfaces", surfaces, self.surface_embedding.num_embeddings)
+        check_ids("touch_points", points, self.point_embedding.num_embeddings, smallest=0)
+        check_ids("touch_surfaces", surfaces, self.surface_embedding.num_embeddings, smallest=0)
         contact = self.point_embedding(points) + self.surface_embedding(surfaces)
         contact = contact + self.value_proj(scaled.to(contact.dtype))
         return self.act(self.up_proj(contact))

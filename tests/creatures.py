@@ -44,6 +44,8 @@ TARGET_ARGUMENTS = {
     "audio": ("audio_targets",),
     "animation": ("rotation_targets", "blend_shape_targets", "eye_targets", "animation_target_mask"),
 }
+# All of them but the internal voice, in the order of the signature.
+SENSE_INPUTS = tuple(name for sense in SENSE_TABLE for name in (*sense.arguments, sense.mask) if name)
 # The module of each sense and efference copy, by its name in `model.model.senses`.
 SENSE_MODULES = tuple(sense.name for sense in SENSE_TABLE)
 

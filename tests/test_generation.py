@@ -3,7 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from creatures import ALL_STREAMS, COPY_ARGUMENTS, Listener, micro_model, random_batch, select_rows, without_targets
+from creatures import (
+    ALL_STREAMS,
+    COPY_ARGUMENTS,
+    Listener,
+    micro_model,
+    random_batch,
+    select,
+    select_rows,
+    without_targets,
+)
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from modeling_creature import CreatureModel
@@ -228,9 +237,28 @@ def test_scores_and_dicts(model, prompt):
         assert out.past_key_values.get_seq_length() == PROMPT + NEW - 1
 
 
-def test_typos_are_refused(model, prompt):
-    with pytest.raises(ValueError, match="pixel_valeus"):
-        model.generate(prompt, pixel_valeus=torch.zeros(1), **GREEDY)
+@pytest.mark.parametrize("streams", [(), SIDE_STREAMS])
+def test_an_unknown_argument_is_an_error(model, prompt, streams):
+    with pytest.raises(ValueError, match="pixel_value'"):
+        model.generate(prompt, pixel_value=torch.zeros(1), output_streams=streams, **GREEDY)
+
+
+def test_masks_of_zeros_and_ones_are_masks_of_booleans(model, prompt, senses):
+    copies = select(random_batch(model.config, rows=3, ticks=PROMPT), COPY_ARGUMENTS, ["animation"])
+    given = senses | copies
+    integers = {name: value.long() if value.dtype == torch.bool else value for name, value in given.items()}
+    expected, found = (
+        model.generate(prompt, output_streams=SIDE_STREAMS, **named, **GREEDY) for named in (given, integers)
+    )
+    assert_agrees(found, (expected.sequences, {stream: expected[stream] for stream in SIDE_STREAMS}))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"touch_points": torch.zeros(3, 2, 1, dtype=torch.long)}, {"body_mask": torch.ones(3, 2)}]
+)
+def test_a_part_of_a_sense_is_refused(model, prompt, wrong):
+    with pytest.raises(ValueError, match="part of a sense"):
+        model.generate(prompt, **wrong, **GREEDY)
 
 
 # --- senses in generation -------------------------------------------------------------------------------------------

@@ -21,8 +21,19 @@ from creatures import (
     select,
     without_targets,
 )
-from safetensors import safe_open
-from transformers import AutoModel, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils.generic import find_labels
 
 import modeling_creature
 from configuration_creature import SENSES, STREAMS, CreatureConfig
@@ -70,15 +81,13 @@ def test_save_and_load_is_bit_equal(model, batch, tmp_path):
         assert torch.equal(*continued)
 
 
-def test_the_tied_table_is_stored_once(model, tmp_path):
+def test_a_file_holds_every_parameter_once_by_its_name(model, tmp_path):
+    """The tied table, too, and the eyes, for which transformers has other names in files."""
     model.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        names = [*file.keys()]
-        shapes = {name: file.get_slice(name).get_shape() for name in names}
-    tables = [name for name, shape in shapes.items() if model.config.vocab_size in shape]
-    assert tables == ["model.embed_tokens.weight"]
-    assert sum(math.prod(shape) for shape in shapes.values()) == model.num_parameters()
-    assert not [name for name in names if "inv_freq" in name or "lm_head" in name]
+    stored = load_file(tmp_path / "model.safetensors")
+    parameters = dict(model.named_parameters())
+    assert stored.keys() == parameters.keys()
+    assert all(torch.equal(stored[name], value) for name, value in parameters.items())
 
 
 def test_untied_table(batch, tmp_path):
@@ -100,15 +109,14 @@ def test_buffers_outside_the_checkpoint_survive_loading(model, tmp_path):
         assert torch.equal(buffers[name], value), name
 
 
-def test_loading_draws_nothing_anew(model, tmp_path):
+@pytest.mark.parametrize("former_names", [False, True])
+def test_loading_draws_nothing_anew(model, tmp_path, former_names):
     """A projection that starts at zero keeps what it has learned; a weight that is missing begins as in a new model."""
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, save_original_format=former_names)  # as version 0.1.0 saved the eyes
     loaded, info = MultiModalCreature.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     for name, value in loaded.named_parameters():
         assert torch.equal(value, model.get_parameter(name)), name
-
-    from safetensors.torch import load_file, save_file
 
     weights = load_file(tmp_path / "model.safetensors")
     table = "model.senses.own_voice.code_table"
@@ -119,6 +127,19 @@ def test_loading_draws_nothing_anew(model, tmp_path):
     assert not loaded.model.senses.touch.proj.weight.any()
     assert 0.01 < loaded.get_parameter(table).std() < 0.03
     assert torch.equal(loaded.model.senses.audio.proj.weight, model.model.senses.audio.proj.weight)
+
+
+@pytest.mark.parametrize("field", [{"use_value_embeddings": True}, {"per_layer_embedding_size": 64}])
+def test_a_checkpoint_with_removed_tables_is_refused_in_a_sentence(model, tmp_path, field):
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(saved | field), encoding="utf-8")
+    for kind in (MultiModalCreature, AutoModelForCausalLM, AutoModel):
+        with pytest.raises(ValueError, match=f"{[*field][0]}.*load it with version 0.1.0 or train anew.$"):
+            kind.from_pretrained(tmp_path)
+    unused = {"use_value_embeddings": False, "per_layer_embedding_size": 0}
+    (tmp_path / "config.json").write_text(json.dumps(saved | unused), encoding="utf-8")
+    assert not hasattr(MultiModalCreature.from_pretrained(tmp_path).config, "use_value_embeddings")
 
 
 def test_backbone_alone(model, batch, tmp_path):
@@ -217,10 +238,29 @@ def test_unasked_streams_are_none_and_unknown_ones_refused(model, batch):
         model(**batch, output_streams=("smell",))
 
 
-def test_tuples_and_dicts(model, batch):
-    ids = batch["input_ids"]
-    as_tuple = model(ids, return_dict=False)
-    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], model(ids).logits)
+def test_logits_come_first_in_a_tuple_or_second_after_the_loss(model, batch):
+    ids, labels = batch["input_ids"], batch["labels"]
+    expected = model(ids, labels=labels)
+    assert torch.equal(model(ids, return_dict=False)[0], expected.logits)
+    loss, logits, *_ = model(ids, labels=labels, return_dict=False)
+    assert torch.equal(loss, expected.loss) and torch.equal(logits, expected.logits)
+
+
+@pytest.mark.parametrize(
+    ("argument", "meant"),
+    [
+        ("pixel_value", "pixel_values"),
+        ("label", "labels"),
+        ("external_text_labels", "external_text_targets"),
+        ("smell", None),
+        ("top_k", None),
+    ],
+)
+def test_an_unknown_argument_is_an_error(model, batch, argument, meant):
+    hint = f": did you mean `{meant}`[?]" if meant else "; its docstring lists what it takes[.]"
+    for call in (model, model.step):
+        with pytest.raises(TypeError, match=f"^`forward` has no argument `{argument}`{hint}$"):
+            call(input_ids=batch["input_ids"], **{argument: 5})
 
 
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
@@ -466,30 +506,66 @@ def test_frozen_parts(batch):
 
 def test_the_trainer_counts_shifted_targets(tmp_path):
     model = micro_model()
-    assert model.loss_type == "ForCausalLM"
-    from transformers import Trainer, TrainingArguments
-
-    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, label_names=["labels"])
-    trainer = Trainer(model=model, args=arguments)
+    trainer = Trainer(model, TrainingArguments(tmp_path, report_to="none", use_cpu=True))
     labels = torch.randint(0, 100, (2, 8))
     assert int(trainer._get_num_items_in_batch([{"labels": labels}], torch.device("cpu"))) == 14
     assert trainer.model_accepts_loss_kwargs
 
 
-def test_text_only_evaluation_has_a_loss(tmp_path):
-    """Every parameter with "label" in its name would be required for one, were `label_names` not given."""
-    from transformers import Trainer, TrainingArguments
+class Perturb(TrainerCallback):
+    """Changes every weight after each step, as training with all senses would; keeps those of each checkpoint."""
 
-    model = micro_model()
-    rows = [{"input_ids": list(range(8)), "labels": list(range(8))} for _ in range(3)]
-    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, label_names=["labels"], disable_tqdm=True)
-    metrics = Trainer(model=model, args=arguments, eval_dataset=rows).evaluate()
-    ids = torch.arange(8)[None]
-    assert metrics["eval_loss"] == pytest.approx(model(ids, labels=ids).losses["internal_text"].item(), rel=1e-4)
+    def __init__(self):
+        self.saved = []
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        self.saved.append({name: value.detach().clone() for name, value in model.named_parameters()})
+        randomize(model, seed=state.global_step)
 
 
-def test_tied_keys_are_a_dict():
-    assert MultiModalCreature._tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
+def test_a_stock_trainer_evaluates_predicts_and_keeps_the_best_weights(tmp_path):
+    model = micro_model(loss_weights=None)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({str(token): token for token in range(128)})), pad_token="127"
+    )
+    rows = [{"input_ids": torch.arange(length) + length} for length in (8, 8, 5)]
+    padded = torch.nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True, padding_value=-100)
+    shapes = []
+
+    def score(predictions):
+        logits, labels = predictions
+        shapes.append((logits.shape, labels.shape))
+        return {"score": -len(shapes)}  # the first is the best
+
+    arguments = TrainingArguments(
+        tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="score", per_device_eval_batch_size=3, use_cpu=True, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        model, arguments, DataCollatorForLanguageModeling(tokenizer, mlm=False), rows, rows,
+        compute_metrics=score, callbacks=[perturb := Perturb()],
+    )  # fmt: skip
+    trainer.train()
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert [entry["eval_score"] for entry in evaluations] == [-1, -2, -3]
+    assert shapes == [((3, 8, 128), (3, 8))] * 3
+    assert len(perturb.saved) == 3 and trainer.state.best_global_step == 1
+    for name, value in trainer.model.named_parameters():
+        assert torch.equal(value, perturb.saved[0][name]), name
+
+    predicted = trainer.predict(rows)
+    assert torch.equal(torch.as_tensor(predicted.label_ids), padded)
+    with torch.no_grad():
+        expected = model(padded.clamp(min=0), attention_mask=(padded >= 0).long(), labels=padded)
+    torch.testing.assert_close(torch.as_tensor(predicted.predictions)[padded >= 0], expected.logits[padded >= 0])
+    assert predicted.metrics["test_loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
+
+    fresh = micro_model(seed=9, loss_weights=None)
+    Trainer(fresh, arguments, trainer.data_collator, rows, rows, compute_metrics=score).train(
+        resume_from_checkpoint=tmp_path / "checkpoint-3"
+    )
+    for name, value in fresh.named_parameters():
+        assert torch.equal(value, perturb.saved[0][name]), name
 
 
 def test_the_configs_class_is_never_asked_for(model, batch):
@@ -510,6 +586,7 @@ def test_the_configs_class_is_never_asked_for(model, batch):
 def test_signatures_that_transformers_reads():
     forward = inspect.signature(MultiModalCreature.forward).parameters
     assert [*forward][1] == "input_ids" and forward["kwargs"].kind == inspect.Parameter.VAR_KEYWORD
+    assert find_labels(MultiModalCreature) == ["labels"]  # a Trainer requires every one of them to evaluate
     prepare = inspect.signature(MultiModalCreature.prepare_inputs_for_generation).parameters
     assert prepare["kwargs"].kind == inspect.Parameter.VAR_KEYWORD  # else generate rejects every sense
     # Postponed annotations would turn the config class into a string, and its type checks off.

@@ -1,5 +1,6 @@
 """The senses: absent ones cost and change nothing, present ones count at their tick and never before it."""
 
+import inspect
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ from creatures import (
     ALL_STREAMS,
     COPY_ARGUMENTS,
     SENSE_ARGUMENTS,
+    SENSE_INPUTS,
     SENSE_MODULES,
     TARGET_ARGUMENTS,
     absent_is,
@@ -21,9 +23,11 @@ from creatures import (
 )
 
 from configuration_creature import SENSES, STREAMS
-from senses_creature import SenseProjection, TouchSense, encode_present, rest_pose, scatter_present
+from modeling_creature import MultiModalCreature
+from senses_creature import SENSE_TABLE, SenseProjection, TouchSense, encode_present, rest_pose, scatter_present
 from streams_creature import pack_animation
 
+MASKS = [sense.mask for sense in SENSE_TABLE if sense.mask]
 OUTPUTS = ("logits", "external_text_logits", "audio_logits", "animation", "last_hidden_state")
 ROWS, TICKS = 3, 8
 
@@ -33,9 +37,9 @@ def model():
     return micro_model()
 
 
-@pytest.fixture(scope="module")
-def batch(model):
-    return random_batch(model.config, ROWS, TICKS)
+@pytest.fixture
+def batch():
+    return random_batch(micro_config(), ROWS, TICKS)
 
 
 @torch.no_grad()
@@ -236,6 +240,20 @@ def test_an_absent_mask_means_present_everywhere(model, batch):
         assert_close(outputs(model, {"input_ids": ids, **given}), with_mask, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [*MASKS, "animation_target_mask"])
+def test_a_mask_of_zeros_and_ones_is_a_mask_of_booleans(batch, name):
+    model, results = micro_model(), []
+    given = absent_is(batch, float("nan"))
+    for mask in (given[name], given[name].long()):
+        loss = model.train()(**given | {name: mask}).loss
+        loss.backward()
+        results.append({"loss": loss.detach(), **gradients(model), **outputs(model.eval(), given | {name: mask})})
+    assert_close(results[1], results[0], atol=0.0, rtol=0.0)
+
+
+# --- wrong input ------------------------------------------------------------------------------------------------------
+
+
 def test_pictures_must_match_their_mask(model, batch):
     given = {"input_ids": batch["input_ids"], "pixel_mask": batch["pixel_mask"]}
     for count in (-1, 1):
@@ -246,29 +264,67 @@ def test_pictures_must_match_their_mask(model, batch):
         model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"])
 
 
+PARTS = [(sense, part) for sense in SENSE_TABLE if len(sense.arguments) > 1 for part in sense.arguments]
+
+
+@pytest.mark.parametrize(("sense", "left_out"), PARTS, ids=lambda value: getattr(value, "name", value))
+def test_a_part_of_a_sense_is_refused(model, batch, sense, left_out):
+    given = {name: batch[name] for name in sense.arguments if name != left_out}
+    if sense.name == "proprioception" and left_out == "joint_positions":
+        # Rotations alone are no sense, but the pose that animation starts from.
+        assert torch.equal(model(batch["input_ids"], **given).logits, model(batch["input_ids"]).logits)
+        return
+    with pytest.raises(ValueError, match=f"part of a sense: give `{left_out}`"):
+        model(batch["input_ids"], **given)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_mask_without_its_sense_is_refused(model, batch, mask):
+    with pytest.raises(ValueError, match=f"`{mask}` is one part of a sense"):
+        model(batch["input_ids"], **{mask: batch[mask]})
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "name", [name for name, value in random_batch(micro_config()).items() if value.dtype == torch.long]
+)
+def test_ids_out_of_range_are_named(name, training):
+    model = micro_model().train(training)
+    batch = random_batch(model.config, presence=1.1)
+    absent = name.endswith("_ids") or name == "audio_codes"  # what a negative id of these means
+    for wrong in (10**6,) if absent else (10**6, -1):
+        ids = batch[name].clone()
+        ids[1, 2] = wrong
+        with pytest.raises(ValueError, match=f"^`{name}` holds the id {wrong}; there are [0-9]+, from 0 to [0-9]+.$"):
+            model(**batch | {name: ids})
+
+
+def test_an_internal_voice_of_a_negative_id_is_absent(batch):
+    model, results = micro_model(), []
+    absent = torch.rand(ROWS, TICKS) < 0.5
+    ids = batch.pop("input_ids").masked_fill(absent, 0)
+    embeds = model.model.embed_tokens(ids).masked_fill(absent[..., None], 0.0)
+    for voice in (
+        {"inputs_embeds": embeds},
+        {"input_ids": ids - absent.long()},
+        {"input_ids": ids - 100 * absent.long()},
+    ):
+        loss = model(**batch, **voice).loss
+        loss.backward()
+        results.append({"loss": loss.detach(), **gradients(model), **outputs(model, batch | voice)})
+    for other in results[1:]:
+        assert_close(other, results[0], atol=1e-6)
+
+
+def test_forward_takes_what_the_table_of_senses_lists():
+    parameters = [*inspect.signature(MultiModalCreature.forward).parameters]
+    first, end = parameters.index("external_voice_ids"), parameters.index("external_text_targets")
+    assert parameters[first:end] == [*SENSE_INPUTS, "sense_embeds"]
+
+
 # --- causality --------------------------------------------------------------------------------------------------------
 
-PERTURBED = (
-    "input_ids",
-    "external_voice_ids",
-    "input_features",
-    "input_features_mask",
-    "pixel_values",
-    "pixel_mask",
-    "joint_positions",
-    "joint_rotations",
-    "body_mask",
-    "touch_points",
-    "touch_surfaces",
-    "touch_values",
-    "touch_mask",
-    "external_text_ids",
-    "audio_codes",
-    "animation",
-    "animation_mask",
-    "sense_embeds",
-    "inputs_embeds",
-)
+PERTURBED = ("input_ids", *SENSE_INPUTS, "sense_embeds", "inputs_embeds")
 
 
 def perturb(batch, name, tick):
@@ -309,16 +365,6 @@ def test_causality(name):
             for row in range(2):
                 moved = (after[stream][row, tick] - before[stream][row, tick]).abs().max()
                 assert moved > 1e-4, (stream, tick)
-
-
-def test_every_argument_of_forward_is_covered_by_the_causality_test():
-    import inspect
-
-    from modeling_creature import MultiModalCreature
-
-    arguments = [*inspect.signature(MultiModalCreature.forward).parameters]
-    senses = arguments[arguments.index("external_voice_ids") : arguments.index("external_text_targets")]
-    assert {*senses, "input_ids", "inputs_embeds"} == {*PERTURBED}
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def test_no_step_without_a_log_reads_a_value_from_the_device(tmp_path, monkeypat
     # On a GPU the guard reads its value a step later, and a training model does not look for the largest id.
     trainer.nan_guard.check = lambda *args: None
     for module in (modeling_creature, senses_creature):
-        monkeypatch.setattr(module, "check_ids", lambda *args: None)
+        monkeypatch.setattr(module, "check_ids", lambda *args, **named: None)
     with waits:
         trainer.train()
     per_step = [after - before for before, after in zip(counts, counts[1:], strict=False)]
