@@ -79,7 +79,8 @@ def full_tick(model: nn.Module, tokens, position_ids, mask, cache) -> torch.Tens
 
 def bare_tick(model: nn.Module, tokens, position_ids, mask, cache) -> torch.Tensor:
     """The same from backbone and head alone, without the checks, senses and streams of `forward`."""
-    outputs = model.model(input_ids=tokens, attention_mask=mask, position_ids=position_ids, past_key_values=cache)
+    embeds = model.model.embed_tokens(tokens)  # not `input_ids`, of which negative ones would be taken out first
+    outputs = model.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, past_key_values=cache)
     hidden, head = outputs.last_hidden_state[:, -1], model.lm_head
     if hidden.device.type == "cpu" and ONEDNN and hidden.dtype == head.weight.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(hidden, head.weight, None, "none", [], "")
@@ -224,9 +225,9 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
     decoder, length = None, prompt
     try:
         while True:
-            scores = logits.to(copy=True, dtype=torch.float32)
-            if logits_processor:
-                scores = logits_processor(sequences[:, :length].contiguous(), scores)
+            scores = logits
+            if logits_processor or generation_config.do_sample:
+                scores = logits_processor(sequences[:, :length].contiguous(), logits.to(copy=True, dtype=torch.float32))
             if generation_config.do_sample:
                 weights, tokens = _draw(scores.softmax(dim=-1))
                 drawn += weights
@@ -337,7 +338,7 @@ def is_bare(model: nn.Module) -> bool:
     """Whether the model has no hooks, adapters, quantized layers or replaced `forward`: then `bare_tick` suffices."""
     for module in model.modules():
         package, _, name = type(module).__module__.rpartition(".")
-        known = name.endswith("_creature") or package.partition(".")[0] in ("torch", "transformers")
+        known = name.endswith("_creature") or package.partition(".")[0] in ("torch", "transformers", "creature")
         if not known or "forward" in module.__dict__ or module._compiled_call_impl is not None:
             return False
         for hook in chain(module._forward_hooks.values(), module._forward_pre_hooks.values()):

@@ -58,9 +58,13 @@ class CreatureRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """position_ids [1 or B, T] -> cos, sin [1 or B, T, head_dim] in the dtype of x, for `apply_rotary_pos_emb`."""
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
+        inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float)
+        # cos(-a) = cos(a) and sin(-a) = -sin(a): the minus sign of the first half comes with its angles.
+        angles = position_ids[..., None].float() * torch.cat((-inv_freq, inv_freq))
+        cos, sin = angles.cos(), angles.sin()
+        if self.attention_scaling != 1.0:
+            cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
 
 
 def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

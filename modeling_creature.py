@@ -427,11 +427,12 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
 
     def _check_arguments(self, kwargs: dict, output_streams: tuple[str, ...]) -> None:
         """Raise for names that `forward` does not know: a misspelt sense would be absent in silence."""
-        for name in kwargs.keys() - KNOWN_KWARGS:
-            known = {*inspect.signature(MultiModalCreature.forward).parameters, *KNOWN_KWARGS} - {"self", "kwargs"}
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f": did you mean `{near[0]}`?" if near else "; its docstring lists what it takes."
-            raise TypeError(f"`forward` has no argument `{name}`{hint}")
+        for name in kwargs:
+            if name not in KNOWN_KWARGS:
+                known = {*inspect.signature(MultiModalCreature.forward).parameters, *KNOWN_KWARGS} - {"self", "kwargs"}
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f": did you mean `{near[0]}`?" if near else "; its docstring lists what it takes."
+                raise TypeError(f"`forward` has no argument `{name}`{hint}")
         unknown = set(output_streams) - set(STREAMS)
         if unknown:
             known = ", ".join(STREAMS)

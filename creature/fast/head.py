@@ -33,9 +33,8 @@ def linear_cross_entropy(
 
     float8: compute the logits and both gradients in float8 where the GPU is a Hopper, at twice the speed.
     """
-    dtype = compute_dtype(hidden)
-    needs_both = torch.is_grad_enabled() and hidden.requires_grad and weight.requires_grad
-    if dtype != torch.bfloat16 or not hidden.is_cuda or not available(hidden.to(dtype)) or not needs_both:
+    in_training = torch.is_grad_enabled() and hidden.requires_grad and weight.requires_grad
+    if not in_training or compute_dtype(hidden) != torch.bfloat16 or not available(hidden, torch.bfloat16):
         return plain_cross_entropy(hidden, weight, targets, target_weights)
     float8 = float8 and float8_fits(hidden.device, *weight.shape)
     return _FastCrossEntropy.apply(hidden, weight, targets, target_weights, float8)

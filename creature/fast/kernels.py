@@ -27,9 +27,9 @@ ROTARY_ROWS = 64
 FINISHED_ROWS, FINISHED_PARTS = 16, 64
 
 
-def available(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels take these tensors: in half precision, on a GPU for which there is Triton."""
-    return triton is not None and all(x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) for x in tensors)
+def available(x: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether the kernels take this tensor, or its copy in `dtype`: in half precision, on a GPU with Triton."""
+    return triton is not None and x.is_cuda and (dtype or x.dtype) in (torch.bfloat16, torch.float16)
 
 
 def disable() -> None:

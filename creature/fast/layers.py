@@ -21,8 +21,10 @@ class FastAttention(CreatureAttention):
         half = self.head_dim // 2
         cos, sin = cos[..., :half], sin[..., half:]
         projected = self.q_proj(hidden_states), self.k_proj(hidden_states)
-        heads = (x.view(*x.shape[:-1], -1, self.head_dim) for x in projected)
-        return tuple(rotary_norm(x, cos, sin, self.eps).transpose(1, 2) for x in heads)
+        query, key = [x.view(*x.shape[:-1], -1, self.head_dim) for x in projected]
+        return rotary_norm(query, cos, sin, self.eps).transpose(1, 2), rotary_norm(key, cos, sin, self.eps).transpose(
+            1, 2
+        )
 
     def attend(self, query, key, value, attention_mask, cu_seq_lens_q: torch.Tensor | None = None, **kwargs):
         """cu_seq_lens_q [N + 1] int32: see `varlen_attention`. The mask says the same, and is not read then."""
