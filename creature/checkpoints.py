@@ -374,6 +374,7 @@ def find_checkpoint(folder: str | os.PathLike, resume: str | bool, at_most: int 
         reasons = f" ({'; '.join(f'{name}: {why}' for name, why in skipped)})" if skipped else ""
         limit, remedy = "", "start afresh with --overwrite_output_dir"
         if at_most is not None:
-            limit, remedy = f" up to step {max(at_most, 0)}", f"keep the old --max_steps, or {remedy}"
+            limit = f" up to step {max(at_most, 0)}, where the learning rate begins to fall"
+            remedy = f"resume with the --max_steps that the run had, or {remedy}"
         raise UserError(f"no complete checkpoint in {folder} to resume{limit}{reasons}: {remedy}")
     return newest, skipped

@@ -16,7 +16,7 @@ from creature.hardware import attention_kernel, peak_flops
 from creature.launch import own_command
 from creature.optimizer import MOMENTUM
 from creature.plan import Plan, sharded
-from creature.settings import PROJECT, Settings
+from creature.settings import DRY_RUN_FOLDER, PROJECT, Settings
 from creature.trainer import batch_warmup_steps, schedule_steps
 
 # Epochs up to which repeated text helps (Muennighoff et al. 2023, "Scaling Data-Constrained Language Models").
@@ -127,6 +127,11 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
+def _count(number: int, noun: str) -> str:
+    """'1 step', '1,125 steps'."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def format_run(run: dict) -> str:
     """run.json as a table of two columns, with a row for every note."""
     fixed, parameters, data = run["must_match"], run["parameters"], run["data"]
@@ -137,15 +142,17 @@ def format_run(run: dict) -> str:
         f"{fixed['block_size']} x accumulation {fixed['accumulation']} x {fixed['world_size']} process(es)"
     )
     schedule = (
-        f"{fixed['schedule']}: peak {fixed['learning_rate']:.3g}, {fixed['warmup_steps']:,} steps up, "
+        f"{fixed['schedule']}: peak {fixed['learning_rate']:.3g}, {_count(fixed['warmup_steps'], 'step')} up, "
         f"{fixed['decay_steps']:,} down"
     )
     rows = [
-        ("run", f"{run['kind'].replace('_', ' ')} in {run['output_dir']}, settings of {run['config']}"),
+        ("run", f"{run['kind'].replace('_', ' ')} in {run['output_dir']}, settings of {run['config']}"
+         + ("; the next dry run replaces it, --output_dir keeps it" if run["output_dir"] == DRY_RUN_FOLDER else "")),
         ("parameters", f"{parameters['total']:,} total, {parameters['trainable']:,} trainable"),
-        ("", ", ".join(f"{name} {count:,}" for name, count in parameters["parts"].items() if name not in sums)),
+        ("", ", ".join(f"{name} {count:,}" for name, count in parameters["parts"].items()
+                       if count and name not in sums)),
         ("FLOPs per token", f"{run['flops_per_token']:.4g} (forward and backward)"),
-        ("device", run["device"] + (f", {run['threads']} threads" if run["threads"] else "")
+        ("device", run["device"] + (f", {_count(run['threads'], 'thread')}" if run["threads"] else "")
          + (f", {fixed['world_size']} processes" if fixed["world_size"] > 1 else "")),
         ("precision", f"{run['precision']} ({run['precision_reason']})"
          + (", the head in float8" if fixed["fp8_head"] else "")),
@@ -155,9 +162,10 @@ def format_run(run: dict) -> str:
         ("data", f"{data['path']}: {data['tokens']:,} tokens, {data.get('validation_tokens') or 0:,} for validation"
          + (", documents kept apart" if fixed["separate_documents"] else "")),
         ("length", f"{run['steps']:,} steps, {run['tokens']:,} tokens, {run['epochs']:.3g} epochs"),
-        ("schedule", schedule + (f"; batches in halves for {halved:,}" if halved else "")),
+        ("schedule", schedule + (f"; at the start {_count(halved, 'step')} of two updates, each with half the batch"
+                                if halved else "")),
         ("expected time", f"{format_seconds(seconds)} (scripts/estimate.py says why)" if seconds else
-         "see the log lines"),
+         "not known for this device; each log line says how long is left"),
         *(("note", note) for note in run["notes"]),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)

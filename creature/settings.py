@@ -50,6 +50,9 @@ OTHER_NAMES = {
     "num_layers": "num_hidden_layers",
 }
 
+# Fields of version 0.1.0, where the nearest name here would be a wrong guess too.
+REMOVED = ("use_value_embeddings", "per_layer_embedding_size")
+
 # Fields of TrainingArguments that this job would ignore, or that would make its numbers wrong.
 REFUSED = {
     "auto_find_batch_size": "it changes the batch in the middle of a run; give --per_device_train_batch_size",
@@ -248,6 +251,8 @@ def _read_field(node: ast.AnnAssign, section: str) -> FieldInfo:
 
 
 def _suggest(name: str, candidates) -> str:
+    if name in REMOVED:
+        return ": the tables by token of version 0.1.0 are gone, leave it out"
     close = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, list(candidates), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -341,7 +346,8 @@ def build_parser(fields: dict[str, FieldInfo]) -> argparse.ArgumentParser:
         job.add_argument(*spellings(name), **options)
     groups = {section: parser.add_argument_group(f"{section} (the {section}: section)") for section in SECTIONS}
     for name, info in fields.items():
-        sentence = re.split(r"(?<=\.)\s", info.help)[0]
+        # Of our own fields all of it; of those of transformers, some of which have a page, the first sentence.
+        sentence = info.help if info.section == "data" else re.split(r"(?<=\.)\s", info.help)[0]
         shown = f" (default: {info.default})".replace("%", "%%") if info.default not in ("", "None") else ""
         help_text = argparse.SUPPRESS if name in REFUSED else (sentence + shown).strip() or None
         extra = {"nargs": "+"} if "list" in info.kinds else {"nargs": "?", "const": "true"} if info.is_switch else {}
@@ -441,7 +447,9 @@ def _find_bad_values(values: dict[str, Any]) -> list[str]:
         problems.append(f"max_steps must be greater than 0, not {steps}")
     block, context = values.get("block_size"), values.get("max_position_embeddings", 2048)
     if block is not None and 0 < context < block:
-        problems.append(f"block_size {block} is longer than max_position_embeddings {context}")
+        problems.append(
+            f"block_size {block} is longer than max_position_embeddings {context}: lower the one or raise the other"
+        )
     return problems
 
 

@@ -75,7 +75,7 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(tmp_path):
     assert checkpoints.newest_complete(tmp_path)[0] is None
     with pytest.raises(UserError, match="checkpoint-5: complete.json is missing"):
         checkpoints.find_checkpoint(tmp_path, True, None)
-    with pytest.raises(UserError, match="up to step 3: keep the old --max_steps"):
+    with pytest.raises(UserError, match="up to step 3, where the learning rate begins to fall: resume with"):
         checkpoints.find_checkpoint(tmp_path, True, 3)
     with pytest.raises(UserError, match="cannot be resumed"):
         checkpoints.find_checkpoint(tmp_path, str(tmp_path / "checkpoint-5"), None)

@@ -75,7 +75,8 @@ def test_all_problems_are_reported_at_once_with_the_nearest_name(tmp_path):
         ("model:\n  hidden_size: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
         ("training: {tokens_per_step: -1}\n", "must be greater than 0"),
         ("training: {max_steps: 100, num_train_epochs: 2}\n", "give one of them"),
-        ("data: {block_size: 4096}\n", "longer than max_position_embeddings"),
+        ("data: {block_size: 4096}\n", "longer than max_position_embeddings 2048: lower the one"),
+        ("model: {use_value_embeddings: true}\n", "use_value_embeddings: the tables.*are gone, leave it out"),
     ],
 )
 def test_broken_files_are_named_in_words(tmp_path, content, words):
