@@ -1,6 +1,7 @@
 # Copyright 2026 The MultiModalCreature developers. Licensed under the Apache License, Version 2.0.
 """Generation with all streams: `generate(output_streams=...)` and the one-tick `step` of a live loop."""
 
+import difflib
 from dataclasses import dataclass, field
 
 import torch
@@ -183,7 +184,15 @@ class CreatureGenerationMixin(GenerationMixin):
         The sum of the outer senses, [B, T, hidden_size], T the longest of them: encoded once, to be used tick by tick.
 
         Takes the sense arguments of `forward`; pass the result as `sense_embeds`.
+
+        Raises:
+            TypeError: for any other argument.
+            ValueError: as `forward`.
         """
+        if unknown := sorted(senses.keys() - OUTER_SENSES.keys() - TICK_INPUTS.keys()):
+            near = difflib.get_close_matches(unknown[0], OUTER_SENSES, n=1)
+            hint = f": did you mean `{near[0]}`?" if near else f"; the senses arrive in {', '.join(OUTER_SENSES)}."
+            raise TypeError(f"`encode_senses` has no argument `{unknown[0]}`{hint}")
         vectors = self.model.senses(senses, self.model.embed_tokens)
         if not vectors:
             return None

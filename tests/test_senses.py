@@ -430,6 +430,12 @@ def test_efference_copies_and_senses_add_up(model, batch):
         torch.testing.assert_close(by_embeds, model(**senses).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("argument", "words"), [("pixel_value", "mean `pixel_values`"), ("smell", "arrive in")])
+def test_encoding_an_unknown_sense_is_an_error(model, batch, argument, words):
+    with pytest.raises(TypeError, match=words):
+        model.encode_senses(**{argument: batch["pixel_values"]})
+
+
 def test_the_internal_voice_is_given_once(model, batch):
     with pytest.raises(ValueError, match="not both"):
         model(input_ids=batch["input_ids"], inputs_embeds=torch.zeros(ROWS, TICKS, 32))
