@@ -89,6 +89,17 @@ def test_accumulation_changes_neither_losses_nor_weights(tmp_path):
         assert torch.allclose(value, parts.model.state_dict()[name], atol=2e-4), name
 
 
+def test_the_losses_of_both_halves_count_where_a_graph_writes_them_to_one_place(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=1, batch_warmup_steps=6)
+    batches = [collate_blocks([{"input_ids": row["input_ids"].numpy()} for row in Rows(4)])]
+    items = trainer._get_num_items_in_batch(batches, trainer.args.device)
+    buffer, losses = torch.zeros(()), iter((2.0, 4.0))
+    monkeypatch.setattr(trainer, "_update", lambda model: None)
+    monkeypatch.setattr(trainer, "_forward_and_backward", lambda *args, **kwargs: buffer.fill_(next(losses)))
+    trainer.state.max_steps = 6
+    assert trainer.training_step(trainer.model, batches[0], items) == 3.0
+
+
 @pytest.mark.parametrize("rows, micro_batches", [(4, 1), (2, 2), (1, 4)])
 def test_halves_of_a_batch_are_updates_as_steps_of_half_the_size_are(tmp_path, rows, micro_batches):
     data = Rows(count=24)
