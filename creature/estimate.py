@@ -15,7 +15,7 @@ OPTIMIZERS = ("muon", "adamw")
 MUON_TEMPORARIES = 28
 PRECISION_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Share of a card's peak FLOP/s that compiled training reaches, the optimizer included (docs/results.md). On an H100 it
-# was 47 % for tiny, small and medium and 50 % for 1b, on an H200 51 % for tiny.
+# was 47 % for tiny, small and medium and 50 % for 1b, on an H200 52 % for tiny.
 MEASURED_MFU = {"H100 SXM": 0.48, "H200": 0.5}
 ASSUMED_MFU = 0.36  # of any other card: an assumption, three quarters of what was measured
 ASSUMED_SHARE_OF_MATMUL = 0.5  # of a matrix product timed here, where the card is unknown: an assumption, too
