@@ -129,6 +129,8 @@ class CreatureGenerationMixin(GenerationMixin):
         commanded = kwargs.get("animation")
         if commanded is not None and kwargs.get("animation_mask") is None:
             kwargs["animation_mask"] = torch.ones(commanded.shape[:2], dtype=torch.bool, device=commanded.device)
+        if isinstance(output_streams, str):
+            raise ValueError(f"output_streams is a tuple of names, such as ({output_streams!r},), not text.")
         streams = tuple(stream for stream in output_streams if stream != "internal_text")
         if not streams:
             return super().generate(inputs, *args, **kwargs)

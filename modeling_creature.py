@@ -154,6 +154,11 @@ class CreatureModel(CreaturePreTrainedModel):
             # A creature without an internal voice at any tick: the sum begins at the first sense that is there.
             hidden_states = others.pop(0) if others else 0.0
         for vectors in others:
+            if vectors.shape[:2] != hidden_states.shape[:2]:  # or a single row or tick would be broadcast
+                raise ValueError(
+                    f"The senses differ in rows and ticks, {tuple(vectors.shape[:2])} and "
+                    f"{tuple(hidden_states.shape[:2])}: give every sense the same [B, T]."
+                )
             hidden_states = hidden_states + vectors.to(hidden_states.dtype)
         if senses.get("sense_embeds") is not None:
             hidden_states = hidden_states + senses["sense_embeds"]
@@ -433,6 +438,8 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f": did you mean `{near[0]}`?" if near else "; its docstring lists what it takes."
                 raise TypeError(f"`forward` has no argument `{name}`{hint}")
+        if isinstance(output_streams, str):
+            raise ValueError(f"output_streams is a tuple of names, such as ({output_streams!r},), not text.")
         unknown = set(output_streams) - set(STREAMS)
         if unknown:
             known = ", ".join(STREAMS)

@@ -446,3 +446,15 @@ def test_only_one_token_table():
     config = micro_config()
     tables = [n for n, p in model.named_parameters() if config.vocab_size in p.shape]
     assert tables == ["model.embed_tokens.weight"]
+
+
+def test_senses_of_other_rows_or_ticks_are_refused_and_not_broadcast(model, batch):
+    for part in (batch["input_features"][:, :1], batch["input_features"][:1]):
+        with pytest.raises(ValueError, match="give every sense the same"):
+            model(input_ids=batch["input_ids"], input_features=part)
+
+
+def test_one_stream_is_given_in_a_tuple(model, batch):
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="tuple of names"):
+            call(batch["input_ids"], output_streams="audio")
