@@ -176,7 +176,7 @@ def test_the_programs_of_the_page_run(tokenizer, tmp_path, monkeypatch, capsys):
     lora, load, converse = programs()
     # What makes a tiny creature on a CPU learn as much in a second.
     shorter = {"max_steps=60": "max_steps=10", "block_size=256": "block_size=32"}
-    quicker = {"learning_rate=1e-3": "learning_rate=3e-2", "max_steps=60": "max_steps=25"}
+    quicker = {"learning_rate=1e-3": "learning_rate=3e-2", "max_steps=60": "max_steps=40"}
     spaces = []
     for program, changes in ((lora, shorter), (load, {}), (converse, quicker)):
         for old, new in changes.items():
