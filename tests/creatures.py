@@ -197,21 +197,19 @@ def select_rows(batch: dict, rows: slice) -> dict:
 def absent_is(batch: dict, value: float) -> dict:
     """The same batch with `value` (NaN, say) written wherever a mask says that nothing is there."""
     batch = dict(batch)
-    masks = {
-        "input_features": "input_features_mask",
-        "joint_positions": "body_mask",
-        "joint_rotations": "body_mask",
-        "touch_values": "touch_mask",
-        "animation": "animation_mask",
-        "rotation_targets": "animation_target_mask",
-        "blend_shape_targets": "animation_target_mask",
-        "eye_targets": "animation_target_mask",
-    }
+    masks = {name: sense.mask for sense in SENSE_TABLE for name in sense.arguments if sense.mask}
+    masks |= dict.fromkeys(TARGET_ARGUMENTS["animation"][:3], "animation_target_mask")
     for name, mask_name in masks.items():
-        if name in batch:
+        if name in batch and batch[name].is_floating_point() and name != "pixel_values":
             mask, further = batch[mask_name], [1] * (batch[name].dim() - batch[mask_name].dim())
             batch[name] = batch[name].masked_fill(~mask.view(*mask.shape, *further), value)
     return batch
+
+
+def left_padded(model: nn.Module, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three prompts of 5 tokens cut to their last 5, 3 and 1, padded on the left, and the attention mask."""
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
+    return prompt.masked_fill(mask == 0, model.config.pad_token_id), mask
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -246,7 +244,7 @@ class Clock:
 
 
 class Listener(BaseStreamer):
-    """A streamer that keeps the tokens it was given, and whether it was told of the end."""
+    """A streamer that keeps the tokens it was given, and whether `end` was called."""
 
     def __init__(self):
         self.heard, self.ended = [], False

@@ -1,7 +1,7 @@
-"""torch.compile in training: nothing is compiled after the first steps, a broken compiler stops nothing, code is kept.
+"""torch.compile in training: no compilation after the first steps, eager training where the compiler fails, the cache.
 
-In place of inductor, graphs are run as they were traced: what is compiled when is the same, and no C++ compiler is
-needed.
+Graphs run as they were traced and not through inductor, which would need a C++ compiler; they are compiled at the same
+steps.
 """
 
 import os
@@ -46,7 +46,7 @@ def fails(graph, inputs, **settings):
     raise OSError("cc1plus: fatal error: Python.h: No such file or directory")
 
 
-def dropping():
+def dropout_config():
     return micro_config(loss_weights=dict(TEXT_ONLY), attention_dropout=0.2)
 
 
@@ -88,7 +88,7 @@ def test_compiled_steps_of_a_table_in_parts_are_the_plain_ones(tmp_path, monkeyp
     assert losses_of(compiled) == pytest.approx(losses_of(plain), abs=1e-5)
 
 
-def test_rows_that_fill_a_short_batch_have_no_targets():
+def test_padding_rows_have_no_targets():
     batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.ones(2, 4, dtype=torch.long)}
     filled = pad_batch(batch, 5)
     assert filled["input_ids"].shape == filled["labels"].shape == (5, 4)
@@ -98,13 +98,13 @@ def test_rows_that_fill_a_short_batch_have_no_targets():
     assert pad_batch(seen, 5) is seen
 
 
-def test_a_compiler_that_fails_is_told_in_a_line_and_changes_nothing(tmp_path, monkeypatch, capsys):
+def test_a_failing_compiler_prints_one_line_and_changes_nothing(tmp_path, monkeypatch, capsys):
     settings = dict(eval_strategy="steps", eval_steps=2, max_steps=3)
-    plain = make_trainer(tmp_path, config=dropping(), eval_rows=Rows(3, seed=1), **settings)
+    plain = make_trainer(tmp_path, config=dropout_config(), eval_rows=Rows(3, seed=1), **settings)
     plain.train()
     use_backend(monkeypatch, fails)
     capsys.readouterr()
-    trainer = make_trainer(tmp_path, config=dropping(), eval_rows=Rows(3, seed=1), torch_compile=True, **settings)
+    trainer = make_trainer(tmp_path, config=dropout_config(), eval_rows=Rows(3, seed=1), torch_compile=True, **settings)
     trainer.train()
     printed = [line for line in capsys.readouterr().out.splitlines() if "torch.compile" in line]
     assert len(printed) == 1 and "Python.h" in printed[0] and "--torch_compile false" in printed[0]
@@ -115,9 +115,9 @@ def test_a_compiler_that_fails_is_told_in_a_line_and_changes_nothing(tmp_path, m
 
 
 @pytest.mark.parametrize("when", ["backward", "optimizer"])
-def test_a_compiler_may_fail_later_than_in_the_first_forward_pass(tmp_path, monkeypatch, capsys, when):
+def test_a_compiler_that_fails_in_a_later_pass_changes_nothing(tmp_path, monkeypatch, capsys, when):
     settings = dict(eval_strategy="steps", eval_steps=1, max_steps=2)
-    plain = make_trainer(tmp_path, config=dropping(), eval_rows=Rows(3, seed=1), **settings)
+    plain = make_trainer(tmp_path, config=dropout_config(), eval_rows=Rows(3, seed=1), **settings)
     plain.train()
     calls = []
 
@@ -130,7 +130,7 @@ def test_a_compiler_may_fail_later_than_in_the_first_forward_pass(tmp_path, monk
         return graph.forward
 
     use_backend(monkeypatch, fails_late)
-    trainer = make_trainer(tmp_path, config=dropping(), eval_rows=Rows(3, seed=1), torch_compile=True, **settings)
+    trainer = make_trainer(tmp_path, config=dropout_config(), eval_rows=Rows(3, seed=1), torch_compile=True, **settings)
     trainer.train()
     assert capsys.readouterr().out.count("torch.compile failed") == 1
     for key in ("loss", "loss_internal_text", "grad_norm", "eval_loss"):
@@ -153,7 +153,7 @@ def _break_first(args):
     return [_BreaksBackward.apply(value) if value is table else value for value in args]
 
 
-def test_an_error_that_is_not_the_compilers_comes_through():
+def test_errors_of_the_code_itself_are_raised():
     def broken():
         raise RuntimeError("the data is broken")
 
@@ -171,7 +171,7 @@ def test_an_error_that_is_not_the_compilers_comes_through():
     assert not undone
 
 
-def test_compiled_code_outlasts_a_reboot_unless_a_folder_is_named(tmp_path, monkeypatch):
+def test_compiled_code_is_kept_outside_the_temporary_folder_unless_one_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))

@@ -1,7 +1,7 @@
-"""The fast loop of generation against the loop of transformers: the same tokens, and nothing left where it matters.
+"""The fast loop of generation gives the tokens of transformers' loop, and leaves nothing in model or checkpoint.
 
-A CUDA graph is played by an object that runs the recorded pass again: the buffers, the mask and what is kept between
-calls are then those of a GPU.
+In place of a CUDA graph, an object runs the recorded pass again: buffers, mask and what is kept between calls are those
+of a GPU.
 """
 
 import copy
@@ -12,7 +12,7 @@ import weakref
 
 import pytest
 import torch
-from creatures import Listener, micro_model, random_batch
+from creatures import Listener, left_padded, micro_model, random_batch
 from torch import nn
 from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList
 
@@ -50,7 +50,7 @@ def decoded(monkeypatch):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Graphs on the CPU, and a GPU's rare look for the end; a list of how each recording was to be compiled."""
+    """Graphs on the CPU, end-of-text checked every four tokens; a list of the compiler settings of each recording."""
     recordings = []
 
     class Graph:
@@ -86,11 +86,6 @@ def stock(model, *arguments, **settings):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation_creature, "can_decode", lambda *_: False)
         return model.generate(*arguments, **settings)
-
-
-def left_padded(model, prompt):
-    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
-    return prompt.masked_fill(mask == 0, model.config.pad_token_id), mask
 
 
 # --- the same tokens -------------------------------------------------------------------------------------------------
@@ -185,9 +180,9 @@ def test_a_draw_is_that_of_torch():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_nothing_is_drawn_where_scores_are_no_numbers(model, prompt, decoded, how, bad):
+def test_scores_that_are_not_finite_are_an_error(model, prompt, decoded, how, bad):
     class Spoiler(LogitsProcessor):
-        """Spoils the scores of the last row at its third token."""
+        """Overwrites the scores of the last row at its third token."""
 
         def __call__(self, input_ids, scores):
             if input_ids.shape[1] == PROMPT + 2:
@@ -202,7 +197,7 @@ def test_nothing_is_drawn_where_scores_are_no_numbers(model, prompt, decoded, ho
         model.generate(prompt[:1], **settings, streamer=listener)
     assert len(listener.heard) == PROMPT + 2 and len(decoded) == 2
     with torch.no_grad():
-        model.lm_head.weight[0] = bad  # no processor: on a GPU looked at once in a while, and at the last token
+        model.lm_head.weight[0] = bad  # no processor: a GPU checks every few tokens, and at the last one
     for new in (1, NEW):
         with pytest.raises(RuntimeError, match="no probabilities to sample from"):
             model.generate(prompt, **SAMPLED | {"max_new_tokens": new})
@@ -220,7 +215,7 @@ def test_a_draw_follows_the_distribution(model, prompt, decoded):
     assert len(decoded) == 1
 
 
-# --- who is served by the loop of transformers -----------------------------------------------------------------------
+# --- what the loop of transformers does ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -239,12 +234,12 @@ def test_a_draw_follows_the_distribution(model, prompt, decoded):
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_anything_else_is_left_to_transformers(model, prompt, decoded, settings):
+def test_other_settings_use_the_loop_of_transformers(model, prompt, decoded, settings):
     model.generate(prompt[:1], **GREEDY, **settings)
     assert not decoded
 
 
-def test_a_model_in_training_or_with_another_attention_is_left_to_transformers(model, prompt, decoded):
+def test_a_model_in_training_or_with_another_attention_uses_the_loop_of_transformers(model, prompt, decoded):
     model.train().generate(prompt, **GREEDY)
     model.eval().set_attn_implementation("flex_attention")
     assert not decoding_creature.can_decode(model, None, model.generation_config, False, {})
@@ -261,7 +256,7 @@ class Counted(LogitsProcessor):
         return scores
 
 
-def test_listeners_and_processors_of_the_caller_see_each_token_once(model, prompt, decoded, how):
+def test_streamers_and_logits_processors_see_each_token_once(model, prompt, decoded, how):
     end = stock(model, prompt[:1], **GREEDY)[0, PROMPT + 4].item()
     settings = {**GREEDY, "eos_token_id": end}
     listener, counted = Listener(), Counted()
@@ -289,8 +284,8 @@ def test_hooks_are_called(model, prompt, decoded, how):
     assert decoding_creature.is_bare(model)
 
 
-def test_replaced_parts_are_respected(model, prompt, how):
-    """A layer of another make, as adapters and quantization put in, and a head with a bias."""
+def test_replaced_modules_are_used(model, prompt, how):
+    """A linear layer of another class, as adapters and quantization put in, and a head with a bias."""
     plain = model.generate(prompt, **GREEDY)
 
     class Doubled(nn.Linear):
@@ -321,7 +316,7 @@ def test_a_graph_serves_the_next_calls_of_its_shape(model, prompt, recorded):
     assert recorded == [None, None]
 
 
-def test_only_who_asks_waits_for_the_compiler_and_once(model, prompt, recorded):
+def test_a_compile_config_compiles_once_for_each_of_its_settings(model, prompt, recorded):
     asked = {**GREEDY, "compile_config": CompileConfig()}
     model.generate(prompt, **{**GREEDY, "max_new_tokens": 200})
     model.generate(prompt, **asked, disable_compile=True)
@@ -336,7 +331,7 @@ def test_only_who_asks_waits_for_the_compiler_and_once(model, prompt, recorded):
     assert recorded[3:] == recorded[1:2]
 
 
-def test_what_a_compile_config_gives_to_the_compiler():
+def test_the_settings_of_a_compile_config():
     """Its own choices, but for graphs: torch.compile would refuse options beside a mode, and the step is recorded."""
     settings = decoding_creature.compile_settings
     assert settings(CompileConfig(dynamic=True)) == {
@@ -348,13 +343,13 @@ def test_what_a_compile_config_gives_to_the_compiler():
     torch.compile(lambda x: x, **settings(CompileConfig(options={"max_autotune": True})))
 
 
-def test_who_asks_in_vain_is_told(model, prompt):
+def test_a_compile_config_without_a_gpu_warns(model, prompt):
     with pytest.warns(UserWarning, match="`compile_config` is ignored"):
         out = model.generate(prompt, **GREEDY, compile_config=CompileConfig())
     assert torch.equal(out, stock(model, prompt, **GREEDY))
 
 
-def test_a_failing_compiler_is_told_of_once(model, prompt, recorded, monkeypatch):
+def test_a_failing_compiler_warns_once(model, prompt, recorded, monkeypatch):
     capture = decoding_creature.Decoder.capture
 
     def broken(self, model, settings=None):
@@ -388,7 +383,7 @@ def test_weights_may_change_and_move(model, prompt, recorded):
     assert recorded == [None, None, None]
 
 
-def test_what_an_earlier_text_left_in_the_buffers_is_not_seen(model, prompt, recorded):
+def test_buffers_of_an_earlier_call_change_nothing(model, prompt, recorded):
     expected = stock(model, prompt, **GREEDY)
     with torch.no_grad():
         weight = model.model.embed_tokens.weight[3].clone()
@@ -398,7 +393,7 @@ def test_what_an_earlier_text_left_in_the_buffers_is_not_seen(model, prompt, rec
     assert torch.equal(model.generate(prompt, **GREEDY), expected) and recorded == [None]
 
 
-def test_few_graphs_are_graphs(model, prompt, recorded, monkeypatch):
+def test_graphs_are_bounded_in_number_and_bytes(model, prompt, recorded, monkeypatch):
     for rows in range(1, decoding_creature.KEPT_GRAPHS + 3):
         model.generate(prompt[:1].expand(rows, -1), **{**GREEDY, "max_new_tokens": 3})
     kept = decoding_creature._graphs[model]
@@ -423,7 +418,7 @@ def test_no_graph_outlives_its_model(prompt, recorded):
     assert decoder() is None
 
 
-def test_nothing_of_it_is_copied_or_saved(model, prompt, recorded, tmp_path):
+def test_graphs_are_neither_copied_nor_saved(model, prompt, recorded, tmp_path):
     names, attributes = list(model.state_dict()), set(vars(model))
     out = model.generate(prompt, **GREEDY)
     assert list(model.state_dict()) == names and set(vars(model)) == attributes

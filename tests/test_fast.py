@@ -1,4 +1,4 @@
-"""The fast parts of a model: on a CPU the plain numbers, the same parameters, and nothing of them in a checkpoint."""
+"""`creature.fast` on a CPU: the numbers and parameters of the plain model, and no trace in a checkpoint."""
 
 import torch
 from creatures import gradients, micro_model, random_batch

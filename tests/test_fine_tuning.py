@@ -48,9 +48,7 @@ def test_an_adapter_trains_saves_loads_and_merges(tmp_path):
     assert len(trained) == 2 * 6 * 2 and all("lora_" in name and ".model.layers." in name for name in trained)
 
     rows = [{"input_ids": row, "labels": row} for row in ids]
-    arguments = TrainingArguments(
-        **settings(tmp_path), max_steps=20, per_device_train_batch_size=4, learning_rate=1e-2, label_names=["labels"]
-    )
+    arguments = TrainingArguments(**settings(tmp_path), max_steps=20, per_device_train_batch_size=4, learning_rate=1e-2)
     trainer = Trainer(peft, arguments, train_dataset=rows, eval_dataset=rows)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()

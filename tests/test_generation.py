@@ -7,6 +7,7 @@ from creatures import (
     ALL_STREAMS,
     COPY_ARGUMENTS,
     Listener,
+    left_padded,
     micro_model,
     random_batch,
     select,
@@ -25,7 +26,7 @@ GREEDY = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None)
 
 @pytest.fixture(scope="module")
 def model():
-    # Tied and random, it would say one token for ever, and a loop that forgets everything would agree with that.
+    # Tied and random, it would repeat one token for ever, and so would a loop that forgets everything.
     return micro_model(tie_word_embeddings=False)
 
 
@@ -138,12 +139,6 @@ def assert_agrees(generated, expected):
         assert getattr(generated, stream) is None
 
 
-def left_padded(model, prompt):
-    """Three prompts of 5, 3 and 2 tokens, padded on the left."""
-    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]])
-    return prompt.masked_fill(mask == 0, model.config.pad_token_id), mask
-
-
 # --- the internal text -----------------------------------------------------------------------------------------------
 
 
@@ -157,7 +152,7 @@ def test_greedy_agrees_with_and_without_a_cache(model, prompt, how, padded):
     assert len(generated[:, PROMPT:].unique()) > 3
 
 
-def test_a_left_padded_row_says_what_it_says_alone(model, prompt):
+def test_a_left_padded_row_gives_the_tokens_it_gives_alone(model, prompt):
     ids, mask = left_padded(model, prompt)
     together = model.generate(ids, attention_mask=mask, **GREEDY)
     for row in range(3):
@@ -387,7 +382,7 @@ def test_several_sequences_of_all_streams(model, prompt, senses):
     assert torch.equal(cold.external_text, emitted["external_text"].repeat_interleave(3, dim=0))
 
 
-def test_what_side_streams_cannot_do_is_refused_in_words(model, prompt):
+def test_beams_with_side_streams_are_refused_in_a_sentence(model, prompt):
     for settings in (dict(num_beams=2), dict(prompt_lookup_num_tokens=2), dict(assistant_model=model)):
         with pytest.raises(ValueError, match="beam search and assisted generation"):
             model.generate(prompt, output_streams=SIDE_STREAMS, max_new_tokens=2, **settings)

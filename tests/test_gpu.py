@@ -1,4 +1,4 @@
-"""What only a CUDA device can show; skipped where there is none."""
+"""Tests that need a CUDA device."""
 
 import copy
 import gc
@@ -173,7 +173,7 @@ def stock(model, ids, **settings):
 
 @pytest.fixture
 def speaker():
-    """A creature in float32 whose texts are not one token for ever, a prompt of three rows and its padding."""
+    """A creature in float32 whose texts vary, a prompt of three rows and its padding mask."""
     model = micro_model(tie_word_embeddings=False, hidden_size=64, num_attention_heads=2).cuda()
     mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] * 8 + [1]], device="cuda")
     ids = torch.randint(0, 120, (3, 9), generator=torch.Generator().manual_seed(3)).cuda()
@@ -204,8 +204,8 @@ def test_the_graph_gives_the_tokens_of_the_loop_of_transformers(speaker, setting
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_graph_of_a_creature_in_half_precision_says_the_likeliest(speaker, compiled):
-    """With the kernels of half precision in it; token by token, for rounding may turn a text that is as good."""
+def test_the_graph_in_half_precision_gives_the_likeliest_tokens(speaker, compiled):
+    """With the kernels of half precision; compared token by token, as rounding may choose another text as likely."""
     model, ids, _ = speaker
     ids = ids[:, -1:]  # without the padding, which `generate` would mask and `forward` below would not
     out = model.bfloat16().generate(ids, **TEXT, do_sample=False, **(COMPILED if compiled else {}))
@@ -246,14 +246,14 @@ def test_the_graph_follows_the_weights_and_goes_with_the_model(speaker):
     with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16):
         assert model.generate(ids, **settings).shape == after.shape
     kept = [weakref.ref(decoder) for decoder in decoding_creature._graphs[model].values()]
-    # The fixture holds the model as well, so it is emptied in place of being let go of.
+    # The fixture holds the model as well, so its graphs are deleted by hand.
     decoding_creature._graphs.pop(model)
     gc.collect()
     assert kept and not any(decoder() for decoder in kept)
 
 
 class WatchWaits(TrainerCallback):
-    """Lets torch warn where the host waits for the GPU, from the third step to the log of the last."""
+    """Makes torch warn where the host waits for the GPU, from the third step to the log of the last."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         torch.cuda.set_sync_debug_mode("warn" if state.global_step >= 2 else "default")
@@ -278,7 +278,7 @@ def test_no_step_without_a_log_waits_for_the_gpu(tmp_path):
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_documents_are_kept_apart_without_a_mask(kv_heads):
-    """Told where documents begin, compiled or not, the model does what it does with the mask in float32."""
+    """With `cu_seq_lens`, compiled or not, the loss and gradients are those of the mask in float32."""
     torch._dynamo.reset()
     config = micro_config(
         hidden_size=128, num_attention_heads=2, num_key_value_heads=kv_heads, max_position_embeddings=256

@@ -1,4 +1,4 @@
-"""The vocabulary head with its cross entropy, in chunks: equal to the plain one, near it in half precision."""
+"""Cross entropy in chunks of tokens: equal to the plain one, and near it in half precision and float8."""
 
 import math
 
@@ -100,11 +100,11 @@ def test_float8_keeps_four_bits_of_every_number_that_is_not_small():
     whole, scale = head.to_float8(x)
     assert scale.shape == () and whole.float().abs().max() == 448
     x[5, 5] = float("nan")
-    assert head.to_float8(x, dim=1)[0][5].isnan().all()  # nothing is hidden
+    assert head.to_float8(x, dim=1)[0][5].isnan().all()  # a NaN stays one
 
 
 def test_the_float8_head_stays_near_the_plain_one(monkeypatch):
-    """With the kernels' part in plain torch: the code around them must give the loss and its gradients."""
+    """The code around the kernels gives the loss and its gradients; the kernels themselves are in plain torch here."""
     called = []
 
     def softmax_exp_logits_float8(x, weight, targets, scale, shift, target_exp):

@@ -63,7 +63,7 @@ def test_orthogonalize_is_five_polar_express_iterations(shape):
     assert error < 0.03
 
 
-def test_what_is_neither_a_table_nor_a_matrix_of_the_body_is_plain_adamw():
+def test_all_but_the_table_and_the_matrices_of_the_body_take_steps_of_adamw():
     model = micro_model()
     model.train_only()
     twin = copy.deepcopy(model)
@@ -105,7 +105,7 @@ def test_by_rows_a_row_has_one_second_moment():
     optimizer = MuonAdamW([{"params": [table], "by_row": True, "lr": 0.1, "betas": (0.8, 0.9)}])
     optimizer.found_inf = torch.ones(())
     table.grad = torch.full((5, 4), float("nan"))
-    optimizer.step()  # nothing yet, not even a count
+    optimizer.step()  # changes nothing, not even the step count
     optimizer.found_inf = torch.zeros(())
     for step in range(1, 4):
         table.grad = draw(5, 4, seed=step) * torch.tensor([[1.0], [1e-3], [10.0], [1.0], [0.0]])
@@ -151,7 +151,7 @@ def test_no_gradient_is_no_step():
     assert torch.equal(parameter, before)
 
 
-def test_saving_and_loading_goes_on_bit_for_bit():
+def test_a_loaded_state_continues_bit_for_bit():
     model = micro_model()
     model.train_only()
     optimizer = MuonAdamW(groups(model))
@@ -172,7 +172,7 @@ def mesh():
     torch.distributed.destroy_process_group()
 
 
-def test_sharded_parameters_take_the_same_steps_and_none_that_is_not_finite(mesh):
+def test_sharded_parameters_take_the_same_steps_and_none_with_found_inf(mesh):
     model = micro_model()
     model.train_only()
     twin = copy.deepcopy(model)
@@ -194,7 +194,7 @@ def test_sharded_parameters_take_the_same_steps_and_none_that_is_not_finite(mesh
         assert all(torch.equal(plain, shard.full_tensor()) for plain, shard in pairs)
 
 
-def test_a_step_marked_as_not_finite_changes_nothing():
+def test_a_step_with_found_inf_changes_nothing():
     model = micro_model()
     model.train_only()
     optimizer = MuonAdamW(groups(model))
@@ -216,7 +216,7 @@ def test_a_vector_for_muon_or_rows_is_refused(kind):
         MuonAdamW([{"params": [torch.nn.Parameter(torch.zeros(3))], kind: True}])
 
 
-def test_neurons_with_small_steps_catch_up_with_the_others():
+def test_every_neuron_takes_a_step_of_the_same_length():
     """Two rows of the gradient share a direction: each gets a smaller step, and is brought up to the others' size."""
     matrix = torch.nn.Parameter(torch.zeros(8, 8))
     optimizer = MuonAdamW([{"params": [matrix], "muon": True, "lr": 1.0}])

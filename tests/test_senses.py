@@ -51,16 +51,11 @@ def outputs(model, batch):
 def silent_row(batch, row):
     """The batch with nothing but the internal voice in one row."""
     batch = without_targets(batch)
-    for name in ("input_features_mask", "body_mask", "touch_mask", "animation_mask"):
-        batch[name] = batch[name].clone()
-        batch[name][row] = False
-    for name in ("external_voice_ids", "external_text_ids", "audio_codes"):
-        batch[name] = batch[name].clone()
-        batch[name][row] = -100
-    keep = batch["pixel_mask"].nonzero()[:, 0] != row
-    batch["pixel_values"] = batch["pixel_values"][keep]
-    batch["pixel_mask"] = batch["pixel_mask"].clone()
-    batch["pixel_mask"][row] = False
+    batch["pixel_values"] = batch["pixel_values"][batch["pixel_mask"].nonzero()[:, 0] != row]
+    for sense in SENSE_TABLE:
+        for name in [sense.mask] if sense.mask else sense.arguments:
+            batch[name] = batch[name].clone()
+            batch[name][row] = False if sense.mask else -100
     return batch
 
 
@@ -167,7 +162,7 @@ def test_no_nan_for_any_subset_of_the_senses(batch, copies):
             assert gradient.isfinite().all(), (chosen, name)
 
 
-def test_what_stands_at_absent_places_is_never_read(batch):
+def test_values_at_absent_places_are_never_read(batch):
     model = micro_model()
     results = []
     for value in (0.0, float("nan")):
@@ -370,7 +365,7 @@ def test_causality(name):
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
-def test_the_eyes_are_told_apart_and_pictures_reach_their_own_tick(model):
+def test_left_and_right_eye_differ_and_pictures_reach_their_own_tick(model):
     torch.manual_seed(0)
     mask = torch.zeros(2, 4, dtype=torch.bool)
     mask[0, 2] = mask[1, 1] = True

@@ -1,4 +1,4 @@
-"""The streams: losses to the last digit, counts, rotations, and who is reached by which gradient."""
+"""The streams: losses by hand, counts, rotations, and which parameters each loss has gradients for."""
 
 import math
 
@@ -425,7 +425,7 @@ def test_audio_targets_of_a_tick_change_the_logits_of_that_tick_only():
     assert torch.equal(before.logits, after.logits) and torch.equal(before.animation, after.animation)
 
 
-def test_pick():
+def test_sample_token():
     logits = torch.tensor([[[0.0, 9.0, 1.0], [5.0, 0.0, 4.0]]])
     assert sample_token(logits).tolist() == [[1, 0]]
     torch.manual_seed(0)

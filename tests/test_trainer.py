@@ -1,4 +1,4 @@
-"""CreatureTrainer: true losses and counts, exact resume, whole checkpoints, nothing spoilt by a NaN."""
+"""CreatureTrainer: losses and counts, exact resume, complete checkpoints, no step with a NaN."""
 
 import errno
 import itertools
@@ -101,7 +101,7 @@ def test_the_losses_of_both_halves_count_where_a_graph_writes_them_to_one_place(
 
 
 @pytest.mark.parametrize("rows, micro_batches", [(4, 1), (2, 2), (1, 4)])
-def test_halves_of_a_batch_are_updates_as_steps_of_half_the_size_are(tmp_path, rows, micro_batches):
+def test_a_step_of_two_updates_is_two_steps_of_half_the_batch(tmp_path, rows, micro_batches):
     data = Rows(count=24)
     data.labels = data.ids
     settings = dict(rows=data, lr_scheduler_type="constant", warmup_steps=0)
@@ -137,7 +137,7 @@ def test_gradients_are_clipped_as_in_transformers(tmp_path):
     assert torch.cat([gradient.flatten() for gradient in found[0][1:]]).norm() == pytest.approx(0.5, rel=1e-3)
 
 
-def test_halves_of_rows_keep_their_documents_apart():
+def test_split_rows_keeps_documents_apart():
     rows = [{"input_ids": np.array([5, 9, 5, 5, 9, 5])}, {"input_ids": np.array([9, 5, 5, 5, 5, 9])}]
     whole = collate_blocks(rows * 2, end_of_text=9)
     for half, part in zip(split_rows(whole), (rows, rows), strict=True):
@@ -228,7 +228,7 @@ def test_no_step_without_a_log_reads_a_value_from_the_device(tmp_path, monkeypat
 
     settings = dict(max_steps=6, logging_steps=4, logging_first_step=False)
     trainer = make_trainer(tmp_path, rows=Rows(48), callbacks=[Count()], **settings)  # less than a pass
-    # On a GPU the guard reads its value a step later, and a training model does not look for the largest id.
+    # On a GPU the guard reads its value a step later, and ids are not checked in training.
     trainer.nan_guard.check = lambda *args: None
     for module in (modeling_creature, senses_creature):
         monkeypatch.setattr(module, "check_ids", lambda *args, **named: None)
@@ -293,7 +293,7 @@ def asked_to_stop(folder, step, **settings):
         ({"eval_strategy": "epoch", "logging_strategy": "epoch"}, 6),
     ],
 )
-def test_an_evaluation_that_a_stop_left_out_changes_nothing_and_is_made_up(tmp_path, by, stop):
+def test_an_evaluation_skipped_by_a_stop_runs_later_and_changes_no_weight(tmp_path, by, stop):
     def config():
         return micro_config(loss_weights=dict(TEXT_ONLY), attention_dropout=0.2)
 
@@ -313,7 +313,7 @@ def test_an_evaluation_that_a_stop_left_out_changes_nothing_and_is_made_up(tmp_p
     assert_same(weights_of(unbroken), weights_of(quiet))
 
 
-def test_a_stop_in_the_last_step_saves_first_and_evaluates_then(tmp_path):
+def test_a_stop_in_the_last_step_saves_before_the_evaluation(tmp_path):
     settings = dict(eval_rows=Rows(5, seed=1), eval_strategy="steps", eval_steps=4)
     trainer = asked_to_stop(tmp_path, 6, **settings)
     assert checkpoints.problem_with(tmp_path / "checkpoint-6") is None
@@ -328,7 +328,7 @@ def test_a_stop_in_the_last_step_saves_first_and_evaluates_then(tmp_path):
     assert losses_of(killed_meanwhile, "eval_loss")[-1] == loss
 
 
-def test_what_a_run_remembers_of_its_logs_is_bounded(tmp_path, monkeypatch):
+def test_the_log_history_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_module, "LOG_HISTORY", 5)
     trainer = make_trainer(tmp_path, eval_rows=Rows(3), eval_strategy="steps", eval_steps=1, save_steps=6)
     trainer.add_callback(MetricsFile(tmp_path))
@@ -339,7 +339,7 @@ def test_what_a_run_remembers_of_its_logs_is_bounded(tmp_path, monkeypatch):
     assert len(trainer.accelerator._dataloaders) == 1  # not those of all evaluations
 
 
-def test_settings_of_the_optimizer_come_from_the_run_and_not_from_the_checkpoint(tmp_path):
+def test_a_resumed_run_takes_the_optimizers_settings_from_its_arguments(tmp_path):
     first = make_trainer(tmp_path, callbacks=[StopAt(3)])
     first.train()
     changed = make_trainer(tmp_path, learning_rate=1e-3, weight_decay=0.3, decay_steps=2)
@@ -372,7 +372,7 @@ def test_only_the_matrices_of_the_body_decay(tmp_path):
     assert not {name for name in names if "norm" in name or "embed_tokens" in name or "lm_head" in name}
 
 
-def test_the_rate_warms_up_stays_and_falls_to_zero(tmp_path):
+def test_the_learning_rate_warms_up_stays_and_falls_to_zero(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=10, warmup_steps=2, decay_steps=0.4)
     assert schedule_steps(trainer.args, 10) == (2, 4)
     trainer.train()
@@ -381,7 +381,7 @@ def test_the_rate_warms_up_stays_and_falls_to_zero(tmp_path):
 
 
 class Poison(TrainerCallback):
-    """Spoils one weight before a step, as a broken batch or an overflow would."""
+    """Sets one weight to NaN before a step, as a broken batch or an overflow would."""
 
     def __init__(self, step):
         self.step = step
@@ -406,7 +406,7 @@ def test_a_nan_stops_the_run_before_the_weights_change(tmp_path):
     assert np.array_equal(np.load(kept), torch.stack(order))
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, save_steps=2)
     real = torch.save
 
@@ -423,7 +423,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
     assert not (tmp_path / checkpoints.WRITING_FOLDER).exists()  # it would keep the disk full
 
 
-def test_checkpoints_are_sealed_rotated_and_keep_the_protected_one(tmp_path):
+def test_old_checkpoints_are_deleted_but_for_protected_ones(tmp_path):
     trainer = make_trainer(tmp_path, save_steps=1, save_total_limit=2)
     trainer.protected_steps.add(2)
     trainer.train()
@@ -434,7 +434,7 @@ def test_checkpoints_are_sealed_rotated_and_keep_the_protected_one(tmp_path):
     assert json.loads((kept[-1] / "config.json").read_text())["use_cache"] is True
 
 
-def test_a_checkpoint_of_another_shape_is_refused_in_words(tmp_path):
+def test_a_checkpoint_of_another_shape_is_refused_in_a_sentence(tmp_path):
     make_trainer(tmp_path, callbacks=[StopAt(2)]).train()
     other = make_trainer(tmp_path, config=micro_config(loss_weights=dict(TEXT_ONLY), num_hidden_layers=1))
     with pytest.raises(UserError, match="another configuration"):
@@ -452,7 +452,7 @@ def test_metrics_hold_losses_by_stream_and_true_token_counts(tmp_path):
     assert all(entry["tokens_per_second"] > 0 for entry in entries if "loss" in entry and entry["step"] > 1)
 
 
-def test_rates_are_those_of_training_with_short_batches_evaluation_and_saving_in_between(tmp_path, monkeypatch):
+def test_tokens_per_second_leave_out_evaluation_and_saving(tmp_path, monkeypatch):
     clock, shapes, ends = Clock(), [], []
     monkeypatch.setattr(callbacks, "time", clock)
 
