@@ -170,6 +170,7 @@ class CreatureGenerationMixin(GenerationMixin):
         generation_config,
         synced_gpus=False,
         streamer=None,
+        tokenizer=None,  # needed for `stop_strings`, which are among the criteria already
         **model_kwargs,
     ):
         """Greedy search and sampling: as in `GenerationMixin`, in the fast loop where only the tokens are wanted."""
@@ -203,7 +204,7 @@ class CreatureGenerationMixin(GenerationMixin):
 
     # `inputs_embeds` is spelled out because `generate` looks for it by name before it accepts embeddings as a prompt.
     def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, inputs_embeds=None, emission=None, **kwargs
+        self, input_ids, next_sequence_length=None, inputs_embeds=None, emission=None, tokenizer=None, **kwargs
     ):
         """As in `GenerationMixin`; the inputs along the ticks are cut to the ticks of this pass."""
         per_tick = {name: kwargs.pop(name) for name in TICK_INPUTS if kwargs.get(name) is not None}

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from creatures import (
     ALL_STREAMS,
     COPY_ARGUMENTS,
+    GPT2,
     Listener,
     left_padded,
     micro_model,
@@ -472,3 +473,18 @@ def test_animation_starts_from_the_pose_last_commanded(model):
     torch.testing.assert_close(held[0, :, : len(rotations)], rotations.expand(NEW, -1), atol=1e-5, rtol=1e-5)
     felt = still.generate(ids, joint_rotations=pose, output_streams=("animation",), **GREEDY).animation
     torch.testing.assert_close(felt[0, :, : len(rotations)], rotations.expand(NEW, -1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{}, {"do_sample": True}, {"num_beams": 2}, {"cache_implementation": "dynamic"}])
+def test_stop_strings_and_their_tokenizer(how):
+    """The loops of transformers pass the tokenizer on, and servers always give one."""
+    from creature.data.text.tokenizer import load_tokenizer
+
+    tokenizer, model = load_tokenizer(), micro_model(**GPT2)
+    ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
+    torch.manual_seed(0)
+    free = model.generate(ids, max_new_tokens=6, eos_token_id=None, **how)
+    stop = tokenizer.decode(free[0, ids.shape[1] : ids.shape[1] + 1])
+    torch.manual_seed(0)
+    stopped = model.generate(ids, max_new_tokens=6, eos_token_id=None, stop_strings=stop, tokenizer=tokenizer, **how)
+    assert stopped.shape[1] <= free.shape[1] and stop in tokenizer.decode(stopped[0, ids.shape[1] :])
