@@ -487,4 +487,5 @@ def test_stop_strings_and_their_tokenizer(how):
     stop = tokenizer.decode(free[0, ids.shape[1] : ids.shape[1] + 1])
     torch.manual_seed(0)
     stopped = model.generate(ids, max_new_tokens=6, eos_token_id=None, stop_strings=stop, tokenizer=tokenizer, **how)
-    assert stopped.shape[1] <= free.shape[1] and stop in tokenizer.decode(stopped[0, ids.shape[1] :])
+    assert stopped.shape[1] <= free.shape[1]
+    assert "num_beams" in how or stopped.shape[1] == ids.shape[1] + 1  # another beam may win
