@@ -58,7 +58,7 @@ def finish(trainer: CreatureTrainer, settings: Settings, train_blocks, run: dict
     samples = [sample(model, trainer.processing_class, settings.data.prompt, 80, seed) for seed in range(SAMPLES)]
     if settings.dry_run:
         check_saved(model, folder / f"checkpoint-{step}", train_blocks)
-        print(f"continuation: {samples[0]}", flush=True)
+        print(f"continuation after {step} steps, which teach no sense yet: {samples[0]}", flush=True)
     run = (checkpoints.read_run(folder) or run) | {"status": "finished", "steps_done": step, "samples": samples}
     run |= {"dry_run": "passed"} if settings.dry_run else {}
     if memory := max((entry.get("peak_memory_bytes", 0) for entry in checkpoints.read_metrics(folder)), default=0):

@@ -65,8 +65,8 @@ def build_config(settings: Settings) -> CreatureConfig:
     try:
         return CreatureConfig(**settings.model | ids)
     except (ValueError, TypeError) as error:
-        text = str(error.__cause__ or error)
-        raise UserError(f"the model section is not valid: {' '.join(text.split())}") from error
+        text = " ".join(str(error.__cause__ or error).split()).removeprefix("CreatureConfig: ")
+        raise UserError(f"the model section is not valid: {text}") from error
 
 
 def build_arguments(settings: Settings, plan: Plan, resumed: ResumedRun | None) -> CreatureTrainingArguments:
