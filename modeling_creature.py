@@ -389,7 +389,7 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         for name in ("labels", "external_text_targets", "audio_targets"):
             if targets[name] is not None:
                 size = self.config.audio_codebook_size if name == "audio_targets" else self.config.vocab_size
-                check_ids(name, targets[name].masked_fill(targets[name] == IGNORE_INDEX, 0), size, smallest=0)
+                check_ids(name, targets[name], size, smallest=0, ignored=IGNORE_INDEX)
         if use_cache is None and (labels is not None or (position_ids is not None and past_key_values is None)):
             # A loss needs no cache, and with one transformers does not keep packed documents apart.
             use_cache = False

@@ -52,14 +52,17 @@ def encode_present(encode, mask: torch.Tensor | None, *inputs: torch.Tensor) -> 
     return scatter_present(mask, vectors)
 
 
-def check_ids(name: str, ids: torch.Tensor, size: int, smallest: int | None = None) -> None:
+def check_ids(name: str, ids: torch.Tensor, size: int, smallest: int | None = None, ignored: int | None = None) -> None:
     """
     ValueError for ids that are not below `size`, or below `smallest`; without one, negative ids are absent ticks.
+    `ignored` is allowed in any case.
 
     Not while a GPU trains, where reading the largest id would make the host wait for all work before it.
     """
     if torch.compiler.is_compiling() or ids.numel() == 0 or ids.is_meta or (ids.is_cuda and torch.is_grad_enabled()):
         return
+    if ignored is not None:
+        ids = ids.masked_fill(ids == ignored, 0)
     low, high = torch.stack(ids.aminmax()).tolist()  # one wait for a GPU, not two
     if high >= size or (smallest is not None and low < smallest):
         bad = high if high >= size else low

@@ -127,10 +127,11 @@ class CreatureTrainer(CheckpointMixin, Trainer):
                     self._update(model)
                 return loss / 2
             first, second = split_rows(inputs)
+            rows -= rows // 2
             # Halved at once: a CUDA graph writes the loss of the second half where that of the first half is.
-            loss = self._forward_and_backward(model, first, rows - rows // 2, items, **kwargs) / 2
+            loss = self._forward_and_backward(model, first, rows, items, **kwargs) / 2
             self._update(model)
-            return loss + self._forward_and_backward(model, second, rows - rows // 2, items, **kwargs) / 2
+            return loss + self._forward_and_backward(model, second, rows, items, **kwargs) / 2
         finally:
             self._loss_share = 1.0
 

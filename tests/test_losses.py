@@ -129,8 +129,6 @@ def test_the_float8_head_stays_near_the_plain_one(monkeypatch):
     def scaled_mm(a, b, scale_a, scale_b, out_dtype, use_fast_accum):
         return (a.float() @ b.float() * scale_a * scale_b).to(out_dtype)
 
-    monkeypatch.setattr(head, "chunk_tokens", lambda device: 20)
-    monkeypatch.setattr(head, "FLOAT8_CHUNK", 32)
     monkeypatch.setattr(head, "TILE_ROWS", 16)
     monkeypatch.setattr(head, "COMMON_IDS", 40)
     monkeypatch.setattr(head, "softmax_exp_logits_float8", softmax_exp_logits_float8)
@@ -148,8 +146,8 @@ def test_the_float8_head_stays_near_the_plain_one(monkeypatch):
         with torch.autocast("cpu", torch.bfloat16):
             return head._FastCrossEntropy.apply(*arguments)
 
-    for float8, calls, limit in ((False, [], 0.01), (True, [32, 32], 0.07)):  # not the last 8
-        found = value_and_gradients(loss, hidden.float(), weight.float(), *rest, float8)
+    for float8, chunk, calls, limit in ((False, 20, [], 0.01), (True, 32, [32, 32], 0.07)):  # not the last 8
+        found = value_and_gradients(loss, hidden.float(), weight.float(), *rest, float8, chunk)
         assert called == calls
         assert all((mine - true).norm() / true.norm() < limit for mine, true in zip(found, expected, strict=True))
         assert (found[1][4] - expected[1][4]).norm() / expected[1][4].norm() < limit

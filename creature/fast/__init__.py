@@ -22,7 +22,7 @@ def apply(model: torch.nn.Module, float8: bool = True) -> None:
     Every fast part falls back to the plain one where its kernels do not run: on a CPU, in float32, for other sizes.
 
     Args:
-        model: as it was built or loaded, before any wrapper; not sharded and without adapters.
+        model: as it was built or loaded, before adapters, DDP or FSDP wrap it.
         float8: compute the internal text's head in float8 while training in bf16 on a Hopper GPU.
     """
     for layer in model.model.layers:

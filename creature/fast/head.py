@@ -13,7 +13,7 @@ from creature.fast.kernels import (
     softmax_exp_logits_float8,
     transposed_order,
 )
-from losses_creature import chunk_tokens, compute_dtype
+from losses_creature import _LinearCrossEntropy, chunk_tokens, compute_dtype
 from losses_creature import linear_cross_entropy as plain_cross_entropy
 
 LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max
@@ -37,7 +37,8 @@ def linear_cross_entropy(
     if not in_training or compute_dtype(hidden) != torch.bfloat16 or not available(hidden, torch.bfloat16):
         return plain_cross_entropy(hidden, weight, targets, target_weights)
     float8 = float8 and float8_fits(hidden.device, *weight.shape)
-    return _FastCrossEntropy.apply(hidden, weight, targets, target_weights, float8)
+    chunk = FLOAT8_CHUNK if float8 else chunk_tokens(hidden.device)
+    return _FastCrossEntropy.apply(hidden, weight, targets, target_weights, float8, chunk)
 
 
 def float8_fits(device: torch.device, vocab_size: int, hidden_size: int) -> bool:
@@ -45,14 +46,13 @@ def float8_fits(device: torch.device, vocab_size: int, hidden_size: int) -> bool
     return not vocab_size % 16 and matmul_fits(device, hidden_size, vocab_size)
 
 
-class _FastCrossEntropy(torch.autograd.Function):
-    """As `losses_creature._LinearCrossEntropy`, with the chunks' losses and gradients from the kernels."""
+class _FastCrossEntropy(_LinearCrossEntropy):
+    """The plain one, with the chunks' losses and gradients from the kernels."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, target_weights, float8):
+    def forward(ctx, hidden, weight, targets, target_weights, float8, chunk):
         cast_weight = weight.to(torch.bfloat16)
         float8_head = _Float8Head(cast_weight) if float8 else None
-        chunk = FLOAT8_CHUNK if float8 else chunk_tokens(hidden.device)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden, grad_weight = [], torch.zeros_like(weight, dtype=torch.float32)
         for x, target, factor in zip(
@@ -74,13 +74,6 @@ class _FastCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        hidden_dtype, weight_dtype = ctx.dtypes
-        grad_hidden, grad_weight = grad_hidden * grad_loss, grad_weight * grad_loss
-        return grad_hidden.to(hidden_dtype), grad_weight.to(weight_dtype), None, None, None
 
 
 class _Float8Head:

@@ -22,9 +22,9 @@ class FastAttention(CreatureAttention):
         cos, sin = cos[..., :half], sin[..., half:]
         projected = self.q_proj(hidden_states), self.k_proj(hidden_states)
         query, key = [x.view(*x.shape[:-1], -1, self.head_dim) for x in projected]
-        return rotary_norm(query, cos, sin, self.eps).transpose(1, 2), rotary_norm(key, cos, sin, self.eps).transpose(
-            1, 2
-        )
+        query = rotary_norm(query, cos, sin, self.eps).transpose(1, 2)
+        key = rotary_norm(key, cos, sin, self.eps).transpose(1, 2)
+        return query, key
 
     def attend(self, query, key, value, attention_mask, cu_seq_lens_q: torch.Tensor | None = None, **kwargs):
         """cu_seq_lens_q [N + 1] int32: see `varlen_attention`. The mask says the same, and is not read then."""
