@@ -21,6 +21,7 @@ EXTRAS = {
     "notebooks": ["nbformat>=5.10", "nbclient>=0.10", "ipykernel>=6.29"],
     "track": ["tensorboard>=2.18", "trackio>=0.20", "wandb>=0.20"],
     "data": ["datatrove[io]>=0.10"],
+    "recordings": ["av>=14.0", "soundfile>=0.12", "pillow>=10.0"],
 }
 
 setup(
@@ -47,6 +48,7 @@ setup(
     packages=[
         "creature",
         "creature.data",
+        "creature.data.recordings",
         "creature.data.text",
         "creature.fast",
         "creature.configs",

@@ -5,7 +5,9 @@ reads 2 bytes a token, and DataLoader workers share the pages, because the pickl
 """
 
 import hashlib
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -59,3 +61,22 @@ def dataset_of_blocks(stream: TokenStream, block_size: int, start: int, count: i
     fingerprint = hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
     table = _open_table((stream, block_size, start, count))
     return datasets.Dataset(table, split=datasets.NamedSplit(split), fingerprint=fingerprint).with_format("numpy")
+
+
+def describe_arrow_folder(folder: Path, features: datasets.Features, split: str, digest: str) -> None:
+    """
+    Write what `datasets.load_from_disk` needs beside folder/data-00000-of-00001.arrow.
+
+    digest: hex digits that are others when the content is; `datasets` names its caches after the first 16.
+    """
+    datasets.DatasetInfo(features=features).write_to_directory(folder)
+    state = {
+        "_data_files": [{"filename": "data-00000-of-00001.arrow"}],
+        "_fingerprint": digest[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": split,
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")

@@ -192,22 +192,15 @@ class _ArrowFile:
         self.filled = 0
 
     def close(self, split: str, fingerprint: str) -> None:
-        from datasets import DatasetInfo, Features, List, Value
+        from datasets import Features, List, Value
+
+        from creature.data.blocks import describe_arrow_folder
 
         if self.filled:
             self._flush()
         self.writer.close()
-        DatasetInfo(features=Features({"input_ids": List(Value(str(self.dtype)))})).write_to_directory(self.folder)
-        state = {
-            "_data_files": [{"filename": "data-00000-of-00001.arrow"}],
-            "_fingerprint": fingerprint[:16],
-            "_format_columns": None,
-            "_format_kwargs": {},
-            "_format_type": None,
-            "_output_all_columns": False,
-            "_split": split,
-        }
-        (self.folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+        features = Features({"input_ids": List(Value(str(self.dtype)))})
+        describe_arrow_folder(self.folder, features, split, fingerprint)
 
 
 def manifest_path(output: Path) -> Path:
