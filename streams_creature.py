@@ -200,11 +200,19 @@ class DepthLayer(nn.Module):
         self.up_proj = nn.Linear(size, 4 * size, bias=False)
         self.down_proj = nn.Linear(4 * size, size, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [N, codes, depth_hidden_size]."""
+    def forward(self, x: torch.Tensor, cache: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """
+        x: [N, codes, depth_hidden_size] -> the same shape.
+
+        cache: the keys and values of the codes before x, a list that the layer extends by those of x, a single code;
+            empty before the first one.
+        """
         qkv = self.qkv_proj(self.input_norm(x)).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # [N, heads, codes, head_dim]
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        query, *both = (part.transpose(1, 2) for part in qkv.unbind(2))  # [N, heads, codes, head_dim]
+        if cache is not None:
+            both = [torch.cat(parts, dim=2) for parts in zip(cache, both, strict=True)] if cache else both
+            cache[:] = both
+        attended = F.scaled_dot_product_attention(query, *both, is_causal=cache is None)
         x = x + self.o_proj(attended.transpose(1, 2).flatten(2))
         return x + self.down_proj(F.relu(self.up_proj(self.mlp_norm(x))).square())
 
@@ -242,9 +250,13 @@ class AudioStream(nn.Module):
         x = x + self.position.weight[: x.shape[1]]
         for layer in self.layers:
             x = layer(x)
+        return self._logits(x, code_table[: x.shape[1]])
+
+    def _logits(self, x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+        """x [N, K, depth_hidden_size] and the tables [K, codebook, audio_code_size] of its codes -> logits."""
         x = self.out_proj(self.norm(x))
         # The product runs in the table's autocast dtype, one codebook per position.
-        return torch.einsum("nkc,kvc->nkv", x, code_table[: x.shape[1]].to(x.dtype))
+        return torch.einsum("nkc,kvc->nkv", x, tables.to(x.dtype))
 
     def loss(self, hidden: torch.Tensor, code_table: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Sum of the code losses; hidden [B, T, hidden_size], targets [B, T, codebooks], -100 where unknown."""
@@ -261,12 +273,16 @@ class AudioStream(nn.Module):
 
         hidden [N, hidden_size] -> codes [N, codebooks] int64 and their logits [N, codebooks, codebook].
         """
-        codes = hidden.new_zeros((hidden.shape[0], 0), dtype=torch.long)
-        logits = None
-        for _ in range(self.num_codes):
-            logits = self(hidden, codes, code_table)
-            codes = torch.cat((codes, sample_token(logits[:, -1], temperature)[:, None]), dim=1)
-        return codes, logits
+        context = self.context_proj(hidden)[:, None] + self.position.weight[:, None, None]  # [codes, N, 1, size]
+        caches = [[] for _ in self.layers]
+        codes, logits = [], []
+        for book, table in enumerate(code_table):
+            x = context[book] if book == 0 else context[book] + self.code_proj(code_table[book - 1, codes[-1]])[:, None]
+            for layer, cache in zip(self.layers, caches, strict=True):
+                x = layer(x, cache)
+            logits.append(self._logits(x, table[None]))
+            codes.append(sample_token(logits[-1][:, 0], temperature))
+        return torch.stack(codes, dim=1), torch.cat(logits, dim=1)
 
 
 class AnimationStream(nn.Module):

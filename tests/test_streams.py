@@ -26,6 +26,7 @@ from creatures import (
 import modeling_creature
 from configuration_creature import SENSES, STREAMS
 from streams_creature import (
+    DepthLayer,
     count_targets,
     matrix_from_6d,
     matrix_to_quaternion,
@@ -404,10 +405,34 @@ def test_emitted_codes_are_the_likeliest_given_the_ones_before():
     codes, logits = audio.emit(hidden, table)
     with torch.no_grad():
         forced = audio(hidden, codes, table)
-    torch.testing.assert_close(logits, forced)
+    torch.testing.assert_close(logits, forced, atol=1e-5, rtol=1e-5)
     assert torch.equal(codes, forced.argmax(-1))
     sampled, _ = audio.emit(hidden.repeat(40, 1), table, temperature=3.0)
     assert len(sampled[::5].unique(dim=0)) > 5 and sampled.min() >= 0 and sampled.max() < 11
+
+
+@pytest.mark.parametrize("temperature", [None, 2.0])
+def test_an_emission_computes_each_code_once_and_draws_what_recomputation_draws(temperature, monkeypatch):
+    model = micro_model(depth_num_layers=2, num_audio_codebooks=5)
+    audio, table = model.streams.audio, model.model.senses.own_voice.code_table
+    torch.manual_seed(0)
+    hidden = torch.randn(200, 32)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        codes = torch.zeros(200, 0, dtype=torch.long)
+        while codes.shape[1] < 5:
+            code = sample_token(audio(hidden, codes, table)[:, -1], temperature)
+            codes = torch.cat((codes, code[:, None]), dim=1)
+    computed, forward = [], DepthLayer.forward
+
+    def counted(self, x, *cache):
+        computed.append(x.shape[1])
+        return forward(self, x, *cache)
+
+    monkeypatch.setattr(DepthLayer, "forward", counted)
+    torch.manual_seed(1)
+    assert torch.equal(audio.emit(hidden, table, temperature)[0], codes)
+    assert computed == [1] * (2 * 5) and len(codes.unique(dim=0)) > 20
 
 
 def test_audio_targets_of_a_tick_change_the_logits_of_that_tick_only():
