@@ -20,6 +20,8 @@ from pathlib import Path
 # In place of this folder, whose tokenize.py would hide the standard library's module of that name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from creature.files import user_path  # noqa: E402
+
 TRAINING = {
     "learning_rate": 8e-3,
     "matrix_learning_rate": 0.03,
@@ -37,9 +39,11 @@ TRAINING = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="+", help='"name" or "name: field=value, field=value"')
-    parser.add_argument("--train", required=True, help="token stream to train on (.bin)")
-    parser.add_argument("--validation", required=True, help="token stream to evaluate on (.bin)")
-    parser.add_argument("--config", default="configs/text_only_config.yaml", help="its model section is the base")
+    parser.add_argument("--train", type=user_path, required=True, help="token stream to train on (.bin)")
+    parser.add_argument("--validation", type=user_path, required=True, help="token stream to evaluate on (.bin)")
+    parser.add_argument(
+        "--config", type=user_path, default="configs/text_only_config.yaml", help="its model section is the base"
+    )
     parser.add_argument("--steps", type=int, help="optimizer steps; default: the training tokens once")
     parser.add_argument("--micro_batch", type=int, default=32, help="blocks a step (default 32)")
     parser.add_argument("--block_size", type=int, default=2048, help="tokens a block (default 2048)")

@@ -18,6 +18,8 @@ from pathlib import Path
 # In place of this folder, whose tokenize.py would hide the standard library's module of that name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from creature.files import user_path  # noqa: E402
+
 # Name of the row: configuration, context.
 ROWS = {
     "tiny": ("text_only", 2048),
@@ -33,7 +35,7 @@ ROWS = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which rows (default: all)")
-    parser.add_argument("--data", help="token stream or text (default: generated stories)")
+    parser.add_argument("--data", type=user_path, help="token stream or text (default: generated stories)")
     parser.add_argument("--tokens_per_step", type=int, default=65536, help="tokens of a step (default 65536)")
     parser.add_argument("--micro_batch", type=int, help="blocks computed at once (default: what fits)")
     parser.add_argument("--steps", type=int, default=10, help="timed steps (default 10)")

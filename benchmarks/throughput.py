@@ -19,6 +19,8 @@ from pathlib import Path
 # In place of this folder, whose tokenize.py would hide the standard library's module of that name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from creature.files import user_path  # noqa: E402
+
 # Name: model, columns of the vocabulary, compiled, documents of a block kept apart.
 ROWS = {
     "creature": ("creature", 50304, True, False),
@@ -32,7 +34,7 @@ ROWS = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="token stream or text (default: generated stories)")
+    parser.add_argument("--data", type=user_path, help="token stream or text (default: generated stories)")
     parser.add_argument("--micro_batch", type=int, default=32, help="blocks a micro-batch (default 32)")
     parser.add_argument("--block_size", type=int, default=2048, help="tokens a block (default 2048)")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches a step (default 1)")

@@ -19,11 +19,12 @@ import tempfile  # noqa: E402
 import time  # noqa: E402
 
 from creature.errors import UserError, run_main  # noqa: E402
+from creature.files import user_path  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", help="text to tokenize (default: generated stories)")
+    parser.add_argument("--input", nargs="+", type=user_path, help="text to tokenize (default: generated stories)")
     parser.add_argument("--megabytes", type=float, default=20, help="how much of it (default 20)")
     return parser.parse_args()
 

@@ -24,6 +24,17 @@ except ImportError:  # Windows
 LOCK_FILE = ".lock"
 
 
+def user_path(given):
+    """
+    A path as the user wrote it, or a list of them, with `~` expanded; anything else is returned as it is.
+
+    A shell expands `--output_dir ~/run` and leaves `--output_dir=~/run` alone, as it does what is in a YAML file.
+    """
+    if isinstance(given, list):
+        return [user_path(path) for path in given]
+    return os.path.expanduser(given) if isinstance(given, str) else given
+
+
 @contextmanager
 def replace_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """

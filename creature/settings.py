@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from creature.errors import UserError
+from creature.files import user_path
 from creature.yaml_file import load_yaml, parse_yaml
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -28,6 +29,8 @@ DEFAULT_FOLDER = "checkpoints/text_only"
 DRY_RUN_FOLDER = "checkpoints/dry_run"
 DRY_RUN_STEPS = 10
 SECTIONS = ("model", "data", "training")
+# Fields of the training section that are paths, or may be: those of DataArguments expand themselves.
+PATHS = ("output_dir", "resume_from_checkpoint", "fsdp_config", "accelerator_config")
 LARGEST_BATCH = 1 << 40  # tokens a step
 MOST_PROBLEMS = 20  # reported at once; a file with more is no configuration
 
@@ -120,6 +123,10 @@ class DataArguments:
     prompt: str = field(
         default="Once upon a time", metadata={"help": "What the samples of a run continue, in its log and its card."}
     )
+
+    def __post_init__(self):
+        for name in ("data", "tokenizer_name", "cache_dir"):
+            object.__setattr__(self, name, user_path(getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -399,6 +406,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     """
     fields = known_fields()
     job, flags, flag_problems = _read_flags(argv, fields)
+    job |= {name: user_path(job[name]) for name in ("config", "resume") if name in job}
     path = job.get("config", str(DEFAULT_CONFIG))
     if not Path(path).exists() and (CONFIGS.parent / path).is_file():
         path = str(CONFIGS.parent / path)  # configs/small_config.yaml, from a folder that has no configs/
@@ -408,6 +416,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     if "num_train_epochs" in flags and "max_steps" not in flags:
         values.pop("max_steps", None)  # the flag says how long to train, so the file's number of steps does not count
     values |= flags
+    values |= {name: user_path(values[name]) for name in PATHS if name in values}
     problems += _find_bad_values(values)
     if len(problems) > 1:
         raise UserError(f"{len(problems)} problems with the settings: " + "; ".join(problems))

@@ -27,7 +27,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from creature.errors import UserError, run_main  # noqa: E402
-from creature.files import free_bytes  # noqa: E402
+from creature.files import free_bytes, user_path  # noqa: E402
 
 TOKENS_MINIMUM, TOKENS_RECOMMENDED = 10_000_000, 100_000_000
 
@@ -36,9 +36,11 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", help="YAML file of the run (default configs/text_only_config.yaml)")
-    parser.add_argument("--data", nargs="+", help="the data of the run")
-    parser.add_argument("--dry_run_dir", help="folder of the dry run to check (default checkpoints/dry_run)")
+    parser.add_argument("--config", type=user_path, help="YAML file of the run (default configs/text_only_config.yaml)")
+    parser.add_argument("--data", nargs="+", type=user_path, help="the data of the run")
+    parser.add_argument(
+        "--dry_run_dir", type=user_path, help="folder of the dry run to check (default checkpoints/dry_run)"
+    )
     return parser.parse_known_args()
 
 

@@ -16,16 +16,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from creature.errors import run_main  # noqa: E402
+from creature.files import user_path  # noqa: E402
 from creature.settings import CORPUS_FLAGS, spellings  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", required=True, metavar="FOLDER", help="where datatrove wrote its .ds files")
-    add("--output", required=True, help="a .bin file")
+    add("--input", type=user_path, required=True, metavar="FOLDER", help="where datatrove wrote its .ds files")
+    add("--output", type=user_path, required=True, help="a .bin file")
     add(
         *spellings("tokenizer_name"),
+        type=user_path,
         default="gpt2",
         metavar="NAME",
         help="the tokenizer of the shards: gpt2, a folder, or a Hub name (default gpt2)",

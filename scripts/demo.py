@@ -17,11 +17,14 @@ from threading import Thread
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from creature.errors import UserError, run_main  # noqa: E402
+from creature.files import user_path  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="folder of a run, of a checkpoint or of a saved model")
+    parser.add_argument(
+        "--checkpoint", type=user_path, required=True, help="folder of a run, of a checkpoint or of a saved model"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen at (default 7860)")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: a GPU if there is one")

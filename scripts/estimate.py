@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from creature.errors import UserError, run_main  # noqa: E402
+from creature.files import user_path  # noqa: E402
 
 CARDS_SHOWN = ("RTX 3090", "RTX 4090", "A100", "H100 SXM", "H200")
 PARAMETERS = {
@@ -55,7 +56,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", help="YAML file (default configs/text_only_config.yaml)")
+    parser.add_argument("--config", type=user_path, help="YAML file (default configs/text_only_config.yaml)")
     parser.add_argument("--micro_batch", type=int, help="blocks computed at once (default: what fits, on each card)")
     parser.add_argument("--tokens", type=float, help="tokens of the run (default: max_steps x tokens_per_step)")
     parser.add_argument("--card", action="append", help="a GPU by name, in place of the list; may be repeated")

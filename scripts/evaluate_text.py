@@ -18,14 +18,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from creature.errors import UserError, run_main  # noqa: E402
+from creature.files import user_path  # noqa: E402
 
 NAMES = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte", "accuracy": "accuracy"}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="folder of a run, of a checkpoint or of a saved model")
-    parser.add_argument("--data", required=True, help="token file, Arrow folder, text file or folder, or Hub name")
+    parser.add_argument(
+        "--checkpoint", type=user_path, required=True, help="folder of a run, of a checkpoint or of a saved model"
+    )
+    parser.add_argument(
+        "--data", type=user_path, required=True, help="token file, Arrow folder, text file or folder, or Hub name"
+    )
     parser.add_argument("--all", action="store_true", help="every complete checkpoint of the run")
     parser.add_argument("--documents", action="store_true", help="a table with a line for each document of a text")
     parser.add_argument("--split", choices=("validation", "train"), help="default: validation where there is one")
@@ -38,8 +43,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--max_blocks", type=int, help="evaluate the first so many blocks only")
     parser.add_argument("--prompt", default="Once upon a time", help="what the samples of --all continue")
-    parser.add_argument("--output", help="figure of --all (default RUN/evaluation.png)")
-    parser.add_argument("--cache_dir", default="data", help="where text is kept once it is tokenized (default data)")
+    parser.add_argument("--output", type=user_path, help="figure of --all (default RUN/evaluation.png)")
+    parser.add_argument(
+        "--cache_dir", type=user_path, default="data", help="where text is kept once it is tokenized (default data)"
+    )
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: a GPU if there is one")
     arguments = parser.parse_args()
     for name in ("block_size", "batch_size", "max_blocks"):

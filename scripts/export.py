@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from creature.errors import UserError, run_main  # noqa: E402
+from creature.files import user_path  # noqa: E402
 
 FILE_NAMES = {"onnx": "model.onnx", "torch": "model.pt2"}
 TOLERANCE = 1e-4  # relative to the largest logit, at least 1; another order of summation changes less
@@ -26,9 +27,13 @@ TOLERANCE = 1e-4  # relative to the largest logit, at least 1; another order of 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="folder of a run, of a checkpoint or of a saved model")
+    parser.add_argument(
+        "--checkpoint", type=user_path, required=True, help="folder of a run, of a checkpoint or of a saved model"
+    )
     parser.add_argument("--format", required=True, choices=tuple(FILE_NAMES), help="what to write")
-    parser.add_argument("--output", help="file to write (default model.onnx or model.pt2 in the model's folder)")
+    parser.add_argument(
+        "--output", type=user_path, help="file to write (default model.onnx or model.pt2 in the model's folder)"
+    )
     return parser.parse_args()
 
 

@@ -17,11 +17,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from creature.errors import UserError, run_main  # noqa: E402
+from creature.files import user_path  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="folder of a run, of a checkpoint or of a saved model")
+    parser.add_argument(
+        "--checkpoint", type=user_path, required=True, help="folder of a run, of a checkpoint or of a saved model"
+    )
     parser.add_argument("--prompt", required=True, help="text to continue; may be empty")
     parser.add_argument("--max_new_tokens", type=int, default=100, help="length of the continuation (default 100)")
     parser.add_argument("--temperature", type=float, help="below 1 is more predictable (default 0.8)")

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from creature.errors import UserError, one_line, run_main  # noqa: E402
+from creature.files import user_path  # noqa: E402
 
 SAMPLE_TOKENS = 80  # decoded of a sample
 
@@ -23,15 +24,19 @@ SAMPLE_TOKENS = 80  # decoded of a sample
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("data", metavar="DATA", help="token file, Arrow folder, text file or folder, or Hub name")
+    add("data", type=user_path, metavar="DATA", help="token file, Arrow folder, text file or folder, or Hub name")
     add("--split", choices=("train", "validation"), default="train", help="default train")
-    add("--tokenizer_name", default="gpt2", metavar="NAME", help="tokenizer of the corpus (default gpt2)")
+    add("--tokenizer_name", type=user_path, default="gpt2", metavar="NAME", help="of the corpus (default gpt2)")
     add("--block_size", type=int, default=2048, metavar="N", help="count the documents that are longer (default 2048)")
     add("--top", type=int, default=25, metavar="N", help="most frequent tokens shown (default 25)")
     add("--samples", type=int, default=5, metavar="N", help="documents shown (default 5)")
     add("--seed", type=int, default=0, help="another seed shows other documents (default 0)")
-    add("--output", help="a .png, .svg or .pdf file (default: the name of DATA and .png, in this folder)")
-    add("--cache_dir", default="data", help="folder for the tokens of text (default data)")
+    add(
+        "--output",
+        type=user_path,
+        help="a .png, .svg or .pdf file (default: the name of DATA and .png, in this folder)",
+    )
+    add("--cache_dir", type=user_path, default="data", help="folder for the tokens of text (default data)")
     arguments = parser.parse_args()
     for name, least in (("block_size", 2), ("top", 1), ("samples", 0)):
         if getattr(arguments, name) < least:

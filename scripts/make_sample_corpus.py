@@ -14,12 +14,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from creature.errors import UserError, run_main  # noqa: E402
+from creature.files import user_path  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=300_000, help="GPT-2 tokens to write, at least (default 300000)")
-    parser.add_argument("--output", default="data/stories.txt", help="a text file (default data/stories.txt)")
+    parser.add_argument(
+        "--output", type=user_path, default="data/stories.txt", help="a text file (default data/stories.txt)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other stories (default 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     return parser.parse_args()

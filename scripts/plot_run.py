@@ -17,15 +17,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from creature.errors import run_main  # noqa: E402
+from creature.files import user_path  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, with metrics.jsonl in it")
+    parser.add_argument(
+        "runs", nargs="+", type=user_path, metavar="RUN", help="folder of a run, with metrics.jsonl in it"
+    )
     parser.add_argument(
         "--x", choices=("step", "tokens", "time"), help="x axis (default step, for several runs tokens)"
     )
-    parser.add_argument("--output", help="a .png, .svg or .pdf file (default: RUN/curves.png, or runs.png for several)")
+    parser.add_argument(
+        "--output", type=user_path, help="a .png, .svg or .pdf file (default: RUN/curves.png, or runs.png for several)"
+    )
     return parser.parse_args()
 
 

@@ -21,19 +21,26 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from creature.errors import run_main  # noqa: E402
+from creature.files import user_path  # noqa: E402
 from creature.settings import CORPUS_FLAGS, spellings  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="NAME", help="files, folders, globs, or Hub names")
-    add("--output", required=True, help="a .bin file, or (without an ending) a folder for an Arrow dataset")
+    add("--input", nargs="+", type=user_path, required=True, metavar="NAME", help="files, folders, globs, or Hub names")
+    add(
+        "--output",
+        type=user_path,
+        required=True,
+        help="a .bin file, or (without an ending) a folder for an Arrow dataset",
+    )
     add(*spellings("validation_fraction"), **CORPUS_FLAGS["validation_fraction"])
     add("--seed", type=int, default=0, help="another seed gives another validation split (default 0)")
     add("--workers", type=int, metavar="N", help="threads (default: all cores)")
     add(
         *spellings("tokenizer_name"),
+        type=user_path,
         default="gpt2",
         metavar="NAME",
         help="gpt2 (needs no network), a folder with a saved tokenizer, or a Hub name (default gpt2)",

@@ -18,14 +18,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from creature.errors import run_main  # noqa: E402
+from creature.files import user_path  # noqa: E402
 from creature.settings import CORPUS_FLAGS, spellings  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="NAME", help="files, folders, globs, or Hub names")
-    add("--output", required=True, metavar="FOLDER", help="a new folder for the tokenizer")
+    add("--input", nargs="+", type=user_path, required=True, metavar="NAME", help="files, folders, globs, or Hub names")
+    add("--output", type=user_path, required=True, metavar="FOLDER", help="a new folder for the tokenizer")
     add(
         *spellings("vocab_size"),
         type=int,

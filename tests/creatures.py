@@ -226,9 +226,9 @@ def assert_close(actual: dict, expected: dict, atol: float, rtol: float = 1e-5) 
         torch.testing.assert_close(actual[name], value, atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def load_script(name: str):
-    """The module scripts/NAME.py."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+def load_script(name: str, folder: Path = SCRIPTS):
+    """The module scripts/NAME.py, or that of another folder."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

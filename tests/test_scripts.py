@@ -1,5 +1,6 @@
 """The tools at the command line: what they print, where, and how they refuse. One micro run serves them all."""
 
+import argparse
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from creatures import load_script
 
 from configuration_creature import CreatureConfig
 from creature import checkpoints
@@ -101,6 +103,31 @@ def test_help_answers_without_heavy_imports(name, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert "examples:" in done.stdout and "exit 0 heavy []" in done.stdout and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("folder", [SCRIPTS, SCRIPTS.with_name("benchmarks")], ids=lambda folder: folder.name)
+def test_a_tilde_is_the_home_folder_in_every_path(folder, tmp_path, monkeypatch):
+    """Whatever takes text either expands it or is listed here."""
+    no_paths = {"prompt", "host", "card", "text_column", "variants"}
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setattr(sys, "path", sys.path[:])  # which some benchmarks change
+    parsers = []
+
+    def keep(parser, *arguments):
+        parsers.append(parser)
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", keep)
+    for script in sorted(folder.glob("*.py")):
+        module = load_script(script.stem, folder)
+        with pytest.raises(SystemExit):
+            getattr(module, "parse_arguments", module.main)()
+        for action in parsers[-1]._actions:
+            if action.nargs == 0 or action.choices or action.type in (int, float) or action.dest in no_paths:
+                continue
+            assert action.type and action.type("~/x") == f"{tmp_path}/x", f"{script.name} {action.dest}"
+    assert len(parsers) == len(list(folder.glob("*.py")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from creature.checkpoints import check_output
 from creature.errors import UserError
 from creature.settings import DEFAULT_CONFIG, DRY_RUN_FOLDER, PROJECT, known_fields, parse_settings
 
@@ -102,6 +103,33 @@ def test_ten_steps_are_a_dry_run_unless_a_folder_is_named():
         parse_settings(["--dry_run", "--resume"])
     with pytest.raises(UserError, match="dry run has 10 steps"):
         parse_settings(["--dry_run", "--max_steps", "500"])
+
+
+@pytest.mark.parametrize("as_flags", [True, False])
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch, as_flags):
+    # No shell expands the one of --output_dir=~/run, or in a YAML file.
+    for name in ("HOME", "USERPROFILE"):  # the latter is that of Windows
+        monkeypatch.setenv(name, str(tmp_path))
+    paths = {
+        "data": {"data": ["~/a.bin:0.7", "~/b.bin:0.3"], "tokenizer_name": "~/tokenizer", "cache_dir": "~/cache"},
+        "training": {"output_dir": "~/run", "fsdp_config": "~/fsdp.json", "accelerator_config": "~/accelerator.json"},
+    }
+    write(tmp_path, yaml.safe_dump({"model": {"hidden_size": 64}} | ({} if as_flags else paths)))
+    flags = ["--config=~/config.yaml"]
+    for name, value in (paths["data"] | paths["training"]).items() if as_flags else ():
+        flags += [f"--{name}={value}"] if isinstance(value, str) else [f"--{name}", *value]
+    settings = parse_settings(flags)
+    assert settings.model == {"hidden_size": 64}
+    found = {name: getattr(settings.data, name) for name in paths["data"]} | settings.training
+    expected = paths["data"] | paths["training"]
+    assert found == yaml.safe_load(yaml.safe_dump(expected).replace("~", str(tmp_path)))
+    resumed = parse_settings([*flags, "--resume=~/run/checkpoint-5"])
+    assert resumed.resume == f"{tmp_path}/run/checkpoint-5"
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"status": "finished", "must_match": {}}')
+    with pytest.raises(UserError, match="holds a finished run"):
+        check_output(settings)
 
 
 def test_epochs_given_as_a_flag_replace_the_steps_of_the_file():

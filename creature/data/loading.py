@@ -1,6 +1,5 @@
 """The loading function: from the data section of the settings to blocks to train and to evaluate on."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,7 +66,7 @@ def load_data(
 
 def _load_whole(data: DataArguments, block_size: int, vocab_size: int, progress: bool) -> "tuple[DatasetDict, dict]":
     """`_load_corpus`, again if the corpus was replaced meanwhile."""
-    path = Path(os.path.expanduser(data.data))
+    path = Path(data.data)
     for _ in range(TRIES):
         before = _files_state(path)
         try:

@@ -272,7 +272,7 @@ def tokenize_corpus(
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers} is less than 1: leave it out to use all cores")
     sources, left_out = (inputs, 0) if inputs and isinstance(inputs[0], Source) else find_sources(inputs)
-    path = Path(os.path.expanduser(output))
+    path = Path(output)
     check = functools.partial(_check_output, path, sources, overwrite)
     check()
     encoder = _load_encoder(tokenizer_name)

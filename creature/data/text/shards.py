@@ -7,7 +7,6 @@ a document's ids, not of its text, chooses its split.
 
 import hashlib
 import json
-import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,14 +41,14 @@ def collect_shards(
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(f"--validation_fraction {validation_fraction} is not in [0, 1): a usual value is 0.005")
-    target = Path(os.path.expanduser(output))
+    target = Path(output)
     if target.suffix != ".bin" or target.is_dir():
         raise UserError(f"--output {output} has to be a file that ends in .bin")
     paths = (target, target.with_name(target.stem + ".valid.bin"))
     existing = [path for path in (*paths, manifest_path(target)) if path.exists()]
     if existing and not overwrite:
         raise UserError(f"{existing[0]} exists already: choose another --output, or pass --overwrite to replace it")
-    files = sorted(Path(os.path.expanduser(folder)).rglob("*.ds"))
+    files = sorted(Path(folder).rglob("*.ds"))
     if not files:
         raise UserError(f"there are no .ds files in {folder}: name the output_folder of datatrove's DocumentTokenizer")
     tokenizer = load_tokenizer(tokenizer_name)

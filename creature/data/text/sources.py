@@ -77,7 +77,7 @@ def is_arrow_folder(path: Path) -> bool:
 
 def _resolve(name: str, tokens: bool) -> tuple[list[Source], int]:
     """(what one input stands for, the number of files left out)."""
-    path = Path(os.path.expanduser(name))  # unchanged where there is no such user
+    path = Path(name)
     dataset, configuration, split = _split_name(str(path))
     if path.is_file():
         if tokens and path.suffix.lower() in TOKEN_FILES:

@@ -1,6 +1,5 @@
 """Your own tokenizer: byte-level BPE like GPT-2's, its merges learned from a corpus of any size."""
 
-import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -41,7 +40,7 @@ def train_tokenizer(
     """
     if not SMALLEST <= vocab_size <= LARGEST:
         raise UserError(f"--vocab_size {vocab_size:,} is not in {SMALLEST} to {LARGEST:,}: 4,096 to 65,536 are usual")
-    folder = Path(os.path.expanduser(output))
+    folder = Path(output)
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         if not overwrite or not (folder / "tokenizer.json").is_file():
             remedy = "pass --overwrite to replace it" if (folder / "tokenizer.json").is_file() else "name a new folder"
