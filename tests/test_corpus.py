@@ -120,6 +120,25 @@ def test_json_records_may_be_strings_or_follow_each_other(tmp_path):
     assert manifest["empty_documents"] == 1 and manifest["repaired_records"] == 1
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_type_of_text_in_parquet_is_text(kind, packed, tmp_path):
+    if not hasattr(pa, kind):
+        pytest.skip("this pyarrow has no such type")
+    texts = pa.array([*DOCUMENTS, None, *DOCUMENTS], getattr(pa, kind)())
+    if packed:
+        texts = texts.cast("large_string").dictionary_encode()
+    pa.parquet.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    tokenize([tmp_path / "a.parquet"], tmp_path / "out.bin")
+    assert read_back(tmp_path / "out.bin") == DOCUMENTS * 2
+
+
+def test_rows_of_csv_with_line_breaks_or_an_empty_column_more_or_less(tmp_path):
+    rows = 'id,text,label\n1,a 5" pipe,x\n2,"many\n\nlines, ""quoted""\n",x\n3,short\n4,long,x,,\n\n5,"last\n",x'
+    tokenize([write(tmp_path / "a.csv", rows)], tmp_path / "out.bin")
+    assert read_back(tmp_path / "out.bin") == ['a 5" pipe', 'many\n\nlines, "quoted"\n', "short", "long", "last\n"]
+
+
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 13, 14, 15, 16, 17, 4096])
 def test_marker_lines_end_documents_and_nothing_else_does(newline, chunk, tmp_path, monkeypatch):
@@ -404,6 +423,12 @@ BAD = {
     "e.json": (b'[{"text": "x"},', "ends inside the array"),
     "f.csv": (b"a,b\n1,2\n", r"no column 'text' \(there is: a, b\)"),
     "g.csv": (b"a,text\n1,2\n1\n", "line 3 has 1 columns"),
+    "stray.csv": (b'id,text\n1,"a\nb"\n2,"a "stray" quote"\n3,c\n', "in line 4 is not CSV .*double those inside"),
+    "open.csv": (b'id,text,x\n1,a,b\n2,"open,b\n3,c,d\n4,e,f\n', "in line 3 is not CSV .unexpected end"),
+    "joined.csv": (b'id,text,x\n1,a,b\n2,"open,b\n3,c,d"\n4,e,f\n', "line 3 has 2 columns where the header has 3"),
+    "none.tsv": (b'id\ttext\n1\t"Yes," he said.\n2\tNo.\n', "in line 2 is not CSV"),
+    "comma.csv": (b"id,text\n1,one\n2,Hello, world\n", "line 3 has 3 columns"),
+    "escaped.csv": (b'text\n"a \\"word\\" more"\n', "in line 2 is not CSV"),
     "h.parquet": (b"PAR1 nonsense", "not a whole parquet file"),
     "i.txt.gz": (gzip.compress(os.urandom(5000))[:-100], "damaged or cut off"),
     "j.txt.xz": (b"not xz", "damaged or cut off"),

@@ -37,6 +37,7 @@ from creature.errors import UserError, first_line
 
 MARKER = "<|endoftext|>"
 CHUNK_BYTES = 1 << 18
+TEXT_TYPES = ("string", "large_string", "string_view", "null")  # of a parquet column
 MAX_RECORD = 32 << 20  # characters: a record has to be in memory whole, a text file does not
 MAX_DICTIONARY = 4 << 20  # bytes of a parquet column's dictionary up to which many rows are decoded together
 MAX_UNPACKED = 256 << 20  # bytes from which on a parquet column compressed a hundredfold is refused
@@ -235,24 +236,33 @@ class Documents:
     def _read_csv(self, chunks: Iterator[str]) -> Iterator[tuple[str, bool]]:
         name = self.name.lower().removesuffix(self.source.compression)
         before = csv.field_size_limit(MAX_RECORD)
+        begin = 1  # the line where the record begins
         try:
-            rows = csv.reader(self._lines(chunks), delimiter="\t" if name.endswith(".tsv") else ",")
+            # Without `strict`, a stray quote swallows the delimiters and lines behind it in silence.
+            rows = csv.reader(self._lines(chunks), delimiter="\t" if name.endswith(".tsv") else ",", strict=True)
             header = next(rows, None)
             if header is None:
                 return
             if self.column not in header:
                 raise self._no_column(header)
-            index = header.index(self.column)
+            index, begin = header.index(self.column), rows.line_num + 1
             for row in rows:
-                if row and len(row) <= index:
+                # Some writers leave out empty columns at the end, or add some; never in a record of several lines,
+                # where a missing one means that a stray quote has joined them.
+                merged = rows.line_num > begin and len(row) != len(header)
+                if row and (merged or len(row) <= index or any(row[len(header) :])):
                     raise UserError(
-                        f"{self.name}, line {rows.line_num:,} has {len(row)} columns where the header has "
-                        f"{len(header)}: repair or remove the line"
+                        f"{self.name}, line {begin:,} has {len(row)} columns where the header has {len(header)}: "
+                        "put quotes around a text with delimiters or line breaks, or remove the line"
                     )
                 if row:
                     yield row[index], True
+                begin = rows.line_num + 1
         except csv.Error as error:
-            raise UserError(f"{self.name}, line {rows.line_num:,} is not CSV ({error}): repair or remove it") from error
+            raise UserError(
+                f"{self.name}, the record in line {begin:,} is not CSV ({error}): close its quotes and double those "
+                "inside, remove it, or store the text as .jsonl"
+            ) from error
         finally:
             csv.field_size_limit(before)
 
@@ -289,9 +299,8 @@ class Documents:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=CHUNK_BYTES) as file:
             if self.column not in file.schema_arrow.names:
                 raise self._no_column(file.schema_arrow.names)
-            kind, types = file.schema_arrow.field(self.column).type, pyarrow.types
-            tests = (types.is_string, types.is_large_string, types.is_dictionary, types.is_null)
-            if not any(test(kind) for test in tests):
+            kind = file.schema_arrow.field(self.column).type
+            if str(kind.value_type if pyarrow.types.is_dictionary(kind) else kind) not in TEXT_TYPES:
                 raise UserError(
                     f"{self.name}: the column {self.column!r} is of type {kind}, not text; "
                     "name the column that holds the text with --text_column"
