@@ -36,6 +36,9 @@ class CreatureConfig(PreTrainedConfig):
         hidden_act (`str`, defaults to `"relu2"`): squared ReLU (So et al. 2021, "Primer").
         max_position_embeddings (`int`, defaults to 2048): the context the model is trained with, in ticks.
         rope_parameters (`dict`, *optional*): rotary positions, as in every transformers model.
+        sliding_window (`int`, *optional*): how many ticks attention sees, the present one among them, in training, in
+            the cache and in generation; at least 2. Defaults to all of them. Samples that are no longer than it train
+            with the kernels of full attention.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
         tie_word_embeddings (`bool`, defaults to `True`): `internal_text` is read off the token table itself.
 
@@ -94,6 +97,7 @@ class CreatureConfig(PreTrainedConfig):
     hidden_act: str = "relu2"
     max_position_embeddings: int = 2048
     rope_parameters: RopeParameters | dict | None = None
+    sliding_window: int | None = None
     rms_norm_eps: float | int = 1e-6
     initializer_range: float | int = 0.02
     attention_dropout: float | int = 0.0
@@ -195,6 +199,8 @@ class CreatureConfig(PreTrainedConfig):
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
                 f"({self.num_attention_heads}), unless head_dim says otherwise"
             )
+        if self.sliding_window is not None and self.sliding_window < 2:  # transformers' caches keep all but one tick
+            problems.append(f"sliding_window is {self.sliding_window}; it must be at least 2, or None for all ticks")
         if self.head_dim % 2:
             problems.append(f"head_dim ({self.head_dim}) must be even for rotary positions")
         ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]

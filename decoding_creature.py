@@ -41,13 +41,14 @@ class DecodingCache:
 
     Args:
         prefilled: the cache that the pass over the prompt has filled; it gives heads, sizes and dtypes.
-        length: slots, one a tick.
+        length: slots, one a tick. With a sliding window, as many as its ticks suffice.
     """
 
     def __init__(self, prefilled: Cache, length: int):
         self.keys = [layer.keys.new_zeros(*_with_length(layer.keys, length)) for layer in prefilled.layers]
         self.values = [layer.values.new_zeros(*_with_length(layer.values, length)) for layer in prefilled.layers]
         self.slot = torch.zeros(1, dtype=torch.long, device=self.keys[0].device)  # where the next tick goes
+        self.length = length
         self.visible = length  # slots that attention reads; a graph always reads all of them, masked
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
@@ -60,13 +61,16 @@ class DecodingCache:
     def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:
         return self.slot[0]
 
-    def load(self, prefilled: Cache, ticks: int):
+    def load(self, prefilled: Cache) -> int:
+        """Copy the ticks that a prefilled cache holds, and return how many: with a sliding window, the last ones."""
+        ticks = prefilled.layers[0].keys.shape[2]
         for name in ("keys", "values"):
             for buffer, layer in zip(getattr(self, name), prefilled.layers, strict=True):
                 buffer[:, :, :ticks] = getattr(layer, name)
                 # A NaN left by an earlier call would pass through the mask: 0 * NaN is NaN.
                 buffer[:, :, ticks:] = 0
         self.slot.fill_(ticks)
+        return ticks
 
 
 def full_tick(model: nn.Module, tokens, position_ids, mask, cache) -> torch.Tensor:
@@ -97,11 +101,12 @@ class Decoder:
         prefilled: as for [`DecodingCache`].
         length: slots; a graph's attention always reads them all.
         tick: `bare_tick`, or `full_tick` where the model has hooks that must run.
+        windowed: whether the slots are a sliding window, so that a tick after the last slot replaces the oldest one.
     """
 
-    def __init__(self, prefilled: Cache, length: int, tick=bare_tick):
+    def __init__(self, prefilled: Cache, length: int, tick=bare_tick, windowed: bool = False):
         first = prefilled.layers[0].keys
-        self.tick = tick
+        self.tick, self.windowed = tick, windowed
         self.graph, self.fingerprint, self.key = None, None, None
         with torch.inference_mode(False):  # inference tensors could not be written outside of inference mode
             self.cache = DecodingCache(prefilled, length)
@@ -116,16 +121,15 @@ class Decoder:
 
     def load(self, prefilled: Cache, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None):
         """Start a text: the cache after the prompt, its padding mask [B, ticks], its positions [B or 1, ticks]."""
-        ticks = int(prefilled.get_seq_length())
-        self.cache.load(prefilled, ticks)
+        ticks = self.cache.load(prefilled)
         if self.graph is None:
             self.cache.visible = ticks
         self.mask.fill_(float("-inf"))
         self.mask[..., :ticks] = 0
         if attention_mask is not None:
-            self.mask[..., :ticks].masked_fill_(attention_mask[:, None, None] == 0, float("-inf"))
+            self.mask[..., :ticks].masked_fill_(attention_mask[:, None, None, -ticks:] == 0, float("-inf"))
         if position_ids is None:
-            self.position_ids.fill_(ticks)
+            self.position_ids.fill_(int(prefilled.get_seq_length()))
         else:
             self.position_ids.copy_(position_ids[:, -1:] + 1)
 
@@ -135,13 +139,15 @@ class Decoder:
         if self.graph is not None:
             self.graph.replay()
             return self.logits
-        self.cache.visible += 1
+        self.cache.visible = min(self.cache.visible + 1, self.cache.length)
         return self._pass(model, self.tick)
 
     def _pass(self, model: nn.Module, tick) -> torch.Tensor:
         self.mask.index_fill_(3, self.cache.slot, 0.0)
         logits = tick(model, self.tokens, self.position_ids, self.mask[..., : self.cache.visible], self.cache)
         self.cache.slot += 1
+        if self.windowed:  # after the last slot comes the one with the oldest tick
+            self.cache.slot.remainder_(self.cache.length)
         self.position_ids += 1
         return logits
 
@@ -288,8 +294,11 @@ def _check_drawn(weights: torch.Tensor) -> None:
 
 def _decoder(model, prefilled: Cache, passes: int, generation_config) -> Decoder:
     """A decoder for the next `passes` ticks: with a kept graph of this shape, with a new one, or without a graph."""
+    windowed = model.config.sliding_window is not None
     ticks = int(prefilled.get_seq_length()) + passes
     slots = max(SHORTEST, 1 << (ticks - 1).bit_length())
+    if windowed:
+        ticks, slots = min(ticks, model.config.sliding_window), min(slots, model.config.sliding_window)
     first = prefilled.layers[0].keys
     needed = slots * sum(layer.keys[:, :, 0].nbytes + layer.values[:, :, 0].nbytes for layer in prefilled.layers)
     bare = is_bare(model)
@@ -302,7 +311,7 @@ def _decoder(model, prefilled: Cache, passes: int, generation_config) -> Decoder
         else:
             warnings.warn("`compile_config` is ignored: this model or device cannot run a CUDA graph.", stacklevel=2)
     if not recordable:
-        return Decoder(prefilled, ticks, bare_tick if bare else full_tick)
+        return Decoder(prefilled, ticks, bare_tick if bare else full_tick, windowed)
     key = (len(first), slots, first.dtype, model.config._attn_implementation, repr(settings))
     with _lock:
         graphs = _graphs.setdefault(model, {})
@@ -314,7 +323,7 @@ def _decoder(model, prefilled: Cache, passes: int, generation_config) -> Decoder
             del graphs[next(iter(graphs))]
     if settings is not None:
         try:
-            decoder = Decoder(prefilled, slots).capture(model, settings)
+            decoder = Decoder(prefilled, slots, windowed=windowed).capture(model, settings)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -324,7 +333,7 @@ def _decoder(model, prefilled: Cache, passes: int, generation_config) -> Decoder
                 stacklevel=2,
             )
     if decoder is None:
-        decoder = Decoder(prefilled, slots).capture(model)
+        decoder = Decoder(prefilled, slots, windowed=windowed).capture(model)
     decoder.key = key  # also after a failed compilation, which is not tried again
     return decoder
 

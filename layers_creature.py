@@ -173,6 +173,7 @@ class CreatureAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            sliding_window=self.config.sliding_window,  # for flash kernels; elsewhere the mask says it
             **kwargs,
         )
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 from transformers.processing_utils import Unpack
@@ -194,10 +194,12 @@ class CreatureModel(CreaturePreTrainedModel):
 
         # Without a mask, sdpa uses its own causal flag. transformers would choose that too, except in graphs compiled
         # before torch 2.14: there it writes out the mask, and training is a quarter slower (docs/experiments.md).
-        causal_mask = None
+        causal_mask, window = None, self.config.sliding_window
         unmasked = attention_mask is None and past_key_values is None and position_ids is None
+        unmasked = unmasked and (window is None or hidden_states.shape[1] <= window)
         if not (unmasked and self.config._attn_implementation == "sdpa"):
-            causal_mask = create_causal_mask(
+            create_mask = create_causal_mask if window is None else create_sliding_window_causal_mask
+            causal_mask = create_mask(
                 config=self.config,
                 inputs_embeds=hidden_states,
                 attention_mask=attention_mask,

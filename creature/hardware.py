@@ -223,9 +223,12 @@ def choose_precision(device: Device) -> tuple[str, str]:
 
 
 def attention_kernel(
-    device: Device, precision: str, implementation: str = "sdpa", *, masked: bool = False
+    device: Device, precision: str, implementation: str = "sdpa", *, masked: bool = False, windowed: bool = False
 ) -> tuple[str, str]:
-    """(the kernel of causal attention, the reason); masked: whether documents are kept apart."""
+    """
+    (the kernel of causal attention, the reason); masked: whether documents are kept apart; windowed: whether samples
+    are longer than the sliding window.
+    """
     if implementation != "sdpa":
         return implementation, "as configured"
     half = device.kind == "cuda" and precision != "fp32"
@@ -233,6 +236,8 @@ def attention_kernel(
         return "flash", "varlen_attn in half precision on this GPU, given the boundaries of documents"
     if masked:
         return "with a mask", "documents are kept apart, and the causal kernels cannot do that"
+    if windowed:
+        return "with a mask", "samples are longer than sliding_window, which the causal kernels do not have"
     if half:
         if device.capability is None or device.capability >= (8, 0):
             return "flash", "scaled_dot_product_attention in half precision on this GPU"

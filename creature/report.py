@@ -80,7 +80,13 @@ def describe_run(
             "overfits: watch eval_loss and stop where it rises, or give more text or fewer --max_steps"
         )
     attention = config._attn_implementation or "sdpa"
-    kernel, kernel_reason = attention_kernel(device, plan.precision, attention, masked=settings.data.separate_documents)
+    kernel, kernel_reason = attention_kernel(
+        device,
+        plan.precision,
+        attention,
+        masked=settings.data.separate_documents,
+        windowed=(config.sliding_window or plan.block_size) < plan.block_size,
+    )
     return {
         "kind": "dry_run" if settings.dry_run else "run",
         "status": "started",

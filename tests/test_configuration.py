@@ -55,6 +55,7 @@ def test_grouped_query_heads_and_explicit_head_dim():
         (dict(num_attention_heads=0), "num_attention_heads is 0"),
         (dict(num_hidden_layers=0), "num_hidden_layers is 0"),
         (dict(head_dim=33), "head_dim"),
+        (dict(sliding_window=1), "sliding_window is 1; it must be at least 2, or None"),
         (dict(hidden_act="wiggle"), "wiggle"),
         (dict(rms_norm_eps=-1e-6), "rms_norm_eps"),
         (dict(loss_weights={"smell": 1.0}), "unknown stream 'smell'"),

@@ -152,6 +152,10 @@ def test_a_prompt_as_long_as_the_context(model, decoded, how):
         {"num_key_value_heads": 2},
         {"tie_word_embeddings": True},
         {"attn_implementation": "eager"},
+        {"sliding_window": 2},
+        {"sliding_window": PROMPT},
+        {"sliding_window": PROMPT + 3},
+        {"sliding_window": 40},
     ],
 )
 def test_other_architectures(prompt, decoded, how, changes):

@@ -276,13 +276,14 @@ def test_no_step_without_a_log_waits_for_the_gpu(tmp_path):
     assert not waits
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2])
-def test_documents_are_kept_apart_without_a_mask(kv_heads):
+@pytest.mark.parametrize(("kv_heads", "window"), [(1, None), (2, None), (2, 8)])
+def test_documents_are_kept_apart_without_a_mask(kv_heads, window):
     """With `cu_seq_lens`, compiled or not, the loss and gradients are those of the mask in float32."""
     torch._dynamo.reset()
     config = micro_config(
-        hidden_size=128, num_attention_heads=2, num_key_value_heads=kv_heads, max_position_embeddings=256
-    )
+        hidden_size=128, num_attention_heads=2, num_key_value_heads=kv_heads, max_position_embeddings=256,
+        sliding_window=window,
+    )  # fmt: skip
     torch.manual_seed(0)
     model = MultiModalCreature(config).cuda()
     model.train_only()

@@ -96,6 +96,7 @@ def test_precision_and_kernel():
     assert attention_kernel(CPU, "fp32", "eager")[0] == "eager"
     for device in (GPU, CPU):
         assert attention_kernel(device, "fp32", masked=True)[0] == "with a mask"
+        assert attention_kernel(device, "bf16", windowed=True)[0] == "with a mask"
     for device in (GPU, TURING, CPU):
         assert choose_precision(device)[1] and attention_kernel(device, "fp32")[1]
 

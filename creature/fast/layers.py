@@ -31,7 +31,8 @@ class FastAttention(CreatureAttention):
         dropout = self.attention_dropout if self.training else 0.0
         whole = query.shape[2] == key.shape[2]  # nothing of it comes from a cache
         if cu_seq_lens_q is not None and whole and not dropout and varlen_available(query):
-            return varlen_attention(query, key, value, cu_seq_lens_q, self.scaling), None
+            window = self.config.sliding_window
+            return varlen_attention(query, key, value, cu_seq_lens_q, self.scaling, window), None
         return super().attend(query, key, value, attention_mask, cu_seq_lens_q=cu_seq_lens_q, **kwargs)
 
 
@@ -52,18 +53,25 @@ def varlen_available(x: torch.Tensor) -> bool:
 
 
 def varlen_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    scaling: float,
+    sliding_window: int | None = None,
 ) -> torch.Tensor:
     """
     Causal attention within documents that follow one another, without a mask, by PyTorch's flash kernels.
 
     query [B, heads, T, head_dim], key, value [B, kv_heads, T, head_dim], boundaries [N + 1] int32: where in the B x T
-    ticks documents begin, and where the last one ends (empty ones are allowed) -> [B, T, heads, head_dim].
+    ticks documents begin, and where the last one ends (empty ones are allowed); sliding_window: how many ticks are
+    seen, the present one among them -> [B, T, heads, head_dim].
     """
     batch, heads, ticks, head_dim = query.shape
     groups = heads // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     flat = [states.transpose(1, 2).reshape(batch * ticks, heads, head_dim) for states in (query, key, value)]
-    output = varlen_attn(*flat, boundaries, boundaries, ticks, ticks, scale=scaling, window_size=(-1, 0))
+    before = -1 if sliding_window is None else sliding_window - 1  # ticks before the present one; -1: all
+    output = varlen_attn(*flat, boundaries, boundaries, ticks, ticks, scale=scaling, window_size=(before, 0))
     return output.view(batch, ticks, heads, head_dim)
