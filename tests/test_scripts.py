@@ -29,6 +29,7 @@ TOOLS = (
     "demo",
     "evaluate_text",
     "inspect_corpus",
+    "import_recordings",
     "export",
     "check_environment",
 )

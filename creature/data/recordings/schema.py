@@ -20,6 +20,7 @@ nothing is resampled to ticks here: what happened at `time` may be known from `t
 begins at its `start`; one without a start has no known time (see `untimed`) and belongs to the end of the recording.
 """
 
+import functools
 import json
 import math
 import os
@@ -41,6 +42,8 @@ TEXTS = ("external_voice", "internal_text", "external_text")
 TRACKS = {"joint_positions": 3, "joint_rotations": 3, "body_state": 2, "action": 2}  # column: dimensions of its values
 NAMED = {"joint_positions": "joints", "joint_rotations": "joints", "body_state": "body_state", "action": "action"}
 SPLITS = ("train", "validation")
+TICK_SECONDS = 0.08
+PART_SECONDS = 600.0  # importers cut longer recordings into several
 BATCH_ROWS, BATCH_SECONDS = 500, 300.0  # of one record batch: what is held in memory while writing
 
 
@@ -48,6 +51,7 @@ class RecordingError(UserError):
     """A recording that cannot be used: one sentence that says why. An import counts it and goes on."""
 
 
+@functools.cache
 def recording_features() -> "Features":
     """The columns of a folder of recordings, as `datasets.Features`."""
     from datasets import Audio, Features, Image, List, Value
