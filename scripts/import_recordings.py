@@ -20,13 +20,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from creature.errors import run_main  # noqa: E402
+from creature.files import user_path  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="NAME", help="folders, or owner/name[:configuration[:split]]")
-    add("--output", required=True, metavar="FOLDER", help="a folder that does not exist yet")
+    add("--input", nargs="+", type=user_path, required=True, metavar="NAME", help="folders, or data sets on the Hub")
+    add("--output", type=user_path, required=True, metavar="FOLDER", help="a folder that does not exist yet")
     formats = ("auto", "lerobot", "audio", "bvh", "table", "recordings", "datasets")
     add("--format", choices=formats, default="auto", help="default auto: what lies in the folder says it")
     add("--image_size", type=int, default=64, metavar="N", help="pixels on the shorter side (default 64)")

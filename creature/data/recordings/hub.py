@@ -44,7 +44,7 @@ def find_dataset(name: str, options: ImportOptions, notes: Notes) -> list[Job]:
     """
     import datasets
 
-    path, only = Path(name).expanduser(), None
+    path, only = Path(name), None
     try:
         if is_arrow_folder(path):
             splits = datasets.load_from_disk(str(path))

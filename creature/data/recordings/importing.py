@@ -115,7 +115,7 @@ def import_recordings(
 
 def detect_format(name: str) -> str:
     """The format of an input; UserError for a name that is nothing, or a folder of nothing that is known."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if not folder.is_dir():
         if is_hub_name(name):
             return "datasets"
@@ -161,7 +161,7 @@ def _finder(kind: str) -> Callable[[str, ImportOptions, Notes], list[Job]]:
         from creature.data.recordings.hub import find_recordings as find
 
     def in_folder(name: str, options: ImportOptions, notes: Notes) -> list[Job]:
-        folder = Path(name).expanduser()
+        folder = Path(name)
         if not folder.is_dir():
             raise UserError(f"there is no folder {name}: check the path")
         return find(folder, options, notes)
@@ -247,7 +247,7 @@ def _listed(notes: dict) -> list[dict]:
 
 def _license(name: str) -> str | None:
     """The license of a folder: `license:` of its data card, or the first line of its LICENSE."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     for path in sorted(folder.glob("*")) if folder.is_dir() else ():
         if path.name.upper().startswith(("LICENSE", "LICENCE", "README")) and path.is_file():
             text = path.read_text(encoding="utf-8", errors="replace")[:10_000]

@@ -98,7 +98,7 @@ class RecordingsWriter:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(folder)
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise UserError(f"{self.folder} exists already: choose another folder, or remove it first")
         require_writable(self.folder.parent)
@@ -273,7 +273,7 @@ def load_recordings(folder: str | os.PathLike) -> "tuple[DatasetDict, dict]":
     """
     from datasets import load_from_disk
 
-    path = Path(folder).expanduser()
+    path = Path(folder)
     if not (path / RECORDINGS_FILE).is_file():
         raise UserError(f"{folder} is no folder of recordings: make one with scripts/import_recordings.py")
     try:
