@@ -41,6 +41,8 @@ setup(
         "losses_creature",
         "senses_creature",
         "streams_creature",
+        "feature_extraction_creature",
+        "ticks_creature",
         "run_clm_creature",
     ],
     # configs/ and scripts/ lie beside the package in a clone, and are found in a wheel as creature/configs and

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import modeling_creature
 
-MODEL_FILES = sorted(path.name for path in Path(modeling_creature.__file__).parent.glob("*_creature.py"))
-MODEL_FILES.remove("run_clm_creature.py")
+FILES = {path.name for path in Path(modeling_creature.__file__).parent.glob("*_creature.py")} - {"run_clm_creature.py"}
+# What travels with the processor of recordings, where one is saved.
+PROCESSOR_FILES = {"feature_extraction_creature.py", "ticks_creature.py"}
+MODEL_FILES = sorted(FILES - PROCESSOR_FILES)
 
 # The project may be installed, even editable, for this very interpreter: bar its modules by name, before anything else.
 PREAMBLE = f"""
@@ -22,7 +24,7 @@ import importlib.abc, sys
 
 class Bar(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {[Path(name).stem for name in MODEL_FILES] + ["creature", "creatures"]!r}:
+        if name.partition(".")[0] in {[Path(name).stem for name in sorted(FILES)] + ["creature", "creatures"]!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Bar())
