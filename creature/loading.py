@@ -122,15 +122,12 @@ def load_to_generate(folder: Path, wanted: str | None = None):
     import torch
     import transformers
 
-    from creature import fast
     from creature.hardware import device_info
 
     transformers.utils.logging.disable_progress_bar()
     device = device_info(wanted)
     half = device.kind == "cuda" and device.bf16
-    model = load_model(folder, device.kind, torch.bfloat16 if half else torch.float32)
-    fast.apply(model)
-    return model, device
+    return load_model(folder, device.kind, torch.bfloat16 if half else torch.float32), device
 
 
 def ids_without_text(config: "CreatureConfig", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
