@@ -3,11 +3,15 @@
 import bz2
 import csv
 import gzip
+import io
 import json
 import lzma
 import os
+import re
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +27,7 @@ from creature.data.text.corpus import tokenize_corpus
 from creature.data.text.pieces import last_safe_cut
 from creature.data.text.tokenizer import END_OF_TEXT, gpt2_hash, load_encoding
 from creature.errors import UserError
+from creature.evaluation import whole_documents
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -403,10 +408,76 @@ def test_text_that_is_not_utf8_is_named_with_its_position(chunk, tmp_path, monke
     path.write_bytes("ends in half a ü".encode()[:-1])
     with pytest.raises(UserError, match="byte 15 is 0xc3"):
         tokenize([path], tmp_path / "out.bin")
-    write(tmp_path / "utf16.txt", "text".encode("utf-16"))
-    with pytest.raises(UserError, match="byte 0 is 0xff"):
-        tokenize([tmp_path / "utf16.txt"], tmp_path / "out.bin")
     assert not (tmp_path / "out.bin").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize(
+    "text", ["hello", "Привет, мир.\n" * 30, "一个人在一家店里。\n" * 30, "two\nlines 👍🏽, ä\n" * 30]
+)
+def test_the_encoding_of_wide_text_is_named(encoding, text, tmp_path):
+    for name in ("a.txt", "a.jsonl", "a.csv", "a.txt.gz"):
+        data = text.encode(encoding)
+        path = write(tmp_path / name, gzip.compress(data) if name.endswith(".gz") else data)
+        with pytest.raises(UserError) as error:
+            tokenize([path], tmp_path / "out.bin")
+        # iconv reads its UTF-16 and UTF-32 as Python does: by the mark, which it leaves out.
+        named = re.search(r"`iconv -f (\S+) -t UTF-8 in.txt > out.txt`", str(error.value))[1]
+        assert data.decode(named) == text
+
+
+def test_a_nul_now_and_then_is_text(tmp_path):
+    text = "\0 a list of names\0 with a NUL\0 behind each, as find -print0 writes it\0 and more\0"
+    tokenize([write(tmp_path / "a.txt", text)], tmp_path / "out.bin")
+    assert read_back(tmp_path / "out.bin") == [text]
+
+
+def archive(kind: str) -> bytes:
+    sink = io.BytesIO()
+    if kind == "npz":
+        np.savez(sink, np.arange(9))
+    elif kind == "zip":
+        with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("a.txt", "some words " * 99)
+    else:
+        with tarfile.open(fileobj=sink, mode="w:" + kind[4:]) as file:
+            entry = tarfile.TarInfo("a.txt")
+            entry.size = 1000
+            file.addfile(entry, io.BytesIO(b"x" * 1000))
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.tar", archive("tar"), "is a tar archive"),
+        ("a.tar.gz", archive("tar.gz"), "unpacked, is a tar archive"),
+        ("a.tar.bz2", archive("tar.bz2"), "unpacked, is a tar archive"),
+        ("a.txt.xz", archive("tar.xz"), "unpacked, is a tar archive"),
+        ("a.tar.zst", COMPRESS[".zst"](archive("tar")), "unpacked, is a tar archive"),
+        ("a.tgz", archive("tar.gz"), "is compressed with gzip"),
+        ("a.zip", archive("zip"), "is a zip archive"),
+        ("a.txt", archive("zip"), "is a zip archive"),
+        ("a.npz", archive("npz"), "is an archive of arrays: .* numpy.save"),
+        ("a.jsonl", gzip.compress(b'{"text": "x"}'), "is compressed with gzip"),
+        ("a.txt", bz2.compress(b"x"), "is compressed with bzip2"),
+        ("a.csv", lzma.compress(b"x"), "is compressed with xz"),
+        ("a.txt", COMPRESS[".zst"](b"x"), "is compressed with zstd"),
+        ("a.pdf", b"%PDF-1.4\n1 0 obj\n<<>>\nendobj\n", "is a PDF"),
+        ("a.txt", bytes(5000), "holds binary data"),
+        ("a.txt", np.arange(1000, 50_000, 7).astype("<u4").tobytes(), "holds binary data"),
+        ("a.ds", b"\0\1", "collect_shards"),
+        ("a.idx", b"MMIDIDX", "name the .bin beside it"),
+    ],
+)
+def test_what_is_no_text_is_named(name, data, words, tmp_path):
+    for work in (
+        lambda path: tokenize([path], tmp_path / "out.bin"),
+        lambda path: open_blocks(path, cache_dir=str(tmp_path / "cache")),
+        lambda path: list(whole_documents(str(path))),
+    ):
+        with pytest.raises(UserError, match=words):
+            work(write(tmp_path / name, data))
 
 
 BAD = {

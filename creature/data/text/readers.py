@@ -32,6 +32,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from creature.data.text.recognition import other_than_text
 from creature.data.text.sources import Source
 from creature.errors import UserError, first_line
 
@@ -49,7 +50,7 @@ class Documents:
 
     Texts may be empty, documents too. Meanwhile `bytes_read` grows; `sha256` is that of the file as stored, once it is
     read to the end; `repaired` counts records with half a surrogate pair, which becomes U+FFFD. Raises UserError for
-    damaged files, text that is not UTF-8, and records without the text column.
+    damaged files, archives, text that is not UTF-8, and records without the text column.
     """
 
     def __init__(self, source: Source, text_column: str = "text"):
@@ -120,6 +121,8 @@ class Documents:
             try:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
+                if position == 0:
+                    self._refuse_other(data, is_utf8=False)
                 where = position - waiting + error.start
                 after = " after decompression" if self.source.compression else ""
                 raise UserError(
@@ -127,6 +130,8 @@ class Documents:
                     "convert it first, for example with `iconv -f WINDOWS-1252 -t UTF-8 in.txt > out.txt`, or leave it "
                     "out"
                 ) from error
+            if position == 0:
+                self._refuse_other(data)
             if self.source.kind != "text" and position == 0 and text.startswith("\ufeff"):
                 text = text[1:]
             position += len(data)
@@ -134,6 +139,11 @@ class Documents:
                 yield text
             if not data:
                 return
+
+    def _refuse_other(self, beginning: bytes, is_utf8: bool = True) -> None:
+        problem = other_than_text(beginning, is_utf8)
+        if problem:
+            raise UserError(f"{self.name}{', unpacked,' if self.source.compression else ''} {problem}")
 
     def _text(self, record, where: str) -> str:
         """The text of one JSON-like record; None counts as an empty document."""

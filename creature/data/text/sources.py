@@ -21,6 +21,11 @@ KINDS = {
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 TOKEN_FILES = (".bin", ".npy", ".pt")  # flat streams of token ids, which training maps as they are
 NO_TEXT = (*TOKEN_FILES, ".arrow", ".safetensors")
+OTHER_FILES = {  # what they are, and the remedy
+    ".npz": "is an archive of arrays: save the one of token ids with numpy.save, as .npy",
+    ".ds": "holds tokens of datatrove: collect them with scripts/collect_shards.py",
+    ".idx": "is the index of a token file: name the .bin beside it",
+}
 VALIDATION_ENDINGS = (".valid", "_valid", ".validation", "_validation", ".val", "_val")
 
 
@@ -84,6 +89,8 @@ def _resolve(name: str, tokens: bool) -> tuple[list[Source], int]:
             return [_token_source(path)], 0
         if path.suffix.lower() in NO_TEXT:
             raise UserError(f"{name} holds tokens or weights, not text: train on it as it is, or name a text file")
+        if path.suffix.lower() in OTHER_FILES:
+            raise UserError(f"{name} {OTHER_FILES[path.suffix.lower()]}")
         return [_text_source(path)], 0
     if is_arrow_folder(path):
         return [Source(name, "arrow", path)], 0
