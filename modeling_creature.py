@@ -106,6 +106,13 @@ class CreaturePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": CreatureDecoderLayer, "attentions": CreatureAttention}
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """As in transformers, with every weight under its name in the model."""
+        # By default, transformers saves its ViT under the names of older versions. A stock Trainer that resumes or
+        # loads the best model reads a checkpoint by the names in the model, and would silently keep other eyes.
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -273,9 +280,6 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """As in transformers; config.json also says how to load the folder's code as a backbone, and for serving."""
-        # By default, transformers saves its ViT under the names of older versions. A stock Trainer that resumes or
-        # loads the best model reads a checkpoint by the names in the model, and would silently keep other eyes.
-        kwargs.setdefault("save_original_format", False)
         # transformers writes the one auto class that a class is registered for; `transformers serve` asks for another.
         others = {"AutoModel": CreatureModel, "AutoModelForMultimodalLM": type(self)}
         names = {auto: f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" for auto, kind in others.items()}

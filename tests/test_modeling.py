@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from creatures import (
     ALL_STREAMS,
     EVERY_WEIGHT,
@@ -20,13 +21,14 @@ from creatures import (
     select,
     without_targets,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     DataCollatorForLanguageModeling,
+    EarlyStoppingCallback,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
@@ -78,13 +80,32 @@ def test_save_and_load_is_bit_equal(model, batch, tmp_path):
         assert torch.equal(*continued)
 
 
-def test_a_file_holds_every_parameter_once_by_its_name(model, tmp_path):
+@pytest.mark.parametrize("backbone", [False, True])
+def test_a_file_holds_every_parameter_once_by_its_name(model, tmp_path, backbone):
     """The tied table, too, and the eyes, for which transformers has other names in files."""
-    model.save_pretrained(tmp_path)
+    saved = model.model if backbone else model
+    saved.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    parameters = dict(model.named_parameters())
+    parameters = dict(saved.named_parameters())
     assert stored.keys() == parameters.keys()
     assert all(torch.equal(stored[name], value) for name, value in parameters.items())
+    loaded = type(saved).from_pretrained(tmp_path)
+    assert all(torch.equal(value, parameters[name]) for name, value in loaded.named_parameters())
+
+
+def test_tools_that_know_only_the_names_in_the_model_read_the_file(model, batch, tmp_path):
+    model.save_pretrained(tmp_path)
+    plain, tied = micro_model(seed=1), micro_model(seed=2)
+    missing, unexpected = plain.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected  # the tied table, as for every tied model
+    assert load_model(tied, tmp_path / "model.safetensors") == (set(), [])
+    with init_empty_weights():
+        empty = MultiModalCreature(micro_config())
+    empty.tie_weights()
+    dispatched = load_checkpoint_and_dispatch(empty, tmp_path, device_map={"": "cpu"}).eval()
+    expected = outputs(model, batch)
+    for loaded in (plain, tied, dispatched):
+        assert_close(outputs(loaded, batch), expected, atol=0.0, rtol=0.0)
 
 
 def test_untied_table(batch, tmp_path):
@@ -531,7 +552,7 @@ class Perturb(TrainerCallback):
         randomize(model, seed=state.global_step)
 
 
-def test_a_stock_trainer_evaluates_predicts_and_keeps_the_best_weights(tmp_path):
+def test_a_stock_trainer_evaluates_predicts_stops_early_and_keeps_the_best_weights(tmp_path):
     model = micro_model(loss_weights=None)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({str(token): token for token in range(128)})), pad_token="127"
@@ -546,12 +567,12 @@ def test_a_stock_trainer_evaluates_predicts_and_keeps_the_best_weights(tmp_path)
         return {"score": -len(shapes)}  # the first is the best
 
     arguments = TrainingArguments(
-        tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True,
+        tmp_path, max_steps=9, eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True,
         metric_for_best_model="score", per_device_eval_batch_size=3, use_cpu=True, report_to="none", disable_tqdm=True,
     )  # fmt: skip
     trainer = Trainer(
         model, arguments, DataCollatorForLanguageModeling(tokenizer, mlm=False), rows, rows,
-        compute_metrics=score, callbacks=[perturb := Perturb()],
+        compute_metrics=score, callbacks=[perturb := Perturb(), EarlyStoppingCallback(early_stopping_patience=2)],
     )  # fmt: skip
     trainer.train()
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -568,12 +589,19 @@ def test_a_stock_trainer_evaluates_predicts_and_keeps_the_best_weights(tmp_path)
     torch.testing.assert_close(torch.as_tensor(predicted.predictions)[padded >= 0], expected.logits[padded >= 0])
     assert predicted.metrics["test_loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
 
-    fresh = micro_model(seed=9, loss_weights=None)
-    Trainer(fresh, arguments, trainer.data_collator, rows, rows, compute_metrics=score).train(
-        resume_from_checkpoint=tmp_path / "checkpoint-3"
-    )
-    for name, value in fresh.named_parameters():
-        assert torch.equal(value, perturb.saved[0][name]), name
+
+def test_a_stock_trainer_resumes_a_checkpoint_bit_for_bit(tmp_path):
+    rows = [{"input_ids": torch.arange(8) + start, "labels": torch.arange(8) + start} for start in range(30)]
+    models = [micro_model(seed=seed, loss_weights=None) for seed in (0, 9)]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=4, save_steps=2, per_device_train_batch_size=2, use_cpu=True, report_to="none",
+        disable_tqdm=True,
+    )  # fmt: skip
+    Trainer(models[0], arguments, train_dataset=rows).train()
+    Trainer(models[1], arguments, train_dataset=rows).train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    whole, resumed = (model.state_dict() for model in models)
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
 
 
 def test_a_config_of_another_class_gives_the_same_model(model, batch):
