@@ -1,7 +1,6 @@
 # Copyright 2026 The MultiModalCreature developers. Licensed under the Apache License, Version 2.0.
 """Generation with all streams: `generate(output_streams=...)` and the one-tick `step` of a live loop."""
 
-import difflib
 from dataclasses import dataclass, field
 
 import torch
@@ -13,12 +12,12 @@ from transformers.utils import ModelOutput
 try:
     from .configuration_creature import STREAMS
     from .decoding_creature import can_decode, decode
-    from .senses_creature import SENSE_TABLE
+    from .senses_creature import SENSE_TABLE, check_names
     from .streams_creature import sample_token
 except ImportError:
     from configuration_creature import STREAMS
     from decoding_creature import can_decode, decode
-    from senses_creature import SENSE_TABLE
+    from senses_creature import SENSE_TABLE, check_names
     from streams_creature import sample_token
 
 
@@ -117,6 +116,7 @@ class CreatureGenerationMixin(GenerationMixin):
         Raises:
             ValueError: for an unknown stream, or for side streams with beam search or assisted generation.
         """
+        check_names("output_streams", output_streams, STREAMS)
         given = {name: kwargs.pop(name) for name in OUTER_SENSES if kwargs.get(name) is not None}
         if given:
             with torch.no_grad():
@@ -129,16 +129,10 @@ class CreatureGenerationMixin(GenerationMixin):
         commanded = kwargs.get("animation")
         if commanded is not None and kwargs.get("animation_mask") is None:
             kwargs["animation_mask"] = torch.ones(commanded.shape[:2], dtype=torch.bool, device=commanded.device)
-        if isinstance(output_streams, str):
-            raise ValueError(f"output_streams is a tuple of names, such as ({output_streams!r},), not text.")
         streams = tuple(stream for stream in output_streams if stream != "internal_text")
         if not streams:
             return super().generate(inputs, *args, **kwargs)
 
-        unknown = set(streams) - set(STREAMS)
-        if unknown:
-            known = ", ".join(STREAMS)
-            raise ValueError(f"Unknown streams in output_streams: {sorted(unknown)}; the streams are {known}.")
         base = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
 
         def setting(name):
@@ -192,10 +186,6 @@ class CreatureGenerationMixin(GenerationMixin):
             TypeError: for any other argument.
             ValueError: as `forward`.
         """
-        if unknown := sorted(senses.keys() - OUTER_SENSES.keys() - TICK_INPUTS.keys()):
-            near = difflib.get_close_matches(unknown[0], OUTER_SENSES, n=1)
-            hint = f": did you mean `{near[0]}`?" if near else f"; the senses arrive in {', '.join(OUTER_SENSES)}."
-            raise TypeError(f"`encode_senses` has no argument `{unknown[0]}`{hint}")
         vectors = self.model.senses(senses, self.model.embed_tokens)
         if not vectors:
             return None
@@ -281,6 +271,7 @@ class CreatureGenerationMixin(GenerationMixin):
             TypeError: for an argument that `forward` does not have.
             ValueError: as `forward`.
         """
+        check_names("output_streams", output_streams, STREAMS)
         in_forward = tuple(stream for stream in output_streams if stream != "audio")
         outputs = self(
             past_key_values=past_key_values, use_cache=True, logits_to_keep=1, output_streams=in_forward, **senses

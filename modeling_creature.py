@@ -1,7 +1,6 @@
 # Copyright 2026 The MultiModalCreature developers. Licensed under the Apache License, Version 2.0.
 """MultiModalCreature: one causal transformer over ticks; senses are summed into it, streams hang on its last state."""
 
-import difflib
 import inspect
 import os
 from dataclasses import dataclass
@@ -32,7 +31,17 @@ try:
         ZeroProjection,
     )
     from .losses_creature import IGNORE_INDEX, linear_cross_entropy, linear_token_losses
-    from .senses_creature import SENSE_TABLE, CreatureSenses, SenseProjection, VoiceCopy, check_ids, rest_pose
+    from .senses_creature import (
+        SENSE_TABLE,
+        CreatureSenses,
+        SenseProjection,
+        VoiceCopy,
+        check_ids,
+        check_names,
+        check_shapes,
+        rest_pose,
+        unknown_argument,
+    )
     from .streams_creature import CreatureStreams, count_targets, text_loss, text_target_weights
 except ImportError:
     from configuration_creature import SENSES, STREAMS, CreatureConfig
@@ -46,7 +55,17 @@ except ImportError:
         ZeroProjection,
     )
     from losses_creature import IGNORE_INDEX, linear_cross_entropy, linear_token_losses
-    from senses_creature import SENSE_TABLE, CreatureSenses, SenseProjection, VoiceCopy, check_ids, rest_pose
+    from senses_creature import (
+        SENSE_TABLE,
+        CreatureSenses,
+        SenseProjection,
+        VoiceCopy,
+        check_ids,
+        check_names,
+        check_shapes,
+        rest_pose,
+        unknown_argument,
+    )
     from streams_creature import CreatureStreams, count_targets, text_loss, text_target_weights
 
 # What `forward` accepts beside its own parameters; anything else is a mistake.
@@ -151,15 +170,22 @@ class CreatureModel(CreaturePreTrainedModel):
         """The sum of the senses present: the backbone's input, [B, T, hidden_size]."""
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError("Give the internal voice once: either `input_ids` or `inputs_embeds`, not both.")
+        ids, vectors = ("B", "T"), ("B", "T", self.config.hidden_size)
+        check_shapes(
+            {"input_ids": ids, "inputs_embeds": vectors, "sense_embeds": vectors},
+            {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "sense_embeds": senses.get("sense_embeds")},
+        )
         hidden_states = inputs_embeds
         if input_ids is not None:  # a negative id is an absent tick
             hidden_states = self.embed_tokens(input_ids.clamp(min=0)).masked_fill((input_ids < 0)[..., None], 0.0)
-        others = self.senses(senses, self.embed_tokens)
+        others = self.senses({name: senses[name] for name in senses if name != "sense_embeds"}, self.embed_tokens)
+        if senses.get("sense_embeds") is not None:
+            others.append(senses["sense_embeds"])
         if hidden_states is None:
-            if not others and senses.get("sense_embeds") is None:
+            if not others:
                 raise ValueError("The creature has no input: give `input_ids`, `inputs_embeds` or another sense.")
             # A creature without an internal voice at any tick: the sum begins at the first sense that is there.
-            hidden_states = others.pop(0) if others else 0.0
+            hidden_states = others.pop(0)
         for vectors in others:
             if vectors.shape[:2] != hidden_states.shape[:2]:  # or a single row or tick would be broadcast
                 raise ValueError(
@@ -167,8 +193,6 @@ class CreatureModel(CreaturePreTrainedModel):
                     f"{tuple(hidden_states.shape[:2])}: give every sense the same [B, T]."
                 )
             hidden_states = hidden_states + vectors.to(hidden_states.dtype)
-        if senses.get("sense_embeds") is not None:
-            hidden_states = hidden_states + senses["sense_embeds"]
         return hidden_states
 
     @merge_with_config_defaults
@@ -189,7 +213,11 @@ class CreatureModel(CreaturePreTrainedModel):
 
         input_ids [B, T] or inputs_embeds [B, T, hidden_size]; `senses`: the other sense arguments of
         `MultiModalCreature.forward` in one dict; the rest as in every transformers decoder.
+
+        Raises:
+            TypeError, ValueError: as `MultiModalCreature.forward`.
         """
+        _check_kwargs(CreatureModel, kwargs)
         hidden_states = self.embed(input_ids, inputs_embeds, senses or {})
         device_type = hidden_states.device.type
         if torch.is_autocast_enabled(device_type):
@@ -239,6 +267,14 @@ class CreatureModel(CreaturePreTrainedModel):
         )
 
 
+def _check_kwargs(kind: type[nn.Module], kwargs: dict) -> None:
+    """TypeError for arguments that `forward` of a class does not know: a misspelt sense would be absent in silence."""
+    for name in kwargs:
+        if name not in KNOWN_KWARGS:
+            known = {*inspect.signature(kind.forward).parameters, *KNOWN_KWARGS} - {"self", "kwargs"}
+            raise unknown_argument("forward", name, known)
+
+
 class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, GenerationMixin):
     """The creature: six senses in, four streams out, one backbone between them."""
 
@@ -267,11 +303,10 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             streams: names out of `STREAMS`; the efference copy of a stream is trained with it.
 
         Raises:
-            ValueError: for an unknown name.
+            ValueError: for an unknown name, or text in place of a tuple of names.
         """
-        unknown = set(senses) - set(SENSES) | set(streams) - set(STREAMS)
-        if unknown:
-            raise ValueError(f"Unknown senses or streams: {sorted(unknown)}; known are {SENSES} and {STREAMS}.")
+        check_names("senses", senses, SENSES)
+        check_names("streams", streams, STREAMS)
         for sense in SENSE_TABLE:
             trained = sense.copy_of in streams if sense.copy_of else sense.name in senses
             getattr(self.model.senses, sense.name).requires_grad_(trained)
@@ -355,9 +390,10 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
 
         Raises:
             TypeError: for an unknown argument.
-            ValueError: for an unknown stream, ids out of range, two internal voices, or no input at all.
+            ValueError: for an unknown stream, a wrong shape, ids out of range, two internal voices, or no input at all.
         """
-        self._check_arguments(kwargs, output_streams)
+        _check_kwargs(MultiModalCreature, kwargs)
+        check_names("output_streams", output_streams, STREAMS)
         senses = {
             "external_voice_ids": external_voice_ids,
             "input_features": input_features,
@@ -411,6 +447,8 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             **kwargs,
         )
         hidden = outputs.last_hidden_state
+        unshifted = {} if shift_labels is None else {"labels": labels[:, 1:]}
+        check_shapes(self.streams.shapes, targets | unshifted, B=hidden.shape[0], T=hidden.shape[1])
         if return_logits is None:
             return_logits = not (self.training and labels is not None)
         logits = token_losses = predictions = None
@@ -435,21 +473,6 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _check_arguments(self, kwargs: dict, output_streams: tuple[str, ...]) -> None:
-        """Raise for names that `forward` does not know: a misspelt sense would be absent in silence."""
-        for name in kwargs:
-            if name not in KNOWN_KWARGS:
-                known = {*inspect.signature(MultiModalCreature.forward).parameters, *KNOWN_KWARGS} - {"self", "kwargs"}
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f": did you mean `{near[0]}`?" if near else "; its docstring lists what it takes."
-                raise TypeError(f"`forward` has no argument `{name}`{hint}")
-        if isinstance(output_streams, str):
-            raise ValueError(f"output_streams is a tuple of names, such as ({output_streams!r},), not text.")
-        unknown = set(output_streams) - set(STREAMS)
-        if unknown:
-            known = ", ".join(STREAMS)
-            raise ValueError(f"Unknown streams in output_streams: {sorted(unknown)}; the streams are {known}.")
 
     def _losses(
         self,
@@ -502,6 +525,8 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
 
     def _pose(self, hidden: torch.Tensor, senses: dict) -> torch.Tensor:
         """The pose [B, T, joints, 4] that animation is a residual to."""
+        felt = {"joint_rotations": senses["joint_rotations"]}  # which are no part of the sum of the senses
+        check_shapes(self.model.senses.shapes, felt, B=hidden.shape[0], T=hidden.shape[1])
         pose = self.model.senses.pose(senses)
         return rest_pose(hidden.new_zeros(*hidden.shape[:2], self.config.num_joints, 4)) if pose is None else pose
 

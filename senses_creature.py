@@ -6,9 +6,12 @@ adds exactly nothing and is not computed. Presence within a batch is a boolean p
 ticks only. Every last projection starts at zero and has no bias: connecting a sense changes no logit until it is
 trained. The internal voice is the token table itself and lives in the backbone.
 
-`SENSE_TABLE` at the end is the one list of the senses and their arguments: a further sense is a class and a row.
+`SENSE_TABLE` at the end is the one list of the senses and their arguments: a further sense is a class and a row,
+and the shapes of its arguments in `sense_shapes`.
 """
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +70,44 @@ def check_ids(name: str, ids: torch.Tensor, size: int, smallest: int | None = No
     if high >= size or (smallest is not None and low < smallest):
         bad = high if high >= size else low
         raise ValueError(f"`{name}` holds the id {bad}; there are {size:,}, from 0 to {size - 1:,}.")
+
+
+def check_shapes(shapes: dict[str, tuple], tensors: dict, **sizes: int) -> None:
+    """
+    ValueError for a tensor that has not the shape of its name; a letter there stands for one size in all tensors.
+
+    shapes: as `sense_shapes`. tensors: by name; one that is None is not there. sizes: those of letters that are known.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        fits = tensor.dim() == len(shapes[name])
+        for dim, size in enumerate(shapes[name] if fits else ()):
+            if isinstance(size, str):
+                size = sizes.setdefault(size, tensor.shape[dim])
+            fits = fits and tensor.shape[dim] == size
+        if not fits:
+            wanted = ", ".join(str(sizes.get(size, size)) for size in shapes[name])
+            raise ValueError(
+                f"`{name}` has the shape {list(tensor.shape)}, but should have [{wanted}]; the docstring of "
+                "`MultiModalCreature.forward` lists the shapes."
+            )
+
+
+def check_names(argument: str, names: Iterable[str], known: tuple[str, ...]) -> None:
+    """ValueError for text where several names belong, which would be a name a letter, and for unknown names."""
+    if isinstance(names, str):
+        raise ValueError(f"{argument} is a tuple of names, such as ({names!r},), not text.")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"Unknown {argument}: {unknown}; known are {', '.join(known)}.")
+
+
+def unknown_argument(function: str, name: str, known: Iterable[str]) -> TypeError:
+    """The error for an argument that a function does not have, with the nearest one that it has."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f": did you mean `{near[0]}`?" if near else "; the docstring of `MultiModalCreature.forward` lists them."
+    return TypeError(f"`{function}` has no argument `{name}`{hint}")
 
 
 def scatter_present(mask: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
@@ -276,12 +317,36 @@ SENSE_TABLE = (
 assert SENSES[1:] == tuple(sense.name for sense in SENSE_TABLE if not sense.copy_of)
 
 
+def sense_shapes(config: CreatureConfig) -> dict[str, tuple[int | str, ...]]:
+    """The shape of each argument of the senses: B rows, T ticks, N present ticks, C contacts, or a number."""
+    body, image = ("B", "T", config.subframes_per_tick, config.num_joints), (config.vision_image_size,) * 2
+    return {
+        "external_voice_ids": ("B", "T"),
+        "input_features": ("B", "T", config.audio_feature_size),
+        "input_features_mask": ("B", "T"),
+        "pixel_values": ("N", 2, 3, *image),
+        "pixel_mask": ("B", "T"),
+        "joint_positions": (*body, 3),
+        "joint_rotations": (*body, 4),
+        "body_mask": ("B", "T"),
+        "touch_points": ("B", "T", "C"),
+        "touch_surfaces": ("B", "T", "C"),
+        "touch_values": ("B", "T", "C", 5),
+        "touch_mask": ("B", "T", "C"),
+        "external_text_ids": ("B", "T"),
+        "audio_codes": ("B", "T", config.num_audio_codebooks),
+        "animation": ("B", "T", config.animation_size),
+        "animation_mask": ("B", "T"),
+    }
+
+
 class CreatureSenses(nn.Module):
     """All senses beside the internal voice, and the efference copies of what the creature itself emitted."""
 
     def __init__(self, config: CreatureConfig):
         super().__init__()
         self.config = config
+        self.shapes = sense_shapes(config)
         for sense in SENSE_TABLE:
             setattr(self, sense.name, sense.module(config))
 
@@ -294,14 +359,21 @@ class CreatureSenses(nn.Module):
             token_table: the backbone's embedding, shared by every use of text.
 
         Raises:
-            ValueError: for a part of a sense without the others, and for ids out of range.
+            TypeError: for an argument that no sense has.
+            ValueError: for a part of a sense without the others, a wrong shape, and ids out of range.
         """
+        for name in inputs:
+            if name not in self.shapes:
+                raise unknown_argument("senses", name, self.shapes)
         vectors = []
         for sense in SENSE_TABLE:
             given = [name for name in sense.arguments if inputs.get(name) is not None]
             mask = inputs.get(sense.mask)
-            if given == ["joint_rotations"] or (not given and mask is None):
-                continue  # rotations alone are not felt: they are the pose that animation starts from
+            if not given and mask is None:
+                continue
+            check_shapes(self.shapes, {name: inputs.get(name) for name in (*sense.arguments, sense.mask) if name})
+            if given == ["joint_rotations"]:
+                continue  # alone they are not felt: they are the pose that animation starts from
             missing = [name for name in sense.arguments if name not in given]
             if missing:
                 names = " and ".join(f"`{name}`" for name in missing)

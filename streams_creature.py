@@ -163,6 +163,19 @@ def unpack_animation(config: CreatureConfig, animation: torch.Tensor) -> tuple[t
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def target_shapes(config: CreatureConfig) -> dict[str, tuple[int | str, ...]]:
+    """The shape of each target of the streams: B rows, T ticks, or a number."""
+    return {
+        "labels": ("B", "T"),
+        "external_text_targets": ("B", "T"),
+        "audio_targets": ("B", "T", config.num_audio_codebooks),
+        "rotation_targets": ("B", "T", config.subframes_per_tick, config.num_joints, 4),
+        "blend_shape_targets": ("B", "T", config.num_blend_shapes),
+        "eye_targets": ("B", "T", 2, 4),
+        "animation_target_mask": ("B", "T"),
+    }
+
+
 class ExternalTextStream(nn.Module):
     """What the creature says aloud, as text: the token table read through a matrix of its own."""
 
@@ -355,6 +368,7 @@ class CreatureStreams(nn.Module):
 
     def __init__(self, config: CreatureConfig):
         super().__init__()
+        self.shapes = target_shapes(config)
         self.external_text = ExternalTextStream(config)
         self.audio = AudioStream(config)
         self.animation = AnimationStream(config)

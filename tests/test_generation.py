@@ -390,7 +390,7 @@ def test_beams_with_side_streams_are_refused_in_a_sentence(model, prompt):
     config = model.generation_config.__class__(num_beams=3, max_new_tokens=2)
     with pytest.raises(ValueError, match="beam search"):
         model.generate(prompt, output_streams=SIDE_STREAMS, generation_config=config)
-    with pytest.raises(ValueError, match="Unknown streams.*smell"):
+    with pytest.raises(ValueError, match="Unknown output_streams.*smell"):
         model.generate(prompt, output_streams=("smell",), max_new_tokens=2)
 
 

@@ -275,10 +275,12 @@ def test_logits_come_first_in_a_tuple_or_second_after_the_loss(model, batch):
     ],
 )
 def test_an_unknown_argument_is_an_error(model, batch, argument, meant):
-    hint = f": did you mean `{meant}`[?]" if meant else "; its docstring lists what it takes[.]"
+    hint = f": did you mean `{meant}`[?]" if meant else "; the docstring of `MultiModalCreature.forward` lists them[.]"
     for call in (model, model.step):
         with pytest.raises(TypeError, match=f"^`forward` has no argument `{argument}`{hint}$"):
             call(input_ids=batch["input_ids"], **{argument: 5})
+    with pytest.raises(TypeError, match=f"^`forward` has no argument `{argument}`"):
+        model.model(batch["input_ids"], **{argument: 5})
 
 
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
@@ -515,7 +517,10 @@ def test_frozen_parts(batch):
     saved = model.state_dict()
     assert "streams.audio.out_proj.weight" in saved and "model.senses.touch.proj.weight" in saved
     for bad in (dict(senses=("smell",)), dict(streams=("smell",))):
-        with pytest.raises(ValueError, match="smell"):
+        with pytest.raises(ValueError, match=r"\['smell'\]; known are internal_"):
+            model.train_only(**bad)
+    for bad in (dict(senses="vision"), dict(streams="audio")):
+        with pytest.raises(ValueError, match="is a tuple of names"):
             model.train_only(**bad)
 
 

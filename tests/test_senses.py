@@ -415,20 +415,22 @@ def test_the_pose_is_felt_else_commanded_else_at_rest(model):
 def test_efference_copies_and_senses_add_up(model, batch):
     """One tick's input is the sum of its senses: `sense_embeds` in two parts gives what the senses give at once."""
     senses = without_targets(batch)
+    ids = senses.pop("input_ids")
     with torch.no_grad():
         vectors = model.model.senses(senses, model.model.embed_tokens)
         assert len(vectors) == len(SENSE_MODULES)
-        summed = model.model.embed(batch["input_ids"], None, senses)
-        torch.testing.assert_close(summed, model.model.embed_tokens(batch["input_ids"]) + sum(vectors))
-        outer = {name: value for name, value in senses.items() if name != "input_ids"}
-        by_embeds = model(input_ids=batch["input_ids"], sense_embeds=model.encode_senses(**outer)).logits
-        torch.testing.assert_close(by_embeds, model(**senses).logits, atol=1e-4, rtol=1e-4)
+        summed = model.model.embed(ids, None, senses)
+        torch.testing.assert_close(summed, model.model.embed_tokens(ids) + sum(vectors))
+        by_embeds = model(input_ids=ids, sense_embeds=model.encode_senses(**senses)).logits
+        torch.testing.assert_close(by_embeds, model(ids, **senses).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("argument", "words"), [("pixel_value", "mean `pixel_values`"), ("smell", "arrive in")])
-def test_encoding_an_unknown_sense_is_an_error(model, batch, argument, words):
-    with pytest.raises(TypeError, match=words):
-        model.encode_senses(**{argument: batch["pixel_values"]})
+@pytest.mark.parametrize(("argument", "words"), [("pixel_value", "mean `pixel_values`"), ("smell", "docstring")])
+def test_an_unknown_sense_is_an_error(model, batch, argument, words):
+    unknown = {argument: batch["pixel_values"]}
+    for call in (lambda: model.encode_senses(**unknown), lambda: model.model(batch["input_ids"], senses=unknown)):
+        with pytest.raises(TypeError, match=f"^`senses` has no argument `{argument}`.*{words}"):
+            call()
 
 
 def test_the_internal_voice_is_given_once(model, batch):
@@ -449,7 +451,31 @@ def test_senses_of_other_rows_or_ticks_are_refused_and_not_broadcast(model, batc
             model(input_ids=batch["input_ids"], input_features=part)
 
 
+@pytest.mark.parametrize("name", [*random_batch(micro_config()), "sense_embeds"])
+def test_a_wrong_shape_is_an_error_that_names_the_argument_or_its_sense(model, batch, name):
+    value = torch.zeros(ROWS, TICKS, 32) if name == "sense_embeds" else batch[name]
+    sense = next((sense for sense in SENSE_TABLE if name in (*sense.arguments, sense.mask)), None)
+    names = "|".join(filter(None, (*sense.arguments, sense.mask))) if sense else name
+    message = rf"^`?({names})`? (has the shape|holds)|^The senses differ in rows and ticks"
+    narrow = [value[..., :-1]] if value.dim() > 2 else []
+    for wrong in (value[:, :-1], value[:1], value[0], value[..., None], *narrow):
+        with pytest.raises(ValueError, match=message):
+            model(**batch | {name: wrong})
+
+
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+def test_labels_of_fewer_ticks_are_an_error(model, batch, name):
+    with pytest.raises(ValueError, match=r"^`labels` has the shape \[3, 5\], but should have \[3, 8\]"):
+        model(batch["input_ids"], **{name: batch["labels"][:, :5]})
+
+
+def test_a_pose_of_fewer_ticks_is_an_error(model, batch):
+    felt = {"joint_rotations": batch["joint_rotations"][:, :1]}
+    with pytest.raises(ValueError, match="`joint_rotations` has the shape"):
+        model(batch["input_ids"], output_streams=("animation",), **felt)
+
+
 def test_one_stream_is_given_in_a_tuple(model, batch):
-    for call in (model, model.generate):
+    for call in (model, model.generate, model.step):
         with pytest.raises(ValueError, match="tuple of names"):
-            call(batch["input_ids"], output_streams="audio")
+            call(input_ids=batch["input_ids"], output_streams="audio")
