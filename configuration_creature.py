@@ -17,7 +17,7 @@ END_OF_TEXT_ID = 50256
 NULL_ID = 50257
 PAD_ID = 50258
 
-# Tables by token of version 0.1.0, which doubled the parameters for 0.014 nats (docs/decisions.md).
+# Tables by token of the first models, which doubled the parameters for 0.014 nats (docs/decisions.md).
 REMOVED_FIELDS = ("use_value_embeddings", "per_layer_embedding_size")
 
 
@@ -151,7 +151,7 @@ class CreatureConfig(PreTrainedConfig):
         if any([kwargs.pop(name, None) for name in REMOVED_FIELDS]):
             raise ValueError(
                 "CreatureConfig: this model was trained with further tables by token (use_value_embeddings, "
-                "per_layer_embedding_size), which this version does not have: load it with version 0.1.0 or train anew."
+                "per_layer_embedding_size), which are gone: load it with the version that trained it, or train anew."
             )
         super().__post_init__(**kwargs)
         # Here, and not only as the validator that runs later, so that the user meets a plain ValueError.
@@ -213,7 +213,7 @@ class CreatureConfig(PreTrainedConfig):
                 problems.append(
                     f"vocab_size ({self.vocab_size}) is smaller than the tokenizer needs: {name} is {token}"
                 )
-        for name in ("attention_dropout", "initializer_range"):
+        for name in _SHARE_FIELDS:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 problems.append(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
         if not 0.0 < self.rms_norm_eps:
@@ -235,6 +235,8 @@ class CreatureConfig(PreTrainedConfig):
         return problems
 
 
+# `creature/settings.py` reads these two lists as well, to report all problems with the settings at once.
+_SHARE_FIELDS = ("attention_dropout", "initializer_range")
 _POSITIVE_FIELDS = (
     "vocab_size",
     "hidden_size",

@@ -18,6 +18,7 @@ from creature.errors import UserError
 from creature.files import (
     LOCK_FILE,
     flush_folder,
+    format_bytes,
     free_bytes,
     lock_folder,
     replace_file,
@@ -355,8 +356,8 @@ def require_space(folder: str | os.PathLike, checkpoint_bytes: int) -> None:
     needed, free = int(1.4 * checkpoint_bytes), free_bytes(folder)
     if free < needed:
         raise UserError(
-            f"the disk of {folder} has {free / 1e9:.1f} GB free, and one checkpoint with the final model takes "
-            f"{needed / 1e9:.1f} GB: free some space, or choose another --output_dir"
+            f"the disk of {folder} has {format_bytes(free)} free, and one checkpoint with the final model takes "
+            f"{format_bytes(needed)}: free some space, or choose another --output_dir"
         )
 
 

@@ -161,6 +161,11 @@ def free_bytes(path: str | os.PathLike) -> int:
     return shutil.disk_usage(path).free
 
 
+def format_bytes(number: int) -> str:
+    """As in "1.4 GB"; below one GB as in "120.3 MB"."""
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
 def require_writable(folder: str | os.PathLike) -> Path:
     """Create `folder` with its parents and test by a temporary file that it can be written; UserError otherwise."""
     folder = Path(folder)

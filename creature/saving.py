@@ -38,7 +38,7 @@ class CheckpointMixin:
         self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Load the weights by `from_pretrained`, which knows the names that parts from transformers are saved under."""
+        """Load the weights by `from_pretrained`, which reads safetensors alone and tells every weight that differs."""
         target = self.model if model is None else model
         with _explain_read_errors(resume_from_checkpoint):
             if isinstance(target, FSDPModule):

@@ -42,6 +42,7 @@ OTHER_NAMES = {
     "dataset_name": "data",
     "dropout": "attention_dropout",
     "ffn_dim": "intermediate_size",
+    "ffn_hidden_size": "intermediate_size",
     "lr": "learning_rate",
     "max_seq_len": "max_position_embeddings",
     "max_seq_length": "max_position_embeddings",
@@ -53,7 +54,7 @@ OTHER_NAMES = {
     "num_layers": "num_hidden_layers",
 }
 
-# Fields of version 0.1.0, where the nearest name here would be a wrong guess too.
+# Fields of the first models, where the nearest name here would be a wrong guess too.
 REMOVED = ("use_value_embeddings", "per_layer_embedding_size")
 
 # Fields of TrainingArguments that this job would ignore, or that would make its numbers wrong.
@@ -239,6 +240,13 @@ def _read_fields(path: Path, class_name: str, section: str) -> dict[str, FieldIn
     return {info.name: info for info in found}
 
 
+def _read_constant(path: Path, name: str) -> Any:
+    """The value of one constant of a module, without importing the file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    values = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    return ast.literal_eval(values[name])
+
+
 def _read_field(node: ast.AnnAssign, section: str) -> FieldInfo:
     annotation = re.sub(r"\[[^|]*\]", "", ast.unparse(node.annotation))  # list[str] -> list
     kinds = {part.strip().replace("None", "none") for part in annotation.split("|")}
@@ -259,7 +267,7 @@ def _read_field(node: ast.AnnAssign, section: str) -> FieldInfo:
 
 def _suggest(name: str, candidates) -> str:
     if name in REMOVED:
-        return ": the tables by token of version 0.1.0 are gone, leave it out"
+        return ": the tables by token of the first models are gone, leave it out"
     close = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, list(candidates), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -445,6 +453,14 @@ def _find_bad_values(values: dict[str, Any]) -> list[str]:
         value = values.get(name)
         if value is not None and not 0 <= value < float("inf"):
             problems.append(f"{name} must be 0 or more, not {value}")
+    for name in _read_constant(PROJECT / "configuration_creature.py", "_POSITIVE_FIELDS"):
+        value = values.get(name)
+        if value is not None and value < 1:
+            problems.append(f"{name} must be at least 1, not {value}")
+    for name in _read_constant(PROJECT / "configuration_creature.py", "_SHARE_FIELDS"):
+        value = values.get(name)
+        if value is not None and not 0 <= value <= 1:
+            problems.append(f"{name} must lie between 0 and 1, not {value}")
     if values.get("tokens_per_step", 0) > LARGEST_BATCH:
         problems.append(f"tokens_per_step must be at most {LARGEST_BATCH:,}, not {values['tokens_per_step']}")
     if not 0 <= (fraction := values.get("validation_fraction", 0)) < 1:

@@ -27,7 +27,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from creature.errors import UserError, run_main  # noqa: E402
-from creature.files import free_bytes, user_path  # noqa: E402
+from creature.files import format_bytes, free_bytes, user_path  # noqa: E402
 
 TOKENS_MINIMUM, TOKENS_RECOMMENDED = 10_000_000, 100_000_000
 
@@ -235,13 +235,13 @@ def check_disk(settings, config) -> tuple[bool, str]:
     number = min(planned, kept) + 2 if kept else planned + 2
     needed, folder = number * each + weights, settings.output_dir
     free = free_bytes(folder)
-    text = f"{number} checkpoints of {each / 1e9:.2f} GB and the final model take {needed / 1e9:.1f} GB"
+    text = f"{number} checkpoints of {format_bytes(each)} and the final model take {format_bytes(needed)}"
     if free < needed:
         raise UserError(
-            f"{text}, and the disk of {folder} has {free / 1e9:.1f} GB: free some space, choose another --output_dir, "
+            f"{text}, and the disk of {folder} has {format_bytes(free)}: free some space, choose another --output_dir, "
             "or keep fewer with --save_total_limit"
         )
-    return True, f"{text}; {free / 1e9:.0f} GB are free"
+    return True, f"{text}; {format_bytes(free)} are free"
 
 
 def check_dry_run(folder: str | None, config) -> tuple[bool, str]:

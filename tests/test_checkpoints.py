@@ -288,6 +288,9 @@ def test_a_disk_too_small_and_a_folder_that_cannot_be_written_are_refused_early(
     checkpoints.require_space(tmp_path, 500_000_000)
     with pytest.raises(UserError, match="1.0 GB free.*1.4 GB"):
         checkpoints.require_space(tmp_path, 10**9)
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: 4 * 10**6)
+    with pytest.raises(UserError, match="4.0 MB free.*7.0 MB"):
+        checkpoints.require_space(tmp_path, 5 * 10**6)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         checkpoints.clear_output(tmp_path / "file" / "run", keep=False)

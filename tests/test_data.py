@@ -292,6 +292,10 @@ def make_bad(name, folder):
         path.write_text("no array")
     elif name == "foreign.npy":
         np.save(path, TOKENS.astype(">u2"))
+    elif name == "rows.npy":
+        np.save(path, TOKENS.reshape(100, -1))
+    elif name == "rows.pt":
+        torch.save(torch.from_numpy(TOKENS.astype(np.int32)).view(100, -1), path)
     elif name == "dict.pt":
         torch.save({"ids": torch.zeros(100, dtype=torch.int64)}, path)
     elif name == "float.pt":
@@ -335,6 +339,8 @@ BAD = {
     "object.npy": "not a plain .npy array",
     "text.npy": "not a plain .npy array",
     "foreign.npy": "foreign order",
+    "rows.npy": r"has the shape \[100, 100\], and token ids are one row",
+    "rows.pt": r"has the shape \[100, 100\], and token ids are one row",
     "dict.pt": "holds a dict, not a tensor",
     "float.pt": "holds torch.float32 values",
     "pickle.pt": "a pickle of something else than a tensor",

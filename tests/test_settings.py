@@ -46,7 +46,8 @@ def test_every_kind_of_value_arrives_in_its_type(tmp_path):
 def test_all_problems_are_reported_at_once_with_the_nearest_name(tmp_path):
     config = write(
         tmp_path,
-        "model:\n  hiden_size: 64\n  num_hidden_layers: many\n  n_head: 4\n"
+        "model:\n  hiden_size: 64\n  num_hidden_layers: many\n  n_head: 4\n  ffn_hidden_size: 256\n"
+        "  attention_dropout: 3\n  vocab_size: 0\n"
         "training:\n  max_steps: true\n  hidden_size: 3\n  use_liger_kernel: true\nlogging:\n  level: 3\n",
     )
     with pytest.raises(UserError) as caught:
@@ -56,6 +57,9 @@ def test_all_problems_are_reported_at_once_with_the_nearest_name(tmp_path):
         "hiden_size (did you mean hidden_size?)",
         "num_hidden_layers must be a whole number, not 'many'",
         "n_head (did you mean num_attention_heads?)",
+        "ffn_hidden_size (did you mean intermediate_size?)",
+        "attention_dropout must lie between 0 and 1, not 3",
+        "vocab_size must be at least 1, not 0",
         "max_steps must be a whole number, not true",
         "hidden_size belongs under model:",
         "use_liger_kernel",

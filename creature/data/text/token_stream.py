@@ -41,8 +41,12 @@ class TokenStream:
             raise UserError(f"{self.name} holds {opened.dtype.name} values, not token ids: store integers (uint16)")
         if opened.size == 0:
             raise UserError(f"{self.name} is empty: tokenize some text into it first")
-        flat = opened.reshape(-1)
-        return [pa.Array.from_buffers(pa.from_numpy_dtype(flat.dtype), len(flat), [None, pa.py_buffer(flat)])]
+        if opened.ndim != 1:  # rows would be joined without a document end between them
+            raise UserError(
+                f"{self.name} has the shape {list(opened.shape)}, and token ids are one row: put the end-of-text id "
+                "after each document and save ids.reshape(-1)"
+            )
+        return [pa.Array.from_buffers(pa.from_numpy_dtype(opened.dtype), len(opened), [None, pa.py_buffer(opened)])]
 
     def _open_bin(self) -> np.ndarray:
         size, width = os.path.getsize(self.name), np.dtype(self.dtype).itemsize
