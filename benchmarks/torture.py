@@ -35,6 +35,7 @@ from pathlib import Path
 # In place of this folder, whose tokenize.py would hide the standard library's module of that name.
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(PROJECT)
+sys.path.append(str(PROJECT / "tests"))
 
 KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "disk full", "truncated file", "flipped bit", "newest deleted")
 DAMAGES = KINDS[4:]
@@ -45,13 +46,6 @@ PATIENCE = 120  # seconds without an end after a fault, after which an attempt c
 IN_NAMESPACE = "TORTURE_MOUNTS"  # set in the process that may mount
 
 SETTINGS = {
-    "model": dict(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=32, attention_dropout=0.1, sense_hidden_size=8, vision_image_size=8,
-        vision_patch_size=4, vision_hidden_size=8, vision_num_layers=1, vision_num_heads=2, num_touch_points=8,
-        touch_embedding_size=4, num_audio_codebooks=2, audio_codebook_size=16, audio_code_size=8,
-        depth_hidden_size=8, depth_num_layers=1, depth_num_heads=2, num_joints=3, num_blend_shapes=4,
-    ),
     "data": dict(data="corpus.bin", tokenizer_name="tokenizer", max_eval_blocks=2),
     "training": dict(
         tokens_per_step=256, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1, save_steps=4,
@@ -219,10 +213,12 @@ def prepare(place: Path) -> None:
     """The micro configuration, tokens that can be learned, and a tokenizer of 64 words."""
     import numpy as np
     import yaml
+    from creatures import MICRO  # of the tests
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    (place / "micro.yaml").write_text(yaml.safe_dump(SETTINGS), encoding="utf-8")
+    model = MICRO["model"] | {"vocab_size": 64}
+    (place / "micro.yaml").write_text(yaml.safe_dump(SETTINGS | {"model": model}), encoding="utf-8")
     ids = np.random.default_rng(0).integers(0, 5, 6000).cumsum() % 60
     ids.astype(np.uint16).tofile(place / "corpus.bin")
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(62)} | {"<unk>": 62, "<end>": 63}, unk_token="<unk>"))
