@@ -70,7 +70,10 @@ except ImportError:
 
 # What `forward` accepts beside its own parameters; anything else is a mistake.
 KNOWN_KWARGS = (
-    TransformersKwargs.__required_keys__ | TransformersKwargs.__optional_keys__ | {"return_dict", "shift_labels"}
+    TransformersKwargs.__required_keys__
+    | TransformersKwargs.__optional_keys__
+    | {"return_dict", "shift_labels"}
+    | {"attention_instances", "forward_batch"}  # for the attention that vLLM and SGLang put in place of ours
 )
 
 

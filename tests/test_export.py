@@ -179,6 +179,7 @@ def test_a_server_with_attention_and_layers_of_its_own_gets_the_same_logits(fold
             use_cache=False,
             position_ids=torch.arange(begin, end)[None],
             attention_instances=instances,
+            forward_batch=None,
             return_dict=False,
         )
         states.append(outputs[0][0])
