@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--validation_fraction", type=float, metavar="X", help="share of the groups (default 0.1, or the source's own)")
     add("--validation_groups", metavar="REGEX", help="hold out the groups that match, in place of a share")
-    add("--label_column", metavar="NAME", help="column of a table or data set that becomes internal text")
+    add("--label_column", metavar="NAME", help="column that becomes internal text; of sound also folder")
     add("--metres_per_unit", type=float, metavar="X", help="of a .bvh (default: guessed from the skeleton)")
     add("--license", metavar="TEXT", help="kept with every recording (default: as the folder states it)")
     arguments = parser.parse_args()

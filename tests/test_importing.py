@@ -16,7 +16,7 @@ import pyarrow as pa  # noqa: E402
 from found_data import write_bvh, write_lerobot_2, write_lerobot_3, write_tone, write_video  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from creature.data.recordings import media, sound  # noqa: E402
+from creature.data.recordings import media  # noqa: E402
 from creature.data.recordings.importing import detect_format, import_recordings  # noqa: E402
 from creature.data.recordings.schema import load_recordings  # noqa: E402
 from creature.data.recordings.sources import ImportOptions  # noqa: E402
@@ -104,13 +104,27 @@ def nested_labels(folder):
     return "audio/x", "order twelve ounce soy milk", None
 
 
-LAYOUTS = (ljspeech, audio_folder, audio_folder_lines, librispeech, common_voice, vctk, nested_labels)
+def commands_by_folder(folder):
+    write_tone(folder / "yes" / "0a7c2a8d_nohash_0.wav")
+    return "yes/0a7c2a8d_nohash_0", "yes", "0a7c2a8d"
+
+
+LAYOUTS = (
+    ljspeech,
+    audio_folder,
+    audio_folder_lines,
+    librispeech,
+    common_voice,
+    vctk,
+    nested_labels,
+    commands_by_folder,
+)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_of_speech_comes_in_with_its_words_and_speaker(tmp_path, bring, layout):
     name, text, group = layout(tmp_path / "found")
-    rows, _, _ = bring()
+    rows, _, _ = bring(label_column="folder" if layout is commands_by_folder else None)
     assert list(rows) == [name] and words(rows[name]) == text
     assert rows[name]["internal_text"][0]["start"] is None
     assert group is None or rows[name]["split_group"] == group
@@ -543,7 +557,8 @@ def test_the_group_comes_from_a_column_or_from_the_path(tmp_path, bring):
         ({}, "there is no folder"),
         ({"a.xyz": b"1"}, "holds neither"),
         ({"a.wav": b""}, "the sound file is empty"),
-        ({"a.csv": b""}, "holds nothing that can be imported"),
+        ({"a.csv": b""}, "the table is empty"),
+        ({"a.csv": b"0.5,1\n2,3\n"}, "it has to name the columns"),
         ({"meta/info.json": b"{"}, "no LeRobot data set"),
     ],
 )
@@ -585,4 +600,3 @@ def test_the_picture_shows_sound_words_and_bodies(tmp_path, bring):
     (tmp_path / "found" / "a.lab").unlink()
     bring()
     assert draw_recordings(tmp_path / "out").read_bytes() != with_words
-    assert sound.SOUND_FILES

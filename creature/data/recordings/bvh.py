@@ -1,6 +1,7 @@
 """Motion capture in BVH: any skeleton, any order of channels."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +12,7 @@ import numpy as np
 
 from creature.data.recordings.schema import PART_SECONDS, RecordingError, untimed
 from creature.data.recordings.sound import read_descriptions
-from creature.data.recordings.sources import HELD_OUT, ImportOptions, Job, Notes, guess_groups, list_files
+from creature.data.recordings.sources import HELD_OUT, SOUND_FILES, ImportOptions, Job, Notes, guess_groups, list_files
 from creature.data.recordings.transcripts import INDEX_FILES
 
 RATE = 50  # Hz: a sub-frame of a tick is 20 ms
@@ -36,7 +37,9 @@ def find_motions(folder: Path, options: ImportOptions, notes: Notes) -> list[Job
     the frame of its parent, the root's in that of the room.
     """
     files = list_files(folder, (".bvh",))
-    described = read_descriptions(folder, list_files(folder, INDEX_FILES), files, notes)
+    if sounds := list_files(folder, SOUND_FILES):
+        notes.leave_out("sound beside motion (--format audio imports it)", sounds[0].name, len(sounds))
+    described = read_descriptions(folder, list_files(folder, INDEX_FILES), files, options, notes)
     names = {path: path.relative_to(folder).with_suffix("").as_posix() for path in files}
     guessed = guess_groups(list(names.values()))
     jobs = []
@@ -91,8 +94,7 @@ def read_skeleton(lines) -> Skeleton:
     try:
         if lines.readline().strip().upper() != "HIERARCHY":
             raise RecordingError("the file does not begin with HIERARCHY: it is no BVH")
-        for line in lines:
-            word, *rest = line.split() or [""]
+        for word, *rest in (piece.split() for line in lines for piece in re.split(r"([{}])", line) if piece.split()):
             if word in ("ROOT", "JOINT") or (word == "End" and rest):
                 if word == "ROOT" and skeleton.names:
                     raise RecordingError("the file holds several skeletons: export each into a file of its own")

@@ -31,11 +31,11 @@ def find_recordings(folder: Path, options: ImportOptions, notes: Notes) -> list[
     for split, dataset in splits.items():
         own = zip(dataset["recording_id"], dataset["split_group"], strict=True)
         groups = [options.group(name) or group or name for name, group in own]
-        jobs.append(Job(split, set(groups), partial(rows, split, groups), split == "validation"))
+        jobs.append(Job(split, set(groups), partial(rows, split, groups), split == "validation", len(groups)))
     return jobs
 
 
-def find_dataset(name: str, options: ImportOptions, notes: Notes) -> list[Job]:
+def find_dataset(path: Path, options: ImportOptions, notes: Notes) -> list[Job]:
     """
     A job for each split of a data set with a column of sound or pictures: a folder of `save_to_disk` or of Parquet
     files, or owner/name[:configuration[:split]] on the Hub. A text or a class beside them is internal text at the end.
@@ -44,7 +44,7 @@ def find_dataset(name: str, options: ImportOptions, notes: Notes) -> list[Job]:
     """
     import datasets
 
-    path, only = Path(name), None
+    name, only = path.as_posix(), None
     try:
         if is_arrow_folder(path):
             splits = datasets.load_from_disk(str(path))
@@ -85,20 +85,19 @@ def _split_job(split: str, dataset: "Dataset", options: ImportOptions, notes: No
     used = {*sounds[:1], *pictures, text}
     for name in (*sounds[:1], *pictures):
         dataset = dataset.cast_column(name, type(features[name])(decode=False))
+    contents = dataset.select_columns([name for name in features if name in used])
     group_columns = [name for name in features if name not in used]
     words = getattr(features.get(text), "int2str", None)  # of a ClassLabel
-    groups = [
-        options.group(f"{split}/{number}", row) or f"{split}/{number}"
-        for number, row in enumerate(
-            dataset.select_columns([name for name in group_columns if _is_flat(features[name])])
-        )
-    ]
+    flat = [name for name in group_columns if getattr(features[name], "dtype", None) in ("string", "int32", "int64")]
+    about = dataset.select_columns(flat) if flat else [{}] * len(dataset)
+    numbered = ((f"{split}/{number}", row) for number, row in enumerate(about))
+    groups = [options.group(name, row) or name for name, row in numbered]
     for name in group_columns:
         if options.group("", {name: "x"}) is None:
             notes.leave_out("a column that is neither sound, picture, text nor group", name)
 
     def rows() -> Iterator[tuple[dict, dict]]:
-        for number, (row, group) in enumerate(zip(dataset, groups, strict=True)):
+        for number, (row, group) in enumerate(zip(contents, groups, strict=True)):
             name = f"{split}/{number}"
             value = row.get(text)
             said = words(value) if words and value is not None and value >= 0 else flatten_values(value)
@@ -120,11 +119,7 @@ def _split_job(split: str, dataset: "Dataset", options: ImportOptions, notes: No
             except (RecordingError, OSError) as error:
                 notes.leave_out(first_line(error), name)
 
-    return Job(split, set(groups), rows, bool(HELD_OUT.search(split)))
-
-
-def _is_flat(feature) -> bool:
-    return getattr(feature, "dtype", None) in ("string", "int64", "int32", "large_string")
+    return Job(split, set(groups), rows, bool(HELD_OUT.search(split)), len(dataset))
 
 
 def _content(value: dict) -> bytes:

@@ -6,11 +6,15 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
+from creature.data.recordings.bvh import find_motions
+from creature.data.recordings.hub import find_dataset, find_recordings
+from creature.data.recordings.lerobot import find_episodes
 from creature.data.recordings.schema import (
     RECORDINGS_FILE,
     TEXTS,
@@ -19,11 +23,20 @@ from creature.data.recordings.schema import (
     RecordingError,
     RecordingsWriter,
 )
-from creature.data.recordings.sources import ImportOptions, Job, Notes, list_files
+from creature.data.recordings.sound import find_sounds
+from creature.data.recordings.sources import SOUND_FILES, TABLE_FILES, ImportOptions, Job, Notes, list_files
+from creature.data.recordings.tables import find_tables
 from creature.data.text.sources import is_arrow_folder, is_hub_name
 from creature.errors import UserError, first_line
 
-FORMATS = ("lerobot", "audio", "bvh", "table", "recordings", "datasets")
+FINDERS = {
+    "lerobot": find_episodes,
+    "audio": find_sounds,
+    "bvh": find_motions,
+    "table": find_tables,
+    "recordings": find_recordings,
+    "datasets": find_dataset,
+}
 VALIDATION_FRACTION = 0.1
 FEEDS = {  # column: what it is to the creature
     "audio": "ears",
@@ -68,42 +81,35 @@ def import_recordings(
         jobs, formats = [], {}
         for name in inputs:
             chosen = detect_format(name) if format == "auto" else format
-            found = _finder(chosen)(name, options, notes)
+            if chosen != "datasets" and not Path(name).is_dir():
+                raise UserError(f"there is no folder {name}: check the path")
+            found = FINDERS[chosen](Path(name), options, notes)
             if not found:
-                raise UserError(f"{name} holds nothing that can be imported as {chosen}: see docs/recordings.md")
+                raise UserError(f"{name} holds nothing to import as {chosen}{_reasons(notes)}: see docs/recordings.md")
             formats[name] = chosen
             about = {"source": Path(name).name or name, "license": license or _license(name)}
             prefix = f"{about['source']}/" if len(inputs) > 1 else ""
             jobs += [(job, prefix, about) for job in found]
         split_of = assign_splits([job for job, *_ in jobs], options, notes)
-        totals = _Totals()
-        began = time.perf_counter()
-        for job, prefix, about in _bar(jobs, progress, totals):
-            rows = iter(job.rows())
-            while True:
-                try:
-                    row, names = next(rows)
-                except StopIteration:
-                    break
-                except READ_ERRORS as error:
-                    reason = first_line(error)
-                    known = isinstance(error, RecordingError)
-                    notes.leave_out(
-                        reason if known else f"it cannot be read ({type(error).__name__}: {reason})", job.name
-                    )
-                    break
-                row = about | {name: value for name, value in row.items() if value is not None}
-                row["recording_id"] = prefix + row["recording_id"]
-                split = split_of(job, row["split_group"])
-                try:
-                    writer.add(row, split, names)
-                except RecordingError as error:
-                    notes.leave_out(str(error), row["recording_id"])
-                else:
-                    totals.add(row, split)
+        totals, began = _Totals(), time.perf_counter()
+        with tqdm(total=sum(job.count for job, *_ in jobs), desc="importing", disable=not progress) as bar:
+            for job, prefix, about in jobs:
+                done = 0
+                for row, names in _read(job, notes):
+                    row = about | {name: value for name, value in row.items() if value is not None}
+                    row["recording_id"] = prefix + row["recording_id"]
+                    split = split_of(job, row["split_group"])
+                    try:
+                        writer.add(row, split, names)
+                    except RecordingError as error:
+                        notes.leave_out(str(error), row["recording_id"])
+                    else:
+                        totals.add(row, split)
+                    done += 1
+                    bar.update()
+                bar.update(max(0, job.count - done))
         if not totals.splits:
-            reasons = "; ".join(f"{count} x {why} ({names[0]})" for why, (count, names) in notes.left_out.items())
-            raise UserError(f"no recording could be used ({reasons}): see docs/recordings.md for what can be imported")
+            raise UserError(f"no recording could be used{_reasons(notes)}: see docs/recordings.md")
         writer.facts["report"] = totals.report() | {
             "inputs": [{"source": Path(name).name or name, "format": kind} for name, kind in formats.items()],
             "left_out": _listed(notes.left_out),
@@ -111,6 +117,16 @@ def import_recordings(
             "seconds": round(time.perf_counter() - began, 1),
         }
     return writer.facts
+
+
+def _read(job: Job, notes: Notes) -> Iterator[tuple[dict, dict]]:
+    """The rows of a job, up to the first that cannot be read."""
+    try:
+        yield from job.rows()
+    except READ_ERRORS as error:
+        reason = first_line(error)
+        known = isinstance(error, RecordingError)
+        notes.leave_out(reason if known else f"it cannot be read ({type(error).__name__}: {reason})", job.name)
 
 
 def detect_format(name: str) -> str:
@@ -126,10 +142,7 @@ def detect_format(name: str) -> str:
         return "datasets"
     if (folder / "meta" / "info.json").is_file():
         return "lerobot"
-    from creature.data.recordings.media import SOUND_FILES
-    from creature.data.recordings.tables import TABLES
-
-    for kind, endings in (("bvh", (".bvh",)), ("audio", SOUND_FILES), ("table", TABLES)):
+    for kind, endings in (("bvh", (".bvh",)), ("audio", SOUND_FILES), ("table", TABLE_FILES)):
         files = list_files(folder, endings)
         if files:
             parquet = [file for file in files if file.suffix.lower() == ".parquet"]
@@ -142,31 +155,6 @@ def _has_media(file: Path) -> bool:
 
     metadata = pyarrow.parquet.read_schema(file).metadata or {}
     return any(f'"_type": "{kind}"'.encode() in metadata.get(b"huggingface", b"") for kind in ("Audio", "Image"))
-
-
-def _finder(kind: str) -> Callable[[str, ImportOptions, Notes], list[Job]]:
-    if kind == "datasets":
-        from creature.data.recordings.hub import find_dataset
-
-        return find_dataset
-    if kind == "lerobot":
-        from creature.data.recordings.lerobot import find_episodes as find
-    elif kind == "audio":
-        from creature.data.recordings.sound import find_sounds as find
-    elif kind == "bvh":
-        from creature.data.recordings.bvh import find_motions as find
-    elif kind == "table":
-        from creature.data.recordings.tables import find_tables as find
-    else:
-        from creature.data.recordings.hub import find_recordings as find
-
-    def in_folder(name: str, options: ImportOptions, notes: Notes) -> list[Job]:
-        folder = Path(name)
-        if not folder.is_dir():
-            raise UserError(f"there is no folder {name}: check the path")
-        return find(folder, options, notes)
-
-    return in_folder
 
 
 def assign_splits(jobs: list[Job], options: ImportOptions, notes: Notes) -> Callable[[Job, str], str]:
@@ -245,6 +233,11 @@ def _listed(notes: dict) -> list[dict]:
     return [{"what": text, "count": count, "examples": names} for text, (count, names) in notes.items()]
 
 
+def _reasons(notes: Notes) -> str:
+    reasons = "; ".join(f"{count} x {why} ({names[0]})" for why, (count, names) in notes.left_out.items())
+    return f" ({reasons})" if reasons else ""
+
+
 def _license(name: str) -> str | None:
     """The license of a folder: `license:` of its data card, or the first line of its LICENSE."""
     folder = Path(name)
@@ -256,14 +249,3 @@ def _license(name: str) -> str | None:
             if card or (lines and path.name.upper().startswith("LICEN")):
                 return card[1].strip() if card else lines[0]
     return None
-
-
-def _bar(jobs: list, progress: bool, totals: _Totals):
-    from tqdm import tqdm
-
-    with tqdm(jobs, desc="importing", unit="file", disable=not progress) as bar:
-        for job in bar:
-            yield job
-            bar.set_postfix_str(
-                f"{sum(sums['seconds'] for sums in totals.splits.values()) / 60:,.1f} min", refresh=False
-            )

@@ -21,7 +21,6 @@ except ImportError as error:
     ) from error
 
 SAMPLING_RATE = 16_000
-SOUND_FILES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".aif", ".wma")
 
 
 @contextmanager

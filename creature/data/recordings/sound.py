@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from creature.data.recordings.media import SAMPLING_RATE, SOUND_FILES, encode_sound, read_sound, sound_seconds
+from creature.data.recordings.media import SAMPLING_RATE, encode_sound, read_sound, sound_seconds
 from creature.data.recordings.schema import RecordingError, untimed
-from creature.data.recordings.sources import HELD_OUT, ImportOptions, Job, Notes, guess_groups, list_files
+from creature.data.recordings.sources import HELD_OUT, SOUND_FILES, ImportOptions, Job, Notes, guess_groups, list_files
 from creature.data.recordings.transcripts import INDEX_FILES, TEXT_COLUMNS, WORD_FILES, pick, read_index, read_words
 
 
@@ -27,7 +27,7 @@ def find_sounds(folder: Path, options: ImportOptions, notes: Notes) -> list[Job]
     A job for every sound file below a folder; its words are internal text, thought once they are heard.
 
     Words with times come from a file of the same name beside the sound, or anywhere below the folder if that name
-    occurs once (VCTK); other texts from a table.
+    occurs once (VCTK); other texts from a table, or with --label_column folder from the name of the folder.
     """
     sounds = list_files(folder, SOUND_FILES)
     others = list_files(folder, tuple({*INDEX_FILES, *WORD_FILES}))
@@ -37,9 +37,10 @@ def find_sounds(folder: Path, options: ImportOptions, notes: Notes) -> list[Job]
         if path.suffix.lower() in WORD_FILES and path.stem in stems:
             beside.setdefault(path.stem, []).append(path)
     tables = [path for path in others if path.suffix.lower() in INDEX_FILES and path.stem not in stems]
-    described = read_descriptions(folder, tables, sounds, notes)
+    described = read_descriptions(folder, tables, sounds, options, notes)
+    by_folder = options.label_column == "folder"
     names = {path: path.relative_to(folder).with_suffix("").as_posix() for path in sounds}
-    guessed, unknown = guess_groups(list(names.values())), 0
+    guessed, unknown = guess_groups(list(names.values()), not by_folder), 0
     jobs = []
     for path, name in names.items():
         words = [file for file in beside.get(_stem(path), ()) if file.parent == path.parent]
@@ -49,7 +50,8 @@ def find_sounds(folder: Path, options: ImportOptions, notes: Notes) -> list[Job]
         group = options.group(name, about.row) or guessed[name]
         unknown += group == name
         held_out = about.held_out or bool(HELD_OUT.search(name))
-        rows = partial(_read, path, name, group, words[0] if words else None, about.text, notes)
+        text = path.parent.name if by_folder else about.text
+        rows = partial(_read, path, name, group, words[0] if words and not by_folder else None, text, notes)
         jobs.append(Job(name, {group}, rows, held_out))
     if unknown:
         notes.remark(
@@ -62,7 +64,9 @@ def _stem(path: Path) -> str:
     return re.sub(r"_mic\d$", "", path.stem)  # VCTK recorded each sentence with two microphones
 
 
-def read_descriptions(folder: Path, tables: list[Path], files: list[Path], notes: Notes) -> dict[Path, Description]:
+def read_descriptions(
+    folder: Path, tables: list[Path], files: list[Path], options: ImportOptions, notes: Notes
+) -> dict[Path, Description]:
     """
     {file: what the tables say about it}. A table names a file by its path from the table or from the folder, with or
     without the ending, or by its name alone. The first text is taken; a table called test, dev or valid holds out.
@@ -88,7 +92,9 @@ def read_descriptions(folder: Path, tables: list[Path], files: list[Path], notes
                     continue
                 found += 1
                 about = described.setdefault(file, Description())
-                about.text = about.text or pick(row, TEXT_COLUMNS)
+                about.text = about.text or pick(
+                    row, [options.label_column.lower()] if options.label_column else TEXT_COLUMNS
+                )
                 about.row = row | about.row
                 about.held_out |= bool(HELD_OUT.search(table.stem))
         except (ValueError, OSError, AttributeError, csv.Error) as error:

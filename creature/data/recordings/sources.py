@@ -7,11 +7,14 @@ from pathlib import Path
 
 from creature.data.recordings.transcripts import GROUP_COLUMNS, pick
 
+SOUND_FILES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".aif", ".wma")
+TABLE_FILES = (".csv", ".tsv", ".parquet")
 HELD_OUT = re.compile(r"(^|[._\-/ ])(test|dev|val|valid|validation|eval)([._\-/ ]|$)", re.I)
-# Names of files that say who acts: subject3, speaker_12; LibriSpeech's 84-121123-0000, VCTK's p225_001, CMU's 02_01.
+# Names of files that say who acts: subject3, speaker_12; LibriSpeech's 84-121123-0000, VCTK's p225_001, CMU's 02_01,
+# Speech Commands' 0a7c2a8d_nohash_0.
 WHO = re.compile(
     r"(?:^|[/_\-])((?:subject|speaker|spk|person|participant|actor|user)[_\-]?\d+)|(?:^|/)(\d+)-\d+-\d+$"
-    r"|(?:^|/)(p\d{3})_|(?:^|/)(\d+)_\d+$",
+    r"|(?:^|/)(p\d{3})_|(?:^|/)(\d+)_\d+$|(?:^|/)([0-9a-f]{8})_nohash_",
     re.I,
 )
 FOLDERS = 5  # so many folders with recordings are taken for groups, where names say nothing
@@ -47,6 +50,7 @@ class Job:
     Args:
         name: for the report.
         groups: the split groups that its rows can have.
+        count: how many rows are expected, for the progress bar.
         rows: gives (row, names) as `RecordingsWriter.add` takes them; may raise RecordingError.
         held_out: whether the source itself keeps it for validation.
     """
@@ -55,6 +59,7 @@ class Job:
     groups: set[str]
     rows: Callable[[], Iterator[tuple[dict, dict]]]
     held_out: bool = False
+    count: int = 1
 
 
 class Notes:
@@ -81,10 +86,10 @@ def list_files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
     return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
 
 
-def guess_groups(names: list[str]) -> dict[str, str]:
+def guess_groups(names: list[str], by_folder: bool = True) -> dict[str, str]:
     """name -> split group, of recordings named by their paths without endings, where nothing else tells it."""
     folders = {name: str(Path(name).parent) for name in names}
-    by_folder = len(set(folders.values())) >= FOLDERS
+    by_folder = by_folder and len(set(folders.values())) >= FOLDERS
     groups = {}
     for name in names:
         match = WHO.search(name)

@@ -10,11 +10,10 @@ import numpy as np
 import pandas as pd
 
 from creature.data.recordings.schema import PART_SECONDS, TICK_SECONDS, RecordingError, untimed
-from creature.data.recordings.sources import HELD_OUT, ImportOptions, Job, Notes, guess_groups, list_files
+from creature.data.recordings.sources import HELD_OUT, TABLE_FILES, ImportOptions, Job, Notes, guess_groups, list_files
 from creature.data.recordings.transcripts import GROUP_COLUMNS
 from creature.errors import first_line
 
-TABLES = (".csv", ".tsv", ".parquet")
 CHUNK = 50_000  # rows in memory
 TIME = re.compile(
     r"(?:seconds_elapsed|time_?stamp|date_?time|time|t)[\s\[(_]*(s|sec|secs|seconds|ms|us|µs|ns)?[\])]?$", re.I
@@ -40,9 +39,9 @@ def find_tables(folder: Path, options: ImportOptions, notes: Notes) -> list[Job]
     times at every row, since its rows are trials of their own.
     """
     files = {}  # name: the files that make up one table
-    sensors = [path for path in list_files(folder, TABLES) if SENSOR.fullmatch(path.stem)]
+    sensors = [path for path in list_files(folder, TABLE_FILES) if SENSOR.fullmatch(path.stem)]
     apps = {path.parent for path in sensors if sum(other.parent == path.parent for other in sensors) > 1}
-    for path in list_files(folder, TABLES):
+    for path in list_files(folder, TABLE_FILES):
         if path.parent not in apps:
             files[path.relative_to(folder).with_suffix("").as_posix()] = [path]
         elif path in sensors:
@@ -233,7 +232,10 @@ def _read_table(path: Path, rows: int, name: str, notes: Notes) -> Iterator[pd.D
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", pd.errors.ParserWarning)
         with pd.read_csv(path, chunksize=rows, **read) as chunks:
-            yield from chunks
+            for chunk in chunks:
+                if all(re.fullmatch(r"-?[\d.]+(e[-+]?\d+)?", str(name).strip(), re.I) for name in chunk.columns):
+                    raise RecordingError("the first line of the table is numbers: it has to name the columns")
+                yield chunk
     if caught and rows == CHUNK:
         notes.remark("lines with more fields than the first were left out", name)
 
