@@ -236,6 +236,29 @@ def test_lerobot_3_finds_each_episode_in_the_shared_table_and_video(tmp_path, br
         assert words(row, "external_voice") == "close it"
 
 
+def test_pictures_inside_the_table_of_a_robot_are_taken_at_the_same_times_as_a_video(tmp_path, bring):
+    import pyarrow.parquet as pq
+
+    found = tmp_path / "found"
+    write_lerobot_2(found, {0: 20}, videos=False)
+    info = json.loads((found / "meta" / "info.json").read_text())
+    info["features"]["observation.images.front"]["dtype"] = "image"
+    (found / "meta" / "info.json").write_text(json.dumps(info))
+    pictures = []
+    for number in range(20):
+        file = io.BytesIO()
+        Image.new("RGB", (64, 48), (10 * number,) * 3).save(file, "PNG")
+        pictures.append({"bytes": file.getvalue(), "path": None})
+    path = found / "data/chunk-000/episode_000000.parquet"
+    pq.write_table(pq.read_table(path).append_column("observation.images.front", pa.array(pictures)), path)
+    rows, report, _ = bring()
+    row = rows["episode_000000"]
+    times = [0.0, 2 / 30, 4 / 30, 7 / 30, 9 / 30, 12 / 30, 14 / 30, 16 / 30, 19 / 30]  # not later than k times 80 ms
+    np.testing.assert_allclose(row["images"][0]["times"], times, atol=1e-5)
+    np.testing.assert_allclose(grays(row), 10 * 30 * np.array(times), atol=2)
+    assert listed(report["remarks"]) == {"one group is all there is: nothing is held out for validation": 1}
+
+
 def test_robot_data_as_they_are_found_lose_only_what_is_broken(tmp_path, bring):
     import pyarrow.parquet as pq
 

@@ -97,6 +97,9 @@ def test_an_exception_or_nothing_to_write_leaves_no_folder(tmp_path):
     with pytest.raises(ZeroDivisionError), RecordingsWriter(tmp_path / "out") as writer:
         writer.add(arm("a"), names=NAMES)
         raise ZeroDivisionError
+    with pytest.raises(TypeError), RecordingsWriter(tmp_path / "out") as writer:  # while it is being finished
+        writer.add(arm("a"), names=NAMES)
+        writer.facts["report"] = object()
     with RecordingsWriter(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []

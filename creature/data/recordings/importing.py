@@ -181,9 +181,11 @@ def assign_splits(jobs: list[Job], options: ImportOptions, notes: Notes) -> Call
             notes.remark("a group that the source has in both splits", group)
         return lambda job, group: "validation" if job.held_out else "train"
     fraction = VALIDATION_FRACTION if options.validation_fraction is None else options.validation_fraction
+    if fraction and len(groups) == 1:
+        notes.remark("one group is all there is: nothing is held out for validation", groups[0])
     chosen = set()
     for group in groups[:-1] if fraction else ():
-        if sum(files[one] for one in chosen) < fraction * files.total():
+        if not chosen or sum(files[one] for one in chosen) + files[group] / 2 < fraction * files.total():
             chosen.add(group)
     return lambda job, group: "validation" if group in chosen else "train"
 

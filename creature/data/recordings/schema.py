@@ -147,6 +147,7 @@ class RecordingsWriter:
         self._splits[split].add(row)
 
     def __exit__(self, kind, error, traceback) -> None:
+        whole = False
         try:
             for split, file in self._splits.items():
                 file.close(split)
@@ -156,16 +157,17 @@ class RecordingsWriter:
                 (self._part / "dataset_dict.json").write_text(json.dumps(content), encoding="utf-8")
                 with replace_file(self._part / RECORDINGS_FILE, "w") as out:
                     json.dump(self.facts, out, indent=2, ensure_ascii=False)
+                whole = True
         finally:
             if self._lock is not None:
                 os.close(self._lock)
             (self._part / LOCK_FILE).unlink(missing_ok=True)
-        if kind is None and self._splits:
+            if not whole:  # an exception, perhaps in here, or nothing was added
+                shutil.rmtree(self._part, ignore_errors=True)
+        if whole:
             if self.folder.exists():  # empty, as __init__ has seen; Windows renames over nothing
                 self.folder.rmdir()
             self._part.rename(self.folder)
-        else:
-            shutil.rmtree(self._part, ignore_errors=True)
 
 
 class _ArrowFile:
