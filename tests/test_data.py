@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import struct
 
 import datasets
 import numpy as np
@@ -13,8 +14,8 @@ from blocks import open_blocks
 from damage import Trap
 from torch.utils.data import DataLoader
 
+from creature.data import DataArguments, collate_blocks, load_data
 from creature.data import blocks as dataset_module
-from creature.data import collate_blocks
 from creature.data.blocks import BlockTable
 from creature.data.text import opening, token_stream
 from creature.data.text.corpus import tokenize_corpus
@@ -35,6 +36,23 @@ def save_bin(path, tokens=TOKENS):
     return path
 
 
+def write_megatron(path, tokens, code, ends=(3_000, 7_000, 10_000)):
+    """As Megatron-LM's IndexedDatasetBuilder: documents end to end, and an index of their lengths and places."""
+    lengths = np.diff(ends, prepend=0)
+    places = (np.array(ends) - lengths) * tokens.itemsize
+    numbers = np.arange(len(ends) + 1)
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(ends), len(numbers))
+    index = head + lengths.astype("<i4").tobytes() + places.astype("<i8").tobytes() + numbers.astype("<i8").tobytes()
+    path.with_suffix(".idx").write_bytes(index)
+    return save_bin(path, tokens)
+
+
+def write_header(path, tokens, *header):
+    """As llm.c and modded-nanogpt: 256 int32, then the ids."""
+    path.write_bytes(np.array([*header, *[0] * 256][:256], "<i4").tobytes() + tokens.tobytes())
+    return path
+
+
 def save(kind, folder, dtype):
     tokens = TOKENS.astype(dtype)
     path = folder / f"tokens.{kind}"
@@ -51,9 +69,17 @@ def save(kind, folder, dtype):
         path = folder / "documents"
         ids = [part.tolist() for part in np.split(tokens, range(7, 10_000, 331))]
         datasets.Dataset.from_dict({"input_ids": ids}).save_to_disk(path, num_shards=3)
+    elif kind == "header":
+        path = write_header(folder / "train_000001.bin", tokens, *HEADERS[dtype], len(tokens))
+    elif kind == "megatron":
+        path = write_megatron(folder / "data_text_document.bin", tokens, MEGATRON_CODES[dtype])
     else:
         save_bin(path, tokens)
     return path
+
+
+HEADERS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}
+MEGATRON_CODES = {"uint16": 8, "int32": 4, "int64": 5}
 
 
 @pytest.mark.parametrize("block_size", [2, 64, 100, 4999, 10_000])
@@ -69,7 +95,9 @@ def test_blocks_are_the_stream_cut_and_only_the_last_short_one_is_dropped(block_
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
-        ("bin", "uint16"),
+        *[("bin", dtype) for dtype in ("uint16", "uint32", "int32", "int64")],
+        *[("header", dtype) for dtype in HEADERS],
+        *[("megatron", dtype) for dtype in MEGATRON_CODES],
         *[("npy", dtype) for dtype in ("uint16", "int32", "int64", "uint32")],
         *[("pt", dtype) for dtype in ("uint16", "int32", "int64")],
         ("old.pt", "int64"),
@@ -86,6 +114,66 @@ def test_every_kind_of_file_gives_the_same_blocks(kind, dtype, tmp_path):
     assert (tmp_path / "cache").exists() == (kind == "documents")  # the others are mapped where they are
     again = pickle.loads(pickle.dumps(splits.train))
     assert (rows(again) == rows(splits.train)).all()
+
+
+def test_ids_beyond_16_bits_and_negative_ones_are_told_by_themselves(tmp_path):
+    large = np.random.default_rng(0).integers(0, 128_000, 5000)
+    marked = np.where(large % 7 == 0, -100, large % 50_000)
+    for dtype in ("<i4", "<i8"):
+        save_bin(tmp_path / "a.bin", large.astype(dtype))
+        splits, info = load_data(DataArguments(str(tmp_path / "a.bin"), validation_fraction=0), 100, 128_000)
+        assert (rows(splits["train"]).ravel() == large).all() and info["tokens"] == 5000
+        with pytest.raises(UserError, match="has id -100 at position"):
+            open_blocks(save_bin(tmp_path / "b.bin", marked.astype(dtype)))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.random.default_rng(0).integers(0, 65, 9000),  # characters
+        np.random.default_rng(0).integers(0, 4, 9000),
+        np.random.default_rng(0).integers(0, 50_304, 64),
+        np.array([[60, 0], [200, 15]] * 2000).ravel(),  # notes and their lengths, in turn
+        np.append(np.random.default_rng(0).integers(0, 50_304, 500), np.zeros(8500)),
+        np.full(9000, 257),
+        np.zeros(9000),
+    ],
+    ids=["characters", "bases", "short", "pairs", "padded", "one", "zeros"],
+)
+def test_unusual_uint16_ids_stay_what_they_are(ids, tmp_path):
+    splits = open_blocks(save_bin(tmp_path / "a.bin", ids.astype("<u2")), 32)
+    assert splits.info["dtype"] == "uint16" and splits.info["tokens"] == len(ids)
+    assert (rows(splits.train).ravel() == ids[: len(ids) // 32 * 32]).all()
+
+
+def test_each_stream_beside_another_has_its_own_width(tmp_path):
+    for folder, dtype in (("a", "<u2"), ("b", "<u4")):
+        save_bin(tmp_path / folder / "train.bin")
+        save_bin(tmp_path / folder / "val.bin", TOKENS[:640].astype(dtype))
+        assert (rows(open_blocks(tmp_path / folder).validation).ravel() == TOKENS[:640]).all()
+    both = DataArguments([str(tmp_path / folder) for folder in "ab"])
+    with pytest.raises(UserError, match="in different ways .validation: .*a/train.bin holds uint16, .* uint32"):
+        load_data(both, 64, VOCABULARY)
+
+
+def test_documents_of_megatron_without_an_end_are_reported(tmp_path, caplog):
+    tokens, ends = TOKENS.copy(), np.array([3_000, 7_000, 10_000])
+    open_blocks(write_megatron(tmp_path / "a.bin", tokens, 8))
+    assert "append-eod" in caplog.text
+    caplog.clear()
+    tokens[ends - 1] = 50256
+    open_blocks(write_megatron(tmp_path / "a.bin", tokens, 8))
+    assert not caplog.text
+
+
+def test_ids_of_characters_want_their_own_tokenizer(tmp_path):
+    save_bin(tmp_path / "train.bin", TOKENS % 65)
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(Trap(tmp_path / "trapped")))
+    for source in (tmp_path, tmp_path / "train.bin"):
+        with pytest.raises(UserError, match="vocabulary of its own.*meta.pkl.*--tokenizer_name"):
+            open_blocks(source)
+    assert open_blocks(tmp_path, tokenizer_name="its/own").info["tokens"] == len(TOKENS)
+    assert not (tmp_path / "trapped").exists()
 
 
 def test_a_corpus_opens_with_its_validation_stream(tmp_path):
@@ -278,6 +366,37 @@ def make_bad(name, folder):
         changed = TOKENS.copy()
         changed[[1234, 5000]] = 60_000
         save_bin(path, changed)
+    elif name == "header_cut.bin":
+        write_header(path, TOKENS[:-1], 20240520, 1, len(TOKENS))
+    elif name == "header_eval.bin":
+        write_header(path, TOKENS, 20240522, 1, 10, 900)
+    elif name == "big_end.bin":
+        save_bin(path, TOKENS.astype(">u4"))
+    elif name == "text.bin":
+        path.write_text("Once upon a time there was a little text. " * 200)
+    elif name == "bytes.bin":
+        save_bin(path, (TOKENS % 65).astype(np.uint8))
+    elif name == "weights.bin":
+        torch.save({"weight": torch.zeros(9)}, path)
+    elif name == "array.bin":
+        with open(path, "wb") as file:
+            np.save(file, TOKENS)
+    elif name == "megatron_cut.bin":
+        write_megatron(path, TOKENS, 8)
+        save_bin(path, TOKENS[:-10])
+    elif name == "megatron_index_cut.bin":
+        write_megatron(path, TOKENS, 8)
+        index = path.with_suffix(".idx")
+        index.write_bytes(index.read_bytes()[:60])
+    elif name == "megatron_float.bin":
+        write_megatron(path, TOKENS, 6)
+    elif name == "megatron_old.bin":
+        save_bin(path).with_suffix(".idx").write_bytes(b"TNTIDX\0\0" + bytes(99))
+    elif name in ("litdata", "litdata/chunk-0-0.bin", "mosaic"):
+        folder = path if name == "mosaic" else folder / "litdata"
+        folder.mkdir()
+        (folder / "index.json").write_text("{}")
+        save_bin(folder / ("shard.00000.mds" if name == "mosaic" else "chunk-0-0.bin"))
     elif name == "negative.npy":
         changed = TOKENS.astype(np.int64)
         changed[77] = -100
@@ -333,6 +452,20 @@ BAD = {
     "odd.bin": "odd.bin has 20,001 bytes, which is no whole number of uint16 tokens",
     "short.bin": "short.bin has 63 tokens, less than one block of 64",
     "ids.bin": r"ids.bin has id 60000 at position 1,234, outside a vocabulary of 50,304",
+    "header_cut.bin": "has 19,998 bytes behind its header, which says 10,000 ids of 2 bytes",
+    "header_eval.bin": "a header of llm.c .20240522, version 1. that is not one of a stream of ids",
+    "big_end.bin": "highest byte first",
+    "text.bin": "is text, not ids",
+    "bytes.bin": "ids of one byte",
+    "weights.bin": "PyTorch or numpy",
+    "array.bin": "PyTorch or numpy",
+    "megatron_cut.bin": "not the ids that its index megatron_cut.idx lists",
+    "megatron_index_cut.bin": "not the ids that its index",
+    "megatron_float.bin": "holds no token ids: its index .* says type 6",
+    "megatron_old.bin": "old kind",
+    "litdata": "a data set of litdata.*StreamingDataset",
+    "litdata/chunk-0-0.bin": "a data set of litdata",
+    "mosaic": "a data set of MosaicML",
     "negative.npy": "has id -100 at position 77",
     "float.npy": "holds float32 values",
     "empty.npy": "is empty",

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import sys
 import zipfile
 from pathlib import Path
@@ -60,11 +61,13 @@ def token_file(kind: str) -> bytes:
     elif kind == "old.pt":
         torch.save(torch.from_numpy(TOKENS.astype(np.int32)), sink, _use_new_zipfile_serialization=False)
     else:
+        if kind == "header.bin":  # as llm.c and modded-nanogpt
+            sink.write(np.array([20240520, 1, len(TOKENS), *[0] * 253], "<i4").tobytes())
         sink.write(TOKENS.tobytes())
     return sink.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["bin", "npy", "pt", "old.pt"])
+@pytest.mark.parametrize("kind", ["bin", "header.bin", "npy", "pt", "old.pt"])
 def test_a_damaged_token_file_is_accepted_or_refused_in_words(kind, tmp_path):
     @examples(60)
     @given(damaged(token_file(kind)))
@@ -72,6 +75,20 @@ def test_a_damaged_token_file_is_accepted_or_refused_in_words(kind, tmp_path):
         path = tmp_path / f"tokens.{kind}"
         path.write_bytes(data)
         answer(open_tokens, path)
+
+    check()
+
+
+def test_a_damaged_index_of_megatron_is_accepted_or_refused_in_words(tmp_path):
+    TOKENS.tofile(tmp_path / "a.bin")
+    lengths, ends = np.array([100, 250, 50], "<i4"), np.arange(4, dtype="<i8")
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 3, 4)
+
+    @examples(100)
+    @given(damaged(head + lengths.tobytes() + np.array([0, 200, 700], "<i8").tobytes() + ends.tobytes()))
+    def check(data):
+        (tmp_path / "a.idx").write_bytes(data)
+        answer(open_tokens, tmp_path / "a.bin")
 
     check()
 

@@ -32,9 +32,10 @@ def load_data(
     stream (corpus.valid.bin, val.bin, ...). Where that has less than one block, the last `validation_fraction` of the
     training blocks are held out, at least one; with 0, nothing is.
 
-    A name in `data.data` is a .bin stream (uint16, or what its manifest says), a 1-D integer .npy or .pt, a folder with
-    train.bin and val.bin (or valid.bin, validation.bin), an Arrow folder (of `save_to_disk` or tokenize_corpus), or
-    text: files, a folder, a glob or a Hub dataset (or a folder laid out as one). Text is tokenized into
+    A name in `data.data` is a .bin stream (uint16, or what its manifest, Megatron-LM's index beside it, its header or
+    the ids themselves say), a 1-D integer .npy or .pt, a folder with train.bin and val.bin (or valid.bin,
+    validation.bin), an Arrow folder (of `save_to_disk` or tokenize_corpus), or text: files, a folder, a glob or a Hub
+    dataset (or a folder laid out as one). Text is tokenized into
     `data.cache_dir` and used again while the input stays the same (a Hub dataset: while the cached file is there). With
     `data.train_tokens`, only that many tokens are trained on, and the text is read no further. Several names are a
     mixture (creature.data.mixture): with weights, of `mixture_blocks` blocks in an order given by `seed`.

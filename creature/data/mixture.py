@@ -77,11 +77,16 @@ def mix(
     "parts", each with its path, tokens, share and the times that it is seen.
     """
     trains, infos = [splits["train"] for splits, _ in parts], [info for _, info in parts]
-    dtypes = [str(one.features["input_ids"].feature.dtype) for one in trains]
-    if len(set(dtypes)) > 1:
-        kinds = {dtype: info["path"] for dtype, info in zip(dtypes, infos, strict=True)}
-        found = ", ".join(f"{path} holds {dtype}" for dtype, path in kinds.items())
-        raise UserError(f"the parts of the mixture are stored in different ways ({found}): tokenize all of them alike")
+    for split in ("train", "validation"):
+        opened = [
+            (splits[split].features["input_ids"].feature.dtype, info) for splits, info in parts if split in splits
+        ]
+        kinds = {str(dtype): info["path"] for dtype, info in opened}
+        if len(kinds) > 1:
+            found = ", ".join(f"{path} holds {dtype}" for dtype, path in kinds.items())
+            raise UserError(
+                f"the parts of the mixture are stored in different ways ({split}: {found}): tokenize all of them alike"
+            )
     sizes = [len(one) for one in trains]
     train, uses = datasets.concatenate_datasets(trains), [None] * len(parts)
     fractions = shares or [Fraction(size, sum(sizes)) for size in sizes]

@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from creature.data.text.bin_layout import bin_layout
 from creature.data.text.corpus import manifest_path, tokenize_corpus
 from creature.data.text.readers import load_arrow_folder, open_rows
 from creature.data.text.sources import VALIDATION_ENDINGS, Source, find_sources, is_hub_name, is_validation
@@ -51,6 +52,11 @@ def open_corpus(data: DataArguments, *, block_size: int = 1, progress: bool = Tr
     corpus = None
     if source.kind == "tokens":
         corpus = _token_files(source.path)
+        if not corpus.manifest and data.tokenizer_name == "gpt2" and source.path.with_name("meta.pkl").is_file():
+            raise UserError(
+                f"{source.path} has a vocabulary of its own, as a rule of characters, by nanoGPT's meta.pkl beside it: "
+                "tokenize the text that it was made from, or name the folder of its tokenizer with --tokenizer_name"
+            )
     elif source.kind == "arrow":
         corpus = _arrow_folder(source, block_size, Path(data.cache_dir))
     elif source.kind == "hub":
@@ -72,9 +78,16 @@ def _token_files(path: Path) -> Corpus:
     if not is_validation(path):
         candidates = (path.with_name(stem + path.suffix) for stem in stems)
         beside = next((file for file in candidates if file.is_file()), None)
-    kind, dtype = path.suffix.lower()[1:], manifest["dtype"] if manifest else "uint16"
-    train, validation = (TokenStream(kind, (str(file),), dtype) if file else None for file in (path, beside))
+    train, validation = (_token_stream(file, manifest) if file else None for file in (path, beside))
     return Corpus(path.name, train, validation, manifest)
+
+
+def _token_stream(path: Path, manifest: dict | None) -> TokenStream:
+    kind = path.suffix.lower()[1:]
+    if kind != "bin":
+        return TokenStream(kind, (str(path),))
+    dtype, offset = (manifest["dtype"], 0) if manifest else bin_layout(path)
+    return TokenStream(kind, (str(path),), dtype, offset)
 
 
 def _read_manifest(path: Path) -> dict | None:

@@ -4,6 +4,7 @@ import glob
 import os
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from creature.errors import UserError
@@ -86,6 +87,7 @@ def _resolve(name: str, tokens: bool) -> tuple[list[Source], int]:
     dataset, configuration, split = _split_name(str(path))
     if path.is_file():
         if tokens and path.suffix.lower() in TOKEN_FILES:
+            _refuse_streaming(path.parent, path.name)
             return [_token_source(path)], 0
         if path.suffix.lower() in NO_TEXT:
             raise UserError(f"{name} holds tokens or weights, not text: train on it as it is, or name a text file")
@@ -95,6 +97,7 @@ def _resolve(name: str, tokens: bool) -> tuple[list[Source], int]:
     if is_arrow_folder(path):
         return [Source(name, "arrow", path)], 0
     if path.is_dir():
+        _refuse_streaming(path)
         streams = [file for file in path.iterdir() if file.suffix.lower() in TOKEN_FILES and file.is_file()]
         if tokens and streams:
             return [_token_source(_training_stream(path, sorted(streams)))], 0
@@ -137,8 +140,19 @@ def _training_stream(folder: Path, files: list[Path]) -> Path:
     training = [file for file in files if file.stem == "train"] or [file for file in files if not is_validation(file)]
     if len(training) != 1:
         names = ", ".join(file.name for file in training or files)
-        raise UserError(f"the folder {folder} has no one training stream ({names}): name the file itself")
+        raise UserError(f"the folder {folder} has no one training stream ({names}): name the files themselves")
     return training[0]
+
+
+def _refuse_streaming(folder: Path, file: str = "*") -> None:
+    """Raise UserError where `file` of a folder is of a data set of litdata or MosaicML's streaming."""
+    if (folder / "index.json").is_file():
+        for names, library in (("chunk-*-*.bin", "litdata"), ("shard.*.mds*", "MosaicML's streaming")):
+            if any(fnmatch(path.name, file) for path in folder.glob(names)):
+                raise UserError(
+                    f"{folder} is a data set of {library}: read it with that library's StreamingDataset, and save its "
+                    "token ids as one array with numpy.save (.npy), or its text as .jsonl"
+                )
 
 
 def _token_source(path: Path) -> Source:
@@ -175,6 +189,7 @@ def _folder_files(folder: Path, may_be_empty: bool = False) -> tuple[list[Source
     files, left_out = [], 0
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        _refuse_streaming(Path(root))
         for name in names:
             if not name.startswith(".") and _is_text(Path(root, name)):
                 files.append(Path(root, name))

@@ -27,6 +27,7 @@ class TokenStream:
     kind: str  # bin, npy, pt or arrow
     files: tuple[str, ...]
     dtype: str = "uint16"  # of a .bin; the other files have theirs inside
+    offset: int = 0  # bytes of a .bin before the first id
 
     @property
     def name(self) -> str:
@@ -49,15 +50,15 @@ class TokenStream:
         return [pa.Array.from_buffers(pa.from_numpy_dtype(opened.dtype), len(opened), [None, pa.py_buffer(opened)])]
 
     def _open_bin(self) -> np.ndarray:
-        size, width = os.path.getsize(self.name), np.dtype(self.dtype).itemsize
-        if size == 0:
+        size, width = os.path.getsize(self.name) - self.offset, np.dtype(self.dtype).itemsize
+        if size <= 0:
             raise UserError(f"{self.name} is empty: tokenize some text into it first")
         if size % width:
             raise UserError(
                 f"{self.name} has {size:,} bytes, which is no whole number of {self.dtype} tokens: "
                 "the file is cut off or not a token stream; copy it again, or write it again with tokenize_corpus.py"
             )
-        return np.memmap(self.name, dtype=np.dtype(self.dtype).newbyteorder("<"), mode="r")
+        return np.memmap(self.name, np.dtype(self.dtype).newbyteorder("<"), "r", self.offset)
 
     def _open_npy(self) -> np.ndarray:
         try:
@@ -160,7 +161,7 @@ def check_ids(ids: np.ndarray, position: int, vocab_size: int, name: str) -> Non
         where = int(np.argmax((ids >= vocab_size) | (ids < 0)))
         raise UserError(
             f"{name} has id {ids[where]} at position {position + where:,}, outside a vocabulary of {vocab_size:,}: "
-            "another tokenizer or dtype wrote it; tokenize the text again, or set vocab_size to fit"
+            "it is of another tokenizer, or no token file; name its tokenizer with --tokenizer_name, or tokenize again"
         )
 
 
