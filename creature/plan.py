@@ -52,7 +52,7 @@ def plan_run(settings: Settings, config, resumed: ResumedRun | None = None) -> P
     block_size = settings.data.block_size or config.max_position_embeddings
     device = _find_device(training, world_size)
     precision, precision_reason = _find_precision(training, device)
-    compiled, compile_reason, compiler_note = _find_compiler(training, device)
+    compiled, compile_reason, compiler_note = _find_compiler(training, device, settings.dry_run)
     tokens, micro, accumulation, batch_note = _plan_batch(
         settings, device, block_size, world_size, resumed,
         fits=lambda: fit_micro_batch(config, block_size, device, precision, compiled=compiled),
@@ -171,7 +171,7 @@ def _find_precision(training: dict, device: Device) -> tuple[str, str]:
     return precision, reason
 
 
-def _find_compiler(training: dict, device: Device) -> tuple[bool, str, str | None]:
+def _find_compiler(training: dict, device: Device, dry_run: bool) -> tuple[bool, str, str | None]:
     """(whether steps are compiled, the reason, a note where compiling was wanted and does not work)."""
     from creature import fast
 
@@ -185,6 +185,8 @@ def _find_compiler(training: dict, device: Device) -> tuple[bool, str, str | Non
         return False, "as asked for", None
     if asked is None and device.kind != "cuda":
         return False, "off by default without a CUDA GPU", None
+    if asked is None and dry_run and works:
+        return False, "a dry run does not wait for the compiler; --torch_compile has it compiled like a real run", None
     return works, reason, None if works else f"torch.compile is off: {reason}"
 
 

@@ -1,6 +1,7 @@
-"""A signal before the first step: one line, exit code 0, and no half-written file."""
+"""Before the first step: how OpenMP's threads wait; and a signal: one line, exit code 0, and no half-written file."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,3 +69,14 @@ def test_a_run_that_is_stopped_while_it_starts_leaves_nothing(place, processes):
     output, errors = run.communicate(timeout=200)
     assert run.returncode == 0 and errors.count(SENTENCE) == 1 and "Traceback" not in errors, errors
     assert "step " not in output and not (place / "run").exists()
+
+
+@pytest.mark.parametrize(("asked", "policy"), [(None, "PASSIVE"), ("active", "ACTIVE")])
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(asked, policy):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import run_clm_creature, torch"], cwd=PROJECT, capture_output=True, text=True,
+        env=environment | {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": asked} if asked else {}),
+    )  # fmt: skip
+    # OpenMP prints what it goes by, as the first thing when torch loads it.
+    assert re.findall(r"OMP_WAIT_POLICY ?= ?'(\w+)'", done.stderr) == [policy], done.stderr

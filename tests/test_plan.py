@@ -75,6 +75,29 @@ def test_steps_that_a_host_would_hold_up_are_recorded_as_cuda_graphs(monkeypatch
     assert ("CUDA graphs" in plan.compile_reason) == recorded
 
 
+@pytest.mark.parametrize(
+    ("flags", "works", "compiled", "said"),
+    [
+        (["--dry_run"], True, False, "does not wait for the compiler; --torch_compile has"),
+        (["--max_steps", "10"], True, False, "does not wait for the compiler; --torch_compile has"),
+        (["--dry_run", "--torch_compile"], True, True, "it is there"),
+        (["--dry_run", "--torch_compile_mode", "default"], True, True, "it is there"),
+        (["--dry_run"], False, False, "no Triton"),  # which the real run would miss
+        (["--max_steps", "11"], True, True, "it is there"),
+    ],
+)
+def test_a_dry_run_on_a_gpu_is_compiled_only_where_that_is_asked_for(monkeypatch, flags, works, compiled, said):
+    monkeypatch.setattr("creature.plan._find_device", lambda *arguments: H100)
+    found = (True, "it is there") if works else (False, "no Triton")
+    monkeypatch.setattr("creature.plan.compiler_available", lambda device: found)
+    monkeypatch.setattr("creature.fast.disable", lambda: None)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    settings = parse_settings(flags)
+    plan = plan_run(settings, CreatureConfig())
+    assert plan.compiled == training_values(settings, plan)["torch_compile"] == compiled
+    assert said in plan.compile_reason and any(said in note for note in plan.notes) == (not works)
+
+
 def test_a_dry_run_on_a_cpu_says_what_it_scaled_down(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     settings = parse_settings(["--dry_run", "--use_cpu"])
