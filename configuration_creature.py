@@ -53,14 +53,24 @@ class CreatureConfig(PreTrainedConfig):
     Senses and streams:
         sense_hidden_size (`int`, defaults to 512): hidden width of the small encoders and of the animation head.
         num_mel_bins, audio_frames_per_tick (`int`): one tick of sound is their product in log-mel values.
-        vision_image_size, vision_patch_size, vision_hidden_size, vision_num_layers, vision_num_heads (`int`): the ViT
-            that sees both eyes; images are square, sizes in pixels.
-        num_joints, subframes_per_tick (`int`): the body, sampled every 20 ms in a tick of 80 ms.
+        num_cameras (`int`, defaults to 2): cameras that see at the same time, two eyes by default.
+        vision_image_size (`int` or `[height, width]`, defaults to 64): pixels of a picture, multiples of
+            `vision_patch_size`.
+        vision_patch_size, vision_hidden_size, vision_num_layers, vision_num_heads (`int`): the small transformer over
+            the patches of all cameras.
+        num_joints, subframes_per_tick (`int`): the joints of the body, sampled every 20 ms in a tick of 80 ms.
+        body_state_size (`int`, defaults to 0): any other numbers that the body measures, such as a robot's motor angles
+            and torques.
+        body_state_mean, body_state_std (`list[float]`, *optional*): what the processor subtracts from these numbers and
+            divides them by; `body_state_names` (`list[str]`, *optional*): what they are called.
         num_touch_points, num_touch_surfaces, touch_embedding_size (`int`): ids of skin points and of what they touch.
         num_audio_codebooks, audio_codebook_size, audio_code_size (`int`): codec codes per tick and the width of their
             factorized tables.
         depth_hidden_size, depth_num_layers, depth_num_heads (`int`): the depth decoder over the codes of one tick.
         num_blend_shapes (`int`, defaults to 51): face shapes in [0, 1].
+
+    A creature without an organ has none of its parameters: `num_mel_bins`, `num_cameras`, `num_joints`,
+    `body_state_size` and `num_touch_points` may be 0.
 
     Raises:
         `ValueError`: with every problem of the values at once.
@@ -114,13 +124,18 @@ class CreatureConfig(PreTrainedConfig):
     sense_hidden_size: int = 512
     num_mel_bins: int = 64
     audio_frames_per_tick: int = 8
-    vision_image_size: int = 64
-    vision_patch_size: int = 8
+    num_cameras: int = 2
+    vision_image_size: int | list[int] = 64
+    vision_patch_size: int = 16
     vision_hidden_size: int = 192
     vision_num_layers: int = 4
     vision_num_heads: int = 3
     num_joints: int = 24
     subframes_per_tick: int = 4
+    body_state_size: int = 0
+    body_state_mean: list[float] | None = None
+    body_state_std: list[float] | None = None
+    body_state_names: list[str] | None = None
     num_touch_points: int = 1024
     num_touch_surfaces: int = 64
     touch_embedding_size: int = 64
@@ -163,6 +178,12 @@ class CreatureConfig(PreTrainedConfig):
         return self.num_mel_bins * self.audio_frames_per_tick
 
     @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of a picture in pixels."""
+        size = self.vision_image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
     def animation_size(self) -> int:
         """Numbers in one tick of animation: joint rotations as quaternions, blend shapes, two eyes of four numbers."""
         return self.subframes_per_tick * self.num_joints * 4 + self.num_blend_shapes + 2 * 4
@@ -174,6 +195,13 @@ class CreatureConfig(PreTrainedConfig):
             # head_dim follows from two other sizes, and is not to be blamed for theirs.
             if getattr(self, name) < 1 and not (name == "head_dim" and problems):
                 problems.append(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in _ORGAN_FIELDS:
+            if getattr(self, name) < 0:
+                problems.append(f"{name} is {getattr(self, name)}; it must be at least 0, for none")
+        if not isinstance(self.vision_image_size, int) and len(self.vision_image_size) != 2:
+            problems.append(f"vision_image_size is {self.vision_image_size}; it must be a number or [height, width]")
+        elif min(self.image_shape) < 1:
+            problems.append(f"vision_image_size is {self.vision_image_size}; it must be at least 1")
         if not problems:
             problems += self._shape_problems()
         problems += self._loss_problems()
@@ -185,13 +213,18 @@ class CreatureConfig(PreTrainedConfig):
         for total, parts in (
             ("num_attention_heads", "num_key_value_heads"),
             ("vision_hidden_size", "vision_num_heads"),
-            ("vision_image_size", "vision_patch_size"),
             ("depth_hidden_size", "depth_num_heads"),
         ):
             if getattr(self, total) % getattr(self, parts):
                 problems.append(
                     f"{total} ({getattr(self, total)}) must be a multiple of {parts} ({getattr(self, parts)})"
                 )
+        if any(size % self.vision_patch_size for size in self.image_shape):
+            problems.append(
+                f"vision_image_size ({self.vision_image_size}) must be a multiple of vision_patch_size "
+                f"({self.vision_patch_size}), in height and width"
+            )
+        problems += self._statistics_problems("body_state")
         # A head_dim that is the rounded quotient was derived and not chosen; any other one is free of hidden_size.
         rounded = self.head_dim == self.hidden_size // self.num_attention_heads
         if self.hidden_size % self.num_attention_heads and rounded:
@@ -222,6 +255,17 @@ class CreatureConfig(PreTrainedConfig):
             problems.append(f"hidden_act {self.hidden_act!r} is unknown; known are {', '.join(sorted(ACT2FN))}")
         return problems
 
+    def _statistics_problems(self, name: str) -> list[str]:
+        """What is wrong with the statistics `<name>_mean`, `<name>_std`, `<name>_names` of `<name>_size` numbers."""
+        problems, size = [], getattr(self, f"{name}_size")
+        for field in (f"{name}_mean", f"{name}_std", f"{name}_names"):
+            values = getattr(self, field)
+            if values is not None and len(values) != size:
+                problems.append(f"{field} has {len(values)} entries; {name}_size is {size}")
+        if not all(0 < value < float("inf") for value in getattr(self, f"{name}_std") or ()):
+            problems.append(f"{name}_std must hold numbers above 0")
+        return problems
+
     def _loss_problems(self) -> list[str]:
         problems = []
         for stream, weight in self.loss_weights.items():
@@ -247,16 +291,12 @@ _POSITIVE_FIELDS = (
     "head_dim",
     "max_position_embeddings",
     "sense_hidden_size",
-    "num_mel_bins",
     "audio_frames_per_tick",
-    "vision_image_size",
     "vision_patch_size",
     "vision_hidden_size",
     "vision_num_layers",
     "vision_num_heads",
-    "num_joints",
     "subframes_per_tick",
-    "num_touch_points",
     "num_touch_surfaces",
     "touch_embedding_size",
     "num_audio_codebooks",
@@ -266,6 +306,14 @@ _POSITIVE_FIELDS = (
     "depth_num_layers",
     "depth_num_heads",
     "num_blend_shapes",
+)
+# 0 in a creature without the organ.
+_ORGAN_FIELDS = (
+    "num_mel_bins",
+    "num_cameras",
+    "num_joints",
+    "body_state_size",
+    "num_touch_points",
 )
 
 CreatureConfig.register_for_auto_class()

@@ -128,13 +128,6 @@ class CreaturePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": CreatureDecoderLayer, "attentions": CreatureAttention}
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        """As in transformers, with every weight under its name in the model."""
-        # By default, transformers saves its ViT under the names of older versions. A stock Trainer that resumes or
-        # loads the best model reads a checkpoint by the names in the model, and would silently keep other eyes.
-        kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, **kwargs)
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -311,8 +304,9 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         check_names("senses", senses, SENSES)
         check_names("streams", streams, STREAMS)
         for sense in SENSE_TABLE:
-            trained = sense.copy_of in streams if sense.copy_of else sense.name in senses
-            getattr(self.model.senses, sense.name).requires_grad_(trained)
+            if hasattr(self.model.senses, sense.name):
+                trained = sense.copy_of in streams if sense.copy_of else sense.name in senses
+                getattr(self.model.senses, sense.name).requires_grad_(trained)
         for name in STREAMS[1:]:
             getattr(self.streams, name).requires_grad_(name in streams)
 
@@ -338,10 +332,11 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         external_voice_ids: torch.LongTensor | None = None,
         input_features: torch.FloatTensor | None = None,
         input_features_mask: torch.BoolTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        pixel_values: torch.ByteTensor | None = None,
         pixel_mask: torch.BoolTensor | None = None,
         joint_positions: torch.FloatTensor | None = None,
         joint_rotations: torch.FloatTensor | None = None,
+        body_state: torch.FloatTensor | None = None,
         body_mask: torch.BoolTensor | None = None,
         touch_points: torch.LongTensor | None = None,
         touch_surfaces: torch.LongTensor | None = None,
@@ -371,10 +366,12 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             external_voice_ids: [B, T] text heard or read; negative where absent, NULL where silent.
             input_features: [B, T, 512] 8 causal log-mel frames of 10 ms x 64 bands a tick; `input_features_mask`
                 [B, T].
-            pixel_values: [N, 2 eyes, 3, H, W] of the N present ticks, row by row; `pixel_mask` [B, T] with N trues.
+            pixel_values: [B, T, cameras, 3, H, W] bytes from 0 to 255; `pixel_mask` [B, T].
             joint_positions, joint_rotations: [B, T, 4, 24, 3] m in the pelvis frame and [B, T, 4, 24, 4] unit
                 quaternions (w, x, y, z); `body_mask` [B, T]. Rotations alone are not felt, but are the pose that
                 animation starts from.
+            body_state: [B, T, 4, body_state_size] what else the body measures, normalised by the configuration's
+                `body_state_mean` and `body_state_std`; present where `body_mask` is.
             touch_points, touch_surfaces, touch_values: [B, T, C] ids, [B, T, C] ids, [B, T, C, 5] (force N, place
                 x, y, z m, temperature C) of up to C contacts; `touch_mask` [B, T, C].
             external_text_ids, audio_codes, animation: efference copies, what the creature emitted for this tick: [B, T]
@@ -393,7 +390,8 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
 
         Raises:
             TypeError: for an unknown argument.
-            ValueError: for an unknown stream, a wrong shape, ids out of range, two internal voices, or no input at all.
+            ValueError: for an unknown stream, a sense that this creature has no organ for, a wrong shape, ids out of
+                range, two internal voices, or no input at all.
         """
         _check_kwargs(MultiModalCreature, kwargs)
         check_names("output_streams", output_streams, STREAMS)
@@ -405,6 +403,7 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             "pixel_mask": pixel_mask,
             "joint_positions": joint_positions,
             "joint_rotations": joint_rotations,
+            "body_state": body_state,
             "body_mask": body_mask,
             "touch_points": touch_points,
             "touch_surfaces": touch_surfaces,

@@ -12,20 +12,19 @@ and the shapes of its arguments in `sense_shapes`.
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import ViTConfig, ViTModel
 
 try:
     from .configuration_creature import SENSES, CreatureConfig
-    from .losses_creature import IGNORE_INDEX
+    from .losses_creature import IGNORE_INDEX, compute_dtype
     from .streams_creature import quaternion_to_6d, unpack_animation
 except ImportError:
     from configuration_creature import SENSES, CreatureConfig
-    from losses_creature import IGNORE_INDEX
+    from losses_creature import IGNORE_INDEX, compute_dtype
     from streams_creature import quaternion_to_6d, unpack_animation
 
 
@@ -145,65 +144,94 @@ class AudioSense(nn.Module):
         return encode_present(self._encode, mask, features.to(self.up_proj.weight.dtype))
 
 
+class PatchLayer(nn.Module):
+    """One pre-norm transformer layer over the patches of a tick; every patch sees every other."""
+
+    def __init__(self, config: CreatureConfig):
+        super().__init__()
+        size = config.vision_hidden_size
+        self.num_heads = config.vision_num_heads
+        self.input_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.qkv_proj = nn.Linear(size, 3 * size, bias=False)
+        self.o_proj = nn.Linear(size, size, bias=False)
+        self.mlp_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.up_proj = nn.Linear(size, 4 * size, bias=False)
+        self.down_proj = nn.Linear(4 * size, size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [N, patches, vision_hidden_size] -> the same shape."""
+        qkv = self.qkv_proj(self.input_norm(x)).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # [N, heads, patches, head_dim]
+        x = x + self.o_proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return x + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(x))))
+
+
 class VisionSense(nn.Module):
     """
-    Two eyes: a small ViT (Dosovitskiy et al. 2021) that sees both at once, as the six channels of one image, so that
-    every patch can compare left and right.
+    The eyes: a small transformer over patches (Dosovitskiy et al. 2021). All cameras are the channels of one image, so
+    that every patch can compare left and right; what is seen is the mean of the patches.
     """
 
     def __init__(self, config: CreatureConfig):
         super().__init__()
-        vit = ViTConfig(
-            hidden_size=config.vision_hidden_size,
-            num_hidden_layers=config.vision_num_layers,
-            num_attention_heads=config.vision_num_heads,
-            intermediate_size=4 * config.vision_hidden_size,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            image_size=config.vision_image_size,
-            patch_size=config.vision_patch_size,
-            num_channels=2 * 3,
-            # An image needs no causal mask, so of the kernels only "eager" (attention maps) is worth passing on.
-            attn_implementation="eager" if config._attn_implementation == "eager" else "sdpa",
-        )
-        self.vit = ViTModel(vit, add_pooling_layer=False)
-        for module in self.vit.modules():
-            # Servers look for this flag: with one module that is not causal, vLLM takes the whole model for an encoder.
-            if hasattr(module, "is_causal"):
-                del module.is_causal
+        self.patch_size = config.vision_patch_size
+        self.grid = tuple(size // self.patch_size for size in config.image_shape)  # patches in height and width
+        self.patch_proj = nn.Linear(config.num_cameras * 3 * self.patch_size**2, config.vision_hidden_size, bias=False)
+        self.position = nn.Embedding(self.grid[0] * self.grid[1], config.vision_hidden_size)
+        self.layers = nn.ModuleList(PatchLayer(config) for _ in range(config.vision_num_layers))
+        self.norm = nn.RMSNorm(config.vision_hidden_size, eps=config.rms_norm_eps)
         self.proj = SenseProjection(config.vision_hidden_size, config)
 
-    def forward(self, pixel_values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """pixel_values [N, 2, 3, H, W] of the N present ticks, mask [B, T] bool with N trues -> [B, T, hidden_size]."""
-        if mask is None:
-            raise ValueError("pixel_values [N, 2, 3, H, W] needs pixel_mask [B, T]: the N ticks they belong to.")
-        # Too many pictures would be scattered to the wrong ticks in silence.
-        if not torch.compiler.is_compiling() and pixel_values.shape[0] != (ticks := int(mask.sum())):
-            raise ValueError(f"pixel_values holds {pixel_values.shape[0]} ticks, but pixel_mask is true at {ticks}.")
-        pixels = pixel_values.flatten(1, 2).to(self.proj.weight.dtype)
-        if pixels.shape[0] == 0:
-            vectors = self.proj.weight.new_zeros(0, self.proj.out_features)
-        else:
-            vectors = self.proj(self.vit(pixels, is_causal=False).last_hidden_state[:, 0])
-        return scatter_present(mask, vectors)
+    def _encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        (rows, columns), size = self.grid, self.patch_size
+        # [..., cameras, 3, H, W] -> [N, cameras, 3, rows, size, columns, size]
+        patches = pictures.flatten(0, -5).unflatten(-1, (columns, size)).unflatten(-3, (rows, size))
+        patches = patches.permute(0, 3, 5, 1, 2, 4, 6).flatten(3).flatten(1, 2)  # [N, patches, cameras * 3 * size**2]
+        # Bytes to numbers of about unit variance; bfloat16, too, holds each of them exactly.
+        x = self.patch_proj((patches.to(compute_dtype(self.patch_proj.weight)) - 127.5) / 64)
+        x = x + self.position.weight.to(x.dtype)
+        for layer in self.layers:
+            x = layer(x)
+        return self.proj(self.norm(x).mean(dim=1)).unflatten(0, pictures.shape[:-4])
+
+    def forward(self, pixel_values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """pixel_values [B, T, cameras, 3, H, W] bytes from 0 to 255, mask [B, T] bool -> [B, T, hidden_size]."""
+        if pixel_values.is_floating_point():
+            raise ValueError("`pixel_values` are bytes from 0 to 255 (uint8), not floats: the model normalises them.")
+        return encode_present(self._encode, mask, pixel_values)
 
 
 class ProprioceptionSense(nn.Module):
-    """The body: where every joint is, in the frame of the pelvis, and how it is turned."""
+    """The body: where every joint is, in the frame of the pelvis, how it is turned, and what else the body measures."""
 
     def __init__(self, config: CreatureConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.subframes_per_tick * config.num_joints * (3 + 6), config.sense_hidden_size)
+        numbers = config.num_joints * (3 + 6) + config.body_state_size
+        self.up_proj = nn.Linear(config.subframes_per_tick * numbers, config.sense_hidden_size)
         self.act = nn.GELU()
         self.proj = SenseProjection(config.sense_hidden_size, config)
 
-    def _encode(self, positions: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-        pose = torch.cat((positions.float(), quaternion_to_6d(rotations.float())), dim=-1).flatten(-3)
-        return self.proj(self.act(self.up_proj(pose.to(self.up_proj.weight.dtype))))
+    def _encode(self, body: torch.Tensor) -> torch.Tensor:
+        return self.proj(self.act(self.up_proj(body.to(self.up_proj.weight.dtype))))
 
-    def forward(self, positions: torch.Tensor, rotations: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """positions [B, T, sub-frames, joints, 3] m, rotations [..., 4] quaternions (w, x, y, z), mask [B, T] bool."""
-        return encode_present(self._encode, mask, positions, rotations)
+    def forward(
+        self,
+        positions: torch.Tensor | None,
+        rotations: torch.Tensor | None,
+        state: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """
+        positions [B, T, sub-frames, joints, 3] m and rotations [..., 4] quaternions (w, x, y, z) of a body with joints,
+        state [B, T, sub-frames, body_state_size] (normalised) of one that measures more, mask [B, T] bool ->
+        [B, T, hidden_size].
+        """
+        parts = []
+        if positions is not None:
+            parts.append(torch.cat((positions.float(), quaternion_to_6d(rotations.float())), dim=-1).flatten(-2))
+        if state is not None:
+            parts.append(state.float())
+        return encode_present(self._encode, mask, torch.cat(parts, dim=-1).flatten(-2))
 
 
 class TouchSense(nn.Module):
@@ -287,11 +315,13 @@ class Sense:
     One row of `SENSE_TABLE`.
 
     Args:
-        name: the sense's module in `CreatureSenses`.
-        module: its class, called with the arguments in their order, then the mask where there is one.
+        name: the sense's module in `CreatureSenses`, which a creature without the organ does not have.
+        module: its class, called with the arguments in their order (None where this creature lacks the organ), then the
+            mask where there is one.
         arguments: those of `MultiModalCreature.forward` that it arrives in, each with what an absent tick holds.
         mask: the argument [B, T] (touch: [B, T, contacts]) that says where it is present; None for ids, which are
             negative where it is absent.
+        organs: of each argument, the field of the configuration that is 0 in a creature without the organ for it.
         copy_of: the stream whose emission it feeds back, for the efference copies.
         is_text: whether its ids are those of the token table, which the module is then given.
     """
@@ -300,16 +330,39 @@ class Sense:
     module: type[nn.Module]
     arguments: dict[str, float]
     mask: str | None = None
+    organs: dict[str, str] = field(default_factory=dict)
     copy_of: str | None = None
     is_text: bool = False
+
+    def arguments_of(self, config: CreatureConfig) -> list[str]:
+        """The names of the arguments that a creature of this configuration has the organs for."""
+        return [name for name in self.arguments if name not in self.organs or getattr(config, self.organs[name])]
 
 
 SENSE_TABLE = (
     Sense("external_voice", TextSense, {"external_voice_ids": IGNORE_INDEX}, is_text=True),
-    Sense("audio", AudioSense, {"input_features": 0.0}, mask="input_features_mask"),
-    Sense("vision", VisionSense, {"pixel_values": 0.0}, mask="pixel_mask"),
-    Sense("proprioception", ProprioceptionSense, {"joint_positions": 0.0, "joint_rotations": 0.0}, mask="body_mask"),
-    Sense("touch", TouchSense, {"touch_points": 0, "touch_surfaces": 0, "touch_values": 0.0}, mask="touch_mask"),
+    Sense(
+        "audio",
+        AudioSense,
+        {"input_features": 0.0},
+        mask="input_features_mask",
+        organs={"input_features": "num_mel_bins"},
+    ),
+    Sense("vision", VisionSense, {"pixel_values": 0}, mask="pixel_mask", organs={"pixel_values": "num_cameras"}),
+    Sense(
+        "proprioception",
+        ProprioceptionSense,
+        {"joint_positions": 0.0, "joint_rotations": 0.0, "body_state": 0.0},
+        mask="body_mask",
+        organs={"joint_positions": "num_joints", "joint_rotations": "num_joints", "body_state": "body_state_size"},
+    ),
+    Sense(
+        "touch",
+        TouchSense,
+        {"touch_points": 0, "touch_surfaces": 0, "touch_values": 0.0},
+        mask="touch_mask",
+        organs=dict.fromkeys(("touch_points", "touch_surfaces", "touch_values"), "num_touch_points"),
+    ),
     Sense("own_text", TextSense, {"external_text_ids": IGNORE_INDEX}, copy_of="external_text", is_text=True),
     Sense("own_voice", VoiceCopy, {"audio_codes": IGNORE_INDEX}, copy_of="audio"),
     Sense("own_command", CommandCopy, {"animation": 0.0}, mask="animation_mask", copy_of="animation"),
@@ -318,16 +371,17 @@ assert SENSES[1:] == tuple(sense.name for sense in SENSE_TABLE if not sense.copy
 
 
 def sense_shapes(config: CreatureConfig) -> dict[str, tuple[int | str, ...]]:
-    """The shape of each argument of the senses: B rows, T ticks, N present ticks, C contacts, or a number."""
-    body, image = ("B", "T", config.subframes_per_tick, config.num_joints), (config.vision_image_size,) * 2
+    """The shape of each argument of the senses: B rows, T ticks, C contacts, or a number."""
+    body = ("B", "T", config.subframes_per_tick)
     return {
         "external_voice_ids": ("B", "T"),
         "input_features": ("B", "T", config.audio_feature_size),
         "input_features_mask": ("B", "T"),
-        "pixel_values": ("N", 2, 3, *image),
+        "pixel_values": ("B", "T", config.num_cameras, 3, *config.image_shape),
         "pixel_mask": ("B", "T"),
-        "joint_positions": (*body, 3),
-        "joint_rotations": (*body, 4),
+        "joint_positions": (*body, config.num_joints, 3),
+        "joint_rotations": (*body, config.num_joints, 4),
+        "body_state": (*body, config.body_state_size),
         "body_mask": ("B", "T"),
         "touch_points": ("B", "T", "C"),
         "touch_surfaces": ("B", "T", "C"),
@@ -348,7 +402,8 @@ class CreatureSenses(nn.Module):
         self.config = config
         self.shapes = sense_shapes(config)
         for sense in SENSE_TABLE:
-            setattr(self, sense.name, sense.module(config))
+            if sense.arguments_of(config):
+                setattr(self, sense.name, sense.module(config))
 
     def forward(self, inputs: dict, token_table: nn.Embedding) -> list[torch.Tensor]:
         """
@@ -360,7 +415,8 @@ class CreatureSenses(nn.Module):
 
         Raises:
             TypeError: for an argument that no sense has.
-            ValueError: for a part of a sense without the others, a wrong shape, and ids out of range.
+            ValueError: for a sense that the creature has no organ for, a part of a sense without the others, a wrong
+                shape, and ids out of range.
         """
         for name in inputs:
             if name not in self.shapes:
@@ -371,14 +427,17 @@ class CreatureSenses(nn.Module):
             mask = inputs.get(sense.mask)
             if not given and mask is None:
                 continue
+            for name in given:
+                if name in sense.organs and not getattr(self.config, sense.organs[name]):
+                    raise ValueError(f"`{name}` is given, but this creature's {sense.organs[name]} is 0: leave it out.")
             check_shapes(self.shapes, {name: inputs.get(name) for name in (*sense.arguments, sense.mask) if name})
             if given == ["joint_rotations"]:
                 continue  # alone they are not felt: they are the pose that animation starts from
-            missing = [name for name in sense.arguments if name not in given]
-            if missing:
-                names = " and ".join(f"`{name}`" for name in missing)
+            missing = [name for name in sense.arguments_of(self.config) if name not in given]
+            if missing or not given:
+                names = " and ".join(f"`{name}`" for name in missing or sense.arguments)
                 raise ValueError(f"`{(given or [sense.mask])[0]}` is one part of a sense: give {names} with it.")
-            tensors = [inputs[name] for name in sense.arguments]
+            tensors = [inputs.get(name) for name in sense.arguments]
             if sense.is_text:
                 check_ids(given[0], tensors[0], token_table.num_embeddings)
                 tensors.append(token_table)

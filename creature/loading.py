@@ -85,16 +85,25 @@ def check_weights(folder: str | Path, config: "CreatureConfig | None" = None) ->
     stored = sum((folder / name).stat().st_size for name in files if (folder / name).is_file())
     least = (  # a lower bound: counting all parameters would take a model
         config.hidden_size * (config.vocab_size + 2 * config.num_hidden_layers * config.intermediate_size)
-        + config.vision_num_layers * config.vision_hidden_size**2
+        + (_least_eyes(config) if config.num_cameras else 0)
         + config.depth_num_layers * config.depth_hidden_size**2
         + config.num_audio_codebooks * config.audio_codebook_size
         + config.num_touch_points
+        + config.num_joints
+        + config.body_state_size
+        + config.num_mel_bins * config.audio_frames_per_tick
     )
     if least > stored:  # every parameter takes more than a byte
         raise UserError(
             f"the model in {folder} cannot be loaded (config.json has more than {least:,} parameters, and the "
             f"weights have {stored:,} bytes): use another checkpoint"
         )
+
+
+def _least_eyes(config: "CreatureConfig") -> int:
+    height, width = (size // config.vision_patch_size for size in config.image_shape)
+    inputs = config.num_cameras * config.vision_patch_size**2 + height * width
+    return config.vision_hidden_size * (inputs + config.vision_num_layers * config.vision_hidden_size)
 
 
 def load_model(folder: str | Path, device: str, dtype: "torch.dtype | None" = None) -> "MultiModalCreature":

@@ -75,6 +75,7 @@ def micro_config(**changes) -> CreatureConfig:
         vision_num_heads=2,
         num_joints=3,
         subframes_per_tick=2,
+        body_state_size=2,
         num_touch_points=10,
         num_touch_surfaces=6,
         touch_embedding_size=4,
@@ -99,7 +100,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
                 std = 0.5 if isinstance(module, (SenseProjection, nn.Embedding)) else module.weight.shape[1] ** -0.5
                 module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * std)
         for name, parameter in model.named_parameters():
-            if name.endswith(("code_table", "position_embeddings", "cls_token")):
+            if name.endswith("code_table"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
             elif name.endswith("residual_scale"):
                 # Not near 1, so that attention to earlier ticks is not small beside the last tick itself.
@@ -142,17 +143,16 @@ def random_batch(
         gaze = nn.functional.normalize(torch.randn(*shape, 2, 3), dim=-1)
         return torch.cat((gaze, torch.rand(*shape, 2, 1)), dim=-1)
 
-    pixel_mask = there(*shape)
-    size = config.vision_image_size
     return {
         "input_ids": tokens(),
         "external_voice_ids": tokens().masked_fill(~there(*shape), -100),
         "input_features": torch.randn(*shape, config.audio_feature_size),
         "input_features_mask": there(*shape),
-        "pixel_values": torch.rand(int(pixel_mask.sum()), 2, 3, size, size),
-        "pixel_mask": pixel_mask,
+        "pixel_values": torch.randint(0, 256, (*shape, config.num_cameras, 3, *config.image_shape), dtype=torch.uint8),
+        "pixel_mask": there(*shape),
         "joint_positions": torch.randn(*shape, subframes, joints, 3),
         "joint_rotations": random_quaternions(*shape, subframes, joints),
+        "body_state": torch.randn(*shape, subframes, config.body_state_size),
         "body_mask": there(*shape),
         "touch_points": torch.randint(0, config.num_touch_points, (*shape, contacts)),
         "touch_surfaces": torch.randint(0, config.num_touch_surfaces, (*shape, contacts)),
@@ -184,23 +184,13 @@ def select(batch: dict, groups: dict, names) -> dict:
     return {argument: batch[argument] for name in names for argument in groups[name]}
 
 
-def select_rows(batch: dict, rows: slice) -> dict:
-    """A slice of the rows of a batch; pictures are counted by present tick, not by row."""
-    part = {name: value[rows] for name, value in batch.items() if name != "pixel_values"}
-    if "pixel_values" in batch:
-        per_tick = batch["pixel_mask"].new_zeros(batch["pixel_mask"].shape, dtype=torch.long)
-        per_tick[batch["pixel_mask"]] = torch.arange(len(batch["pixel_values"]))
-        part["pixel_values"] = batch["pixel_values"][per_tick[rows][batch["pixel_mask"][rows]]]
-    return part
-
-
 def absent_is(batch: dict, value: float) -> dict:
     """The same batch with `value` (NaN, say) written wherever a mask says that nothing is there."""
     batch = dict(batch)
     masks = {name: sense.mask for sense in SENSE_TABLE for name in sense.arguments if sense.mask}
     masks |= dict.fromkeys(TARGET_ARGUMENTS["animation"][:3], "animation_target_mask")
     for name, mask_name in masks.items():
-        if name in batch and batch[name].is_floating_point() and name != "pixel_values":
+        if name in batch and batch[name].is_floating_point():
             mask, further = batch[mask_name], [1] * (batch[name].dim() - batch[mask_name].dim())
             batch[name] = batch[name].masked_fill(~mask.view(*mask.shape, *further), value)
     return batch

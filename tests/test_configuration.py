@@ -72,6 +72,13 @@ def test_grouped_query_heads_and_explicit_head_dim():
         (dict(use_value_embeddings=True), "further tables by token"),
         (dict(per_layer_embedding_size=64), "further tables by token"),
         (dict(vision_image_size=30, vision_patch_size=8), "multiple of vision_patch_size"),
+        (dict(vision_image_size=[64, 40]), "([64, 40]) must be a multiple of vision_patch_size (16), in height and"),
+        (dict(vision_image_size=[64]), "vision_image_size is [64]; it must be a number or [height, width]"),
+        (dict(vision_image_size=[64, 0]), "vision_image_size is [64, 0]; it must be at least 1"),
+        (dict(num_cameras=-1), "num_cameras is -1; it must be at least 0, for none"),
+        (dict(body_state_size=2, body_state_mean=[0.0]), "body_state_mean has 1 entries; body_state_size is 2"),
+        (dict(body_state_names=["knee"]), "body_state_names has 1 entries; body_state_size is 0"),
+        (dict(body_state_size=1, body_state_std=[0.0]), "body_state_std must hold numbers above 0"),
         (dict(vision_num_heads=5), "multiple of vision_num_heads"),
         (dict(depth_num_heads=3), "multiple of depth_num_heads"),
         (dict(num_blend_shapes=0), "num_blend_shapes is 0"),
@@ -105,7 +112,8 @@ def test_all_problems_are_reported_at_once():
 
 
 def test_through_a_file(tmp_path):
-    config = micro_config(null_loss_weight=0.25)
+    statistics = dict(body_state_mean=[0.5, 1.0], body_state_std=[1.0, 2.0], body_state_names=["knee", "hip"])
+    config = micro_config(null_loss_weight=0.25, vision_image_size=[8, 12], **statistics)
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert saved["model_type"] == "creature"

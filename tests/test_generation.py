@@ -12,7 +12,6 @@ from creatures import (
     micro_model,
     random_batch,
     select,
-    select_rows,
     without_targets,
 )
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -61,11 +60,7 @@ def passes(monkeypatch):
 
 def first_ticks(senses, ticks):
     """The first ticks of every sense."""
-    cut = {name: value[:, :ticks] for name, value in senses.items() if name != "pixel_values"}
-    if "pixel_values" in senses:
-        place = senses["pixel_mask"].nonzero()[:, 1] < ticks
-        cut["pixel_values"] = senses["pixel_values"][place]
-    return cut
+    return {name: value[:, :ticks] for name, value in senses.items()}
 
 
 @torch.no_grad()
@@ -79,9 +74,6 @@ def loop(model, input_ids, senses, streams=SIDE_STREAMS, new_tokens=NEW, copies=
     config = model.config
     full = {}
     for name, value in senses.items():
-        if name == "pixel_values":
-            full[name] = value
-            continue
         missing = total - value.shape[1]
         absent = -100 if value.dtype == torch.long and "touch" not in name else 0
         full[name] = F.pad(value, (0, 0) * (value.dim() - 2) + (0, max(missing, 0)), value=absent)
@@ -285,7 +277,7 @@ def test_a_sense_shorter_than_the_text_is_absent_afterwards(model, prompt, sense
 def test_beams_and_several_sequences_with_senses(model, prompt, senses):
     beams = model.generate(prompt, num_beams=3, num_return_sequences=3, **senses, **GREEDY)
     for row in range(3):
-        one = select_rows(senses, slice(row, row + 1))
+        one = {name: value[row : row + 1] for name, value in senses.items()}
         alone = model.generate(prompt[row : row + 1], num_beams=3, num_return_sequences=3, **one, **GREEDY)
         assert torch.equal(beams[3 * row : 3 * row + 3], alone)
     torch.manual_seed(0)
@@ -413,10 +405,7 @@ def test_step_agrees_with_generate(model, prompt, senses, passes, prefill):
     del passes[:]
 
     def at(first, last):
-        now = {name: value[:, first:last] for name, value in senses.items() if name != "pixel_values"}
-        ticks = senses["pixel_mask"].nonzero()[:, 1]
-        now["pixel_values"] = senses["pixel_values"][(first <= ticks) & (ticks < last)]
-        return now
+        return {name: value[:, first:last] for name, value in senses.items()}
 
     cache, tick, emitted = None, 0, []
     starts = [PROMPT] if prefill else [1] * PROMPT

@@ -251,7 +251,8 @@ def test_a_damaged_model_is_taken_or_told(trained, tmp_path):
         answer(load, folder)
 
     check()
-    for field in ("num_hidden_layers", "vision_num_layers", "hidden_size", "vocab_size", "num_touch_points"):
+    sizes = ("num_hidden_layers", "vision_num_layers", "hidden_size", "vocab_size", "num_touch_points", "num_joints")
+    for field in (*sizes, "num_cameras", "vision_image_size", "body_state_size", "num_mel_bins"):
         (folder / "config.json").write_text(dumped(config | {field: 2**40}))
         assert answer(load, folder), field
 

@@ -71,7 +71,7 @@ def test_save_and_load_is_bit_equal(model, batch, tmp_path):
 
 @pytest.mark.parametrize("backbone", [False, True])
 def test_a_file_holds_every_parameter_once_by_its_name(model, tmp_path, backbone):
-    """The tied table, too, and the eyes, for which transformers has other names in files."""
+    """The tied table, too: a stock Trainer resumes by the names in the model."""
     saved = model.model if backbone else model
     saved.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
@@ -116,10 +116,9 @@ def test_buffers_outside_the_checkpoint_survive_loading(model, tmp_path):
         assert torch.equal(buffers[name], value), name
 
 
-@pytest.mark.parametrize("former_names", [False, True])
-def test_loading_keeps_every_weight_and_initializes_missing_ones(model, tmp_path, former_names):
+def test_loading_keeps_every_weight_and_initializes_missing_ones(model, tmp_path):
     """A projection that starts at zero keeps what it has learned; a weight that is missing begins as in a new model."""
-    model.save_pretrained(tmp_path, save_original_format=former_names)  # as the first models saved the eyes
+    model.save_pretrained(tmp_path)
     loaded, info = MultiModalCreature.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     for name, value in loaded.named_parameters():
@@ -191,7 +190,7 @@ def test_the_default_creature_has_the_documented_size():
         count["table" if table else "body" if body else "rest"] += value.numel() / 1e6
     assert count["table"] == pytest.approx(25.8, abs=0.05)
     assert count["body"] == pytest.approx(18.9, abs=0.05)
-    assert count["rest"] == pytest.approx(9.2, abs=0.05)
+    assert count["rest"] == pytest.approx(9.4, abs=0.05)
 
 
 def test_auto_classes_know_the_creature():
@@ -336,8 +335,6 @@ def test_packed_documents_do_not_see_each_other(kind, use_cache):
             packed = model(**whole, **labels)
         for start, end in ((0, 4), (4, 9)):
             alone = {name: value[:, start:end] for name, value in whole.items() if name != "position_ids"}
-            tick = whole["pixel_mask"].nonzero()[:, 1]
-            alone["pixel_values"] = whole["pixel_values"][(start <= tick) & (tick < end)]
             with torch.no_grad():
                 expected = model(**alone).logits
             torch.testing.assert_close(packed.logits[:, start:end], expected, atol=1e-5, rtol=1e-5)
@@ -518,7 +515,7 @@ def test_a_config_of_another_class_gives_the_same_model(model, batch):
     config = micro_config()
     twin = type("CreatureConfig", (CreatureConfig.__base__,), {"model_type": "creature"})
     stranger = twin(**{key: value for key, value in config.to_dict().items() if key != "model_type"})
-    for name in ("audio_feature_size", "animation_size"):
+    for name in ("audio_feature_size", "animation_size", "image_shape"):
         setattr(stranger, name, getattr(config, name))
     stranger._attn_implementation = "sdpa"
     torch.manual_seed(0)

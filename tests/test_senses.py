@@ -51,7 +51,6 @@ def outputs(model, batch):
 def silent_row(batch, row):
     """The batch with nothing but the internal voice in one row."""
     batch = without_targets(batch)
-    batch["pixel_values"] = batch["pixel_values"][batch["pixel_mask"].nonzero()[:, 0] != row]
     for sense in SENSE_TABLE:
         for name in [sense.mask] if sense.mask else sense.arguments:
             batch[name] = batch[name].clone()
@@ -182,7 +181,7 @@ def test_everything_absent_in_an_all_false_batch(model, batch):
     for row in range(ROWS):
         batch = silent_row(batch, row)
     nothing = {name: value for name, value in absent_is(batch, float("nan")).items() if name != "input_ids"}
-    assert not nothing["touch_mask"].any() and not len(nothing["pixel_values"])
+    assert not nothing["touch_mask"].any() and not nothing["pixel_mask"].any()
     assert all(value.isfinite().all() for value in outputs(model, nothing).values())
     beside_text = outputs(model, {"input_ids": batch["input_ids"], **nothing})
     for name, value in outputs(model, {"input_ids": batch["input_ids"]}).items():
@@ -249,14 +248,46 @@ def test_a_mask_of_zeros_and_ones_is_a_mask_of_booleans(batch, name):
 # --- wrong input ------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_must_match_their_mask(model, batch):
-    given = {"input_ids": batch["input_ids"], "pixel_mask": batch["pixel_mask"]}
-    for count in (-1, 1):
-        pictures = torch.rand(len(batch["pixel_values"]) + count, 2, 3, 8, 8)
-        with pytest.raises(ValueError, match="pixel_mask"):
-            model(**given, pixel_values=pictures)
-    with pytest.raises(ValueError, match="needs pixel_mask"):
-        model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"])
+def test_pictures_are_bytes(model, batch):
+    with pytest.raises(ValueError, match="`pixel_values` are bytes from 0 to 255"):
+        model(batch["input_ids"], pixel_values=batch["pixel_values"] / 255)
+    seen = model(batch["input_ids"], pixel_values=batch["pixel_values"]).logits
+    # datasets turn lists of bytes into int64.
+    assert torch.equal(model(batch["input_ids"], pixel_values=batch["pixel_values"].long()).logits, seen)
+
+
+@pytest.mark.parametrize(
+    ("name", "organ"),
+    [(name, organ) for sense in SENSE_TABLE if not sense.copy_of for name, organ in sense.organs.items()],
+)
+def test_a_creature_without_an_organ_has_no_parameters_for_it_and_says_so(batch, name, organ):
+    """Given beside what else the sense consists of; a body without joints still has its state, and the reverse."""
+    model, whole = micro_model(**{organ: 0}), micro_model()
+    sense = next(sense for sense in SENSE_TABLE if name in sense.arguments)
+    rest = {other: batch[other] for other in sense.arguments_of(model.config)}
+    assert hasattr(model.model.senses, sense.name) == bool(rest)
+    assert len([*model.parameters()]) < len([*whole.parameters()]) or rest
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in whole.parameters())
+    model.train_only(senses=SENSES)
+    with pytest.raises(ValueError, match=f"^`{name}` is given, but this creature's {organ} is 0: leave it out.$"):
+        model(batch["input_ids"], **{name: batch[name]}, **rest)
+    if rest:
+        assert not torch.equal(model(batch["input_ids"], **rest).logits, model(batch["input_ids"]).logits)
+
+
+@pytest.mark.parametrize("shape", [{"num_cameras": 1}, {"num_cameras": 3, "vision_image_size": [4, 12]}])
+def test_any_number_of_cameras_and_rectangular_pictures(shape):
+    model = micro_model(**shape)
+    batch = without_targets(random_batch(model.config, ROWS, TICKS))
+    assert batch["pixel_values"].shape[2:] == (model.config.num_cameras, 3, *model.config.image_shape)
+    # Every camera and every patch counts.
+    for place in itertools.product(
+        range(model.config.num_cameras), *(range(0, n, 4) for n in model.config.image_shape)
+    ):
+        camera, row, column = place
+        changed = batch["pixel_values"].clone()
+        changed[:, :, camera, :, row, column] ^= 255
+        assert (outputs(model, batch | {"pixel_values": changed})["logits"] != outputs(model, batch)["logits"]).any()
 
 
 PARTS = [(sense, part) for sense in SENSE_TABLE if len(sense.arguments) > 1 for part in sense.arguments]
@@ -265,12 +296,14 @@ PARTS = [(sense, part) for sense in SENSE_TABLE if len(sense.arguments) > 1 for 
 @pytest.mark.parametrize(("sense", "left_out"), PARTS, ids=lambda value: getattr(value, "name", value))
 def test_a_part_of_a_sense_is_refused(model, batch, sense, left_out):
     given = {name: batch[name] for name in sense.arguments if name != left_out}
-    if sense.name == "proprioception" and left_out == "joint_positions":
-        # Rotations alone are no sense, but the pose that animation starts from.
-        assert torch.equal(model(batch["input_ids"], **given).logits, model(batch["input_ids"]).logits)
-        return
     with pytest.raises(ValueError, match=f"part of a sense: give `{left_out}`"):
         model(batch["input_ids"], **given)
+
+
+def test_rotations_alone_are_not_felt(model, batch):
+    """They are the pose that animation starts from."""
+    rotations = {"joint_rotations": batch["joint_rotations"]}
+    assert torch.equal(model(batch["input_ids"], **rotations).logits, model(batch["input_ids"]).logits)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -325,12 +358,9 @@ PERTURBED = ("input_ids", *SENSE_INPUTS, "sense_embeds", "inputs_embeds")
 def perturb(batch, name, tick):
     """The batch with one argument changed at one tick, in every row."""
     batch = dict(batch)
-    if name == "pixel_mask":
-        keep = batch["pixel_mask"].nonzero()[:, 1] != tick
-        batch["pixel_values"] = batch["pixel_values"][keep]
     value = batch[name].clone()
     if name == "pixel_values":
-        value[batch["pixel_mask"].nonzero()[:, 1] == tick] += 1.0
+        value[:, tick] = 255 - value[:, tick]
     elif value.dtype == torch.bool:
         value[:, tick] = False
     elif value.dtype == torch.long:
@@ -369,14 +399,14 @@ def test_left_and_right_eye_differ_and_pictures_reach_their_own_tick(model):
     torch.manual_seed(0)
     mask = torch.zeros(2, 4, dtype=torch.bool)
     mask[0, 2] = mask[1, 1] = True
-    pictures = torch.rand(2, 2, 3, 8, 8)
+    pictures = torch.randint(0, 256, (2, 4, 2, 3, 8, 8), dtype=torch.uint8)
     vision = model.model.senses.vision
     with torch.no_grad():
         seen = vision(pictures, mask)
-        swapped = vision(pictures.flip(1), mask)
-        first = vision(pictures[:1], mask[:1])
+        swapped = vision(pictures.flip(2), mask)
+        everywhere = vision(pictures, None)
     assert torch.equal(seen.any(-1), mask)
-    torch.testing.assert_close(first[0], seen[0])
+    torch.testing.assert_close(seen[mask], everywhere[mask])
     assert not torch.allclose(seen, swapped)
 
 
