@@ -5,8 +5,8 @@ examples:
   python benchmarks/senses.py --clips 2 --ticks 64 --steps 3 --warmup 1      # a laptop
 
 The ticks are made up: every sense is there at every tick, with up to ten contacts on the skin. A step is forward,
-backward and the job's optimizer, in bfloat16 on a GPU; the figure is the median of the timed steps. FLOPs are those of
-the matrix products and attention in a forward and a backward pass, counted by torch.
+backward and the job's optimizer, in bfloat16 on a GPU; the figure is the median of the timed steps, on a CPU of their
+processor time. FLOPs are those of the matrix products and attention in a forward and a backward pass, counted by torch.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def made_up_ticks(config, rows: int, ticks: int, device: str) -> dict:
     from torch.nn.functional import normalize
 
     from losses_creature import IGNORE_INDEX
-    from senses_creature import SENSE_TABLE
+    from senses_creature import SENSE_TABLE, sense_shapes
 
     def numbers(*sizes):
         return torch.randn(rows, ticks, *sizes, device=device)
@@ -58,19 +58,18 @@ def made_up_ticks(config, rows: int, ticks: int, device: str) -> dict:
         return torch.randint(0, limit, (rows, ticks, *sizes), device=device, dtype=dtype)
 
     limits = {
-        "pixel_values": 256,
         "touch_points": config.num_touch_points,
         "touch_surfaces": config.num_touch_surfaces,
         "audio_codes": config.audio_codebook_size,
     }
     batch = {"input_ids": ids(config.vocab_size), "labels": ids(config.vocab_size)}
+    shapes = sense_shapes(config)
     for sense in SENSE_TABLE:
         for name in sense.arguments_of(config):
-            argument = sense.arguments[name]
-            sizes = [CONTACTS if size is None else size for size in argument.shape(config)]
+            sizes = [CONTACTS if size == "C" else size for size in shapes[name][2:]]
             if name == "pixel_values":
                 batch[name] = ids(256, *sizes, dtype=torch.uint8)
-            elif name in limits or argument.absent == IGNORE_INDEX:
+            elif name in limits or sense.arguments[name] == IGNORE_INDEX:
                 batch[name] = ids(limits.get(name, config.vocab_size), *sizes)
             else:
                 batch[name] = numbers(*sizes)
@@ -131,10 +130,10 @@ def measure(name: str, config, batch: dict, options: argparse.Namespace) -> tupl
     fast.apply(model)
     trained = torch.compile(model, dynamic=False) if options.compile else model
     optimizer = MuonAdamW(parameter_groups(model, 8e-3, 0.03, 0.05), compiled=options.compile)
-    seconds = []
+    clock, seconds = time.perf_counter if cuda else time.process_time, []
     try:
         for _ in range(options.warmup + options.steps):
-            start = time.perf_counter()
+            start = clock()
             with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
                 loss = trained(**given).loss
             loss.backward()
@@ -142,7 +141,7 @@ def measure(name: str, config, batch: dict, options: argparse.Namespace) -> tupl
             optimizer.zero_grad()
             if cuda:
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
     except torch.OutOfMemoryError:
         return float("nan"), f"{name:24}  out of memory"
     step = statistics.median(seconds[options.warmup :])
