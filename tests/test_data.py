@@ -247,6 +247,68 @@ def test_a_hub_dataset_of_tokens_or_text(tmp_path, monkeypatch):
     assert open_blocks("owner/texts", 16, cache_dir=str(tmp_path)).info["tokens"] == 150
 
 
+def padded_rows(count=300, width=64):
+    """(rows of `width` ids, padded behind the text; a mask of the text; labels with -100 elsewhere; the text alone)."""
+    ids = TOKENS[: 31 * width].reshape(-1, width).astype(np.int64).repeat(-(-count // 31), axis=0)[:count]
+    mask = np.arange(width) < np.random.default_rng(0).integers(3, width, count)[:, None]
+    return np.where(mask, ids, 50256), mask, np.where(mask, ids, -100), ids[mask]
+
+
+@pytest.mark.parametrize("columns", ["attention_mask", "labels", "attention_mask labels", "bools"])
+@pytest.mark.parametrize("kind", ["folder", "splits", "hub"])
+def test_what_is_masked_out_or_labelled_as_no_target_is_no_text(columns, kind, tmp_path, monkeypatch, caplog):
+    ids, mask, labels, text = padded_rows()
+    own = {"attention_mask": mask.astype(np.int8), "labels": labels, "bools": mask}
+    given = {name.replace("bools", "attention_mask"): list(own[name]) for name in columns.split()}
+    dataset = datasets.Dataset.from_dict({"input_ids": list(ids), **given})
+    source = tmp_path / "data"
+    if kind == "hub":
+        source = "owner/tokens"
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: dataset.to_iterable_dataset())
+    else:
+        splits = datasets.DatasetDict(train=dataset, validation=dataset)
+        (splits if kind == "splits" else dataset).save_to_disk(source)
+    opened = open_blocks(source, 16, cache_dir=str(tmp_path / "cache"))
+    assert opened.info["tokens"] == len(text) == mask.sum()
+    assert (rows(opened.train).ravel() == text[: len(text) // 16 * 16]).all()
+    if kind == "splits":
+        assert (rows(opened.validation) == rows(opened.train)).all()
+    assert f"{mask.size - len(text):,} of {mask.size:,} ids are masked out" in caplog.text
+    caplog.clear()
+    again = open_blocks(source, 16, cache_dir=str(tmp_path / "cache"))
+    assert again.info["data_hash"] == opened.info["data_hash"] and not caplog.text
+    if kind == "hub":
+        first = open_blocks(source, 16, cache_dir=str(tmp_path / "cache"), train_tokens=200)
+        assert first.info["tokens"] == 200 and (rows(first.train).ravel() == text[:192]).all()
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_a_mask_of_ones_and_labels_of_another_kind_leave_nothing_out(hub, tmp_path, monkeypatch, caplog):
+    ids, mask, labels, _ = padded_rows()
+    tags = np.where(labels == -100, -100, ids % 7)  # of words: the second half of each has none
+    for name, columns in {
+        "ones": {"attention_mask": np.ones_like(mask), "labels": ids},
+        "tags": {"labels": tags},
+        "classes": {"labels": ids[:, 0] % 2},
+        "targets": {"labels": labels[:, :9]},
+        "nested": {"labels": labels[:, :, None]},
+    }.items():
+        columns = {column: values.tolist() for column, values in columns.items()}
+        dataset = datasets.Dataset.from_dict({"input_ids": ids.tolist(), **columns})
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, _dataset=dataset, **__: _dataset.to_iterable_dataset())
+        source = f"owner/{name}" if hub else tmp_path / name
+        if not hub:
+            dataset.save_to_disk(source)
+        opened = open_blocks(source, cache_dir=str(tmp_path / "cache"))
+        assert (rows(opened.train) == ids).all(), name
+        assert hub or not (tmp_path / "cache").exists()  # mapped where they are
+    assert not caplog.text
+    short = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": mask[:, 1:].tolist()})
+    short.save_to_disk(tmp_path / "short")
+    with pytest.raises(UserError, match="attention_mask of a row has another length"):
+        open_blocks(tmp_path / "short")
+
+
 # Nothing is copied
 
 

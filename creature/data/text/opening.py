@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
+from pyarrow.compute import list_flatten, list_value_length
 
 from creature.data.text.bin_layout import bin_layout
 from creature.data.text.corpus import manifest_path, tokenize_corpus
@@ -26,6 +28,10 @@ from creature.errors import UserError
 from creature.files import replace_file
 from creature.settings import DataArguments
 
+logger = logging.getLogger(__name__)
+
+MASKS = ("attention_mask", "labels")  # columns beside input_ids that tell padding from text
+NO_LABEL = -100
 TOKEN_TYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")  # that a manifest may name
 
 
@@ -140,12 +146,15 @@ def _arrow_stream(dataset: datasets.Dataset, block_size: int, cache: Path) -> To
         raise UserError(f"the split {dataset.split} of an Arrow dataset is empty: add rows, or remove it")
     stream = TokenStream("arrow", files)
     whole = files and dataset._indices is None and sum(len(arrow_column(file)) for file in files) == len(dataset)
-    if whole and stream.fits(block_size):
+    columns = ((name, getattr(dataset.features.get(name), "feature", None)) for name in MASKS)
+    masks = [name for name, values in columns if isinstance(values, datasets.Value)]
+    masked = bool(masks) and any(left_out for _, left_out in _arrow_text(dataset, masks))
+    if whole and stream.fits(block_size) and not masked:
         return stream
-    key = hashlib.sha256(f"{dataset._fingerprint} {''.join(map(sampled_hash, files))}".encode("ascii")).hexdigest()
-    columns = dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=256)
-    batches = (flat_ids(chunk).to_numpy(zero_copy_only=True) for table in columns for chunk in table.column(0).chunks)
+    facts = f"{dataset._fingerprint} {''.join(map(sampled_hash, files))}{' unmasked' if masked else ''}"
+    key = hashlib.sha256(facts.encode("ascii")).hexdigest()
     two_bytes = dataset.features["input_ids"].feature == datasets.Value("uint16")
+    batches = _reported(_arrow_text(dataset, masks), stream.name if files else "a data set")
     return _flat_copy(batches, cache / f"rows-{key[:16]}.bin", "uint16" if two_bytes else "int32")
 
 
@@ -157,18 +166,65 @@ def _hub_tokens(source: Source, cache: Path, limit: int | None) -> Corpus | None
         rows = open_rows(source)
         if "input_ids" not in (rows.column_names or next(iter(rows), {})):
             return None
-        return Corpus(source.name, _flat_copy(_first_ids(rows, limit), path))
+        return Corpus(source.name, _flat_copy(_reported(_row_text(rows, limit), source.name), path))
     return Corpus(source.name, _flat_copy((), path))
 
 
-def _first_ids(rows: Iterable[dict], limit: int | None) -> Iterator[np.ndarray]:
+def _arrow_text(dataset: datasets.Dataset, masks: list[str]) -> Iterator[tuple[np.ndarray, int]]:
+    """(the ids that are text by the columns `masks`, how many others are left out), of some rows at a time."""
+    for table in dataset.select_columns(["input_ids", *masks]).with_format("arrow").iter(batch_size=256):
+        ids = np.concatenate([flat_ids(chunk).to_numpy() for chunk in table.column("input_ids").chunks])
+        lengths = [list_value_length(table.column(name)).to_numpy() for name in ("input_ids", *masks)]
+        values = [list_flatten(table.column(name)).to_numpy() for name in masks]
+        text = _text_ids(ids, lengths[0], dict(zip(masks, zip(values, lengths[1:], strict=True), strict=True)))
+        yield text, len(ids) - len(text)
+
+
+def _row_text(rows: Iterable[dict], limit: int | None) -> Iterator[tuple[np.ndarray, int]]:
+    """`_arrow_text` of rows as dicts, up to `limit` ids."""
     for row in rows:
-        ids = np.asarray(row["input_ids"])[:limit]
-        yield ids
+        ids = np.asarray(row["input_ids"])
+        given = {name: np.asarray(row[name]) for name in MASKS if isinstance(row.get(name), list | np.ndarray)}
+        given = {name: (values, [len(values)]) for name, values in given.items() if values.ndim == 1}
+        text = _text_ids(ids, [len(ids)], given)
+        yield text[:limit], len(ids) - len(text)
         if limit is not None:
-            limit -= len(ids)
-            if not limit:
+            limit -= len(text)
+            if limit <= 0:
                 return
+
+
+def _text_ids(ids: np.ndarray, lengths: list[int] | np.ndarray, masks: dict) -> np.ndarray:
+    """
+    The ids of rows that are text: padding, masked out by attention_mask or labelled -100, is none.
+
+    `lengths` are those of the rows in `ids`, `masks` (values, lengths of their rows) of MASKS. Labels of another kind
+    than a copy of a row's ids (tags, targets of their own) say nothing about it.
+    """
+    keep = np.ones(len(ids), dtype=bool)
+    if "attention_mask" in masks:
+        values, own = masks["attention_mask"]
+        if not np.array_equal(own, lengths):
+            raise UserError("the attention_mask of a row has another length than its input_ids: repair or remove it")
+        keep &= values != 0
+    if "labels" in masks and np.array_equal(masks["labels"][1], lengths):
+        values = masks["labels"][0]
+        row = np.repeat(np.arange(len(lengths)), lengths)
+        other = np.zeros(len(lengths), dtype=bool)
+        other[row[(values != ids) & (values != NO_LABEL)]] = True
+        keep &= (values != NO_LABEL) | other[row]
+    return ids if keep.all() else ids[keep]
+
+
+def _reported(batches: Iterable[tuple[np.ndarray, int]], name: str) -> Iterator[np.ndarray]:
+    """The ids alone; the log says how many were left out."""
+    kept = left_out = 0
+    for ids, others in batches:
+        kept, left_out = kept + len(ids), left_out + others
+        yield ids
+    if left_out:
+        share = f"{left_out:,} of {kept + left_out:,}"
+        logger.warning("%s: %s ids are masked out or labelled -100; they are no text, and left out", name, share)
 
 
 def _flat_copy(batches: Iterable[np.ndarray], path: Path, dtype: str = "int32") -> TokenStream:
