@@ -249,7 +249,7 @@ class CreatureConfig(PreTrainedConfig):
         for name in _SHARE_FIELDS:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 problems.append(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
-        if not 0.0 < self.rms_norm_eps:
+        if not 0.0 < self.rms_norm_eps < float("inf"):
             problems.append(f"rms_norm_eps is {self.rms_norm_eps}; it must be more than 0")
         if self.hidden_act not in ACT2FN:
             problems.append(f"hidden_act {self.hidden_act!r} is unknown; known are {', '.join(sorted(ACT2FN))}")
@@ -274,7 +274,7 @@ class CreatureConfig(PreTrainedConfig):
                 problems.append(f"loss_weights names the unknown stream {stream!r}; the streams are {known}")
             elif isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
                 problems.append(f"loss_weights[{stream!r}] is {weight!r}; it must be a number of at least 0")
-        if self.null_loss_weight < 0:
+        if not 0 <= self.null_loss_weight < float("inf"):
             problems.append(f"null_loss_weight is {self.null_loss_weight}; it must be at least 0")
         return problems
 

@@ -33,7 +33,7 @@ def main() -> int | None:
     resumed = resume.find_run(settings)
     config = job.build_config(settings)
     plan = plan_run(settings, config, resumed)
-    args = job.build_arguments(settings, plan, resumed)
+    args = job.build_arguments(settings, config, plan, resumed)
 
     launch.say_waiting("opening the data")
     data = job.open_data(settings, config, plan, args)

@@ -11,6 +11,13 @@ class UserError(ValueError):
     """An error that the user can fix. The message is one clear sentence that ends with the remedy."""
 
 
+def raise_all(problems: list[str]) -> None:
+    """UserError with every one of the problems with the settings; nothing where there is none."""
+    if problems:
+        many = len(problems) > 1
+        raise UserError((f"{len(problems)} problems with the settings: " if many else "") + "; ".join(problems))
+
+
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """
     Run a script's `main` and exit with its return code (None means 0).

@@ -32,7 +32,9 @@ def user_path(given):
     """
     if isinstance(given, list):
         return [user_path(path) for path in given]
-    return os.path.expanduser(given) if isinstance(given, str) else given
+    with suppress(ValueError):  # of a user's name that cannot be one
+        return os.path.expanduser(given) if isinstance(given, str) else given
+    return given
 
 
 @contextmanager

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import DistributedType
+from accelerate.utils import DynamoBackend
 from datasets import DatasetDict
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, get_scheduler, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import trainer_log_levels
 
 from configuration_creature import CreatureConfig
 from creature import checkpoints
@@ -29,14 +31,14 @@ from creature.callbacks import (
 )
 from creature.data import block_collator, load_data
 from creature.data.text.tokenizer import gpt2_hash, load_tokenizer, special_ids, token_byte_lengths, tokenizer_hash
-from creature.errors import UserError, first_line, is_out_of_memory
+from creature.errors import UserError, first_line, is_out_of_memory, raise_all
 from creature.estimate import fit_micro_batch
 from creature.finalize import SAMPLING, sample
 from creature.launch import parent_to_watch
 from creature.plan import Plan, sharded, training_values
 from creature.resume import ResumedRun, set_aside_later
 from creature.settings import DataArguments, Settings
-from creature.trainer import CreatureTrainer
+from creature.trainer import CreatureTrainer, schedule_arguments
 from creature.training_arguments import CreatureTrainingArguments
 from modeling_creature import MultiModalCreature
 
@@ -69,7 +71,9 @@ def build_config(settings: Settings) -> CreatureConfig:
         raise UserError(f"the model section is not valid: {text}") from error
 
 
-def build_arguments(settings: Settings, plan: Plan, resumed: ResumedRun | None) -> CreatureTrainingArguments:
+def build_arguments(
+    settings: Settings, config: CreatureConfig, plan: Plan, resumed: ResumedRun | None
+) -> CreatureTrainingArguments:
     """
     TrainingArguments for this machine; this starts the process group where there are several processes.
 
@@ -94,14 +98,7 @@ def build_arguments(settings: Settings, plan: Plan, resumed: ResumedRun | None) 
         NotImplementedError,
     ) as error:  # the last is accelerate's
         raise UserError(f"the training section is not valid: {error}") from error
-    _check_trackers(args.report_to)
-    if args.matrix_learning_rate and "optim" in settings.given:
-        raise UserError("--optim has no effect beside Muon: leave it out, or give --matrix_learning_rate 0")
-    alone = args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
-    if alone and sharded(training):
-        raise UserError("accelerate shards models over GPUs only, here it stays whole: use configs/accelerate/ddp.yaml")
-    if args.sample_steps and sharded(training):
-        raise UserError("--sample_steps needs the whole model in one process, and FSDP spreads it: leave it out")
+    raise_all(_find_problems(args, config, sharded(training)))
     if args.n_gpu > 1:
         args._n_gpu = 1  # else the Trainer uses nn.DataParallel, which counts the batch differently
     if plan.threads:
@@ -110,15 +107,79 @@ def build_arguments(settings: Settings, plan: Plan, resumed: ResumedRun | None) 
     return args
 
 
-def _check_trackers(names: list[str]) -> None:
-    try:
-        for tracker in get_reporting_integration_callbacks(names):
-            tracker()  # raises where its library is missing
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(
-            f"--report_to {' '.join(names)} does not work here ({first_line(error)}): install what is missing, or "
-            "leave it out; metrics.jsonl has the same numbers"
-        ) from error
+def _find_problems(args, config: CreatureConfig, is_sharded: bool) -> list[str]:
+    """What cannot work although every value is a possible one, in words; by trying it, before any data is read."""
+    trials = (
+        (
+            _try_trackers,
+            f"--report_to {' '.join(args.report_to)} does not work here",
+            "install what is missing, or leave it out; metrics.jsonl has the same numbers",
+        ),
+        (
+            _try_optimizer,
+            f"--optim {args.optim.value} does not work here",
+            "install what is missing, correct --optim_args, or choose another",
+        ),
+        (
+            _try_schedule,
+            f"--lr_scheduler_type {args.lr_scheduler_type.value} does not work",
+            "give or correct --lr_scheduler_kwargs '{name: value}', or choose another",
+        ),
+        (
+            _try_compiler,
+            "torch.compile does not work as set",
+            "correct --torch_compile_mode and --torch_compile_backend, or leave them out",
+        ),
+    )
+    problems = []
+    for trial, what, remedy in trials:
+        try:
+            trial(args, config)
+        except Exception as error:  # of many types, by as many libraries
+            problems.append(f"{what} ({first_line(error)}): {remedy}")
+    for name in ("log_level", "log_level_replica"):
+        if getattr(args, name) not in trainer_log_levels:
+            problems.append(f"{name} must be one of {', '.join(trainer_log_levels)}, not {getattr(args, name)!r}")
+    alone = args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
+    if alone and is_sharded:
+        problems.append("accelerate shards models over GPUs only, here it stays whole: use configs/accelerate/ddp.yaml")
+    if args.sample_steps and is_sharded:
+        problems.append("--sample_steps needs the whole model in one process, and FSDP spreads it: leave it out")
+    return problems
+
+
+def _try_trackers(args, config: CreatureConfig) -> None:
+    for tracker in get_reporting_integration_callbacks(args.report_to):
+        tracker()  # raises where its library is missing
+
+
+def _try_optimizer(args, config: CreatureConfig) -> None:
+    """Make the optimizer of `--optim` where it is used; some look for the layers of the model that they are for."""
+    if args.matrix_learning_rate:
+        return
+    with torch.device("meta"):
+        model = MultiModalCreature(config)
+    optimizer, options = CreatureTrainer.get_optimizer_cls_and_kwargs(args, model)
+    if not options.keys() & {"params", "model", "optimizer_dict"}:
+        optimizer([torch.nn.Parameter(torch.zeros(2, 2))], **options)
+
+
+def _try_schedule(args, config: CreatureConfig) -> None:
+    """Make the schedule and ask it for rates from the first to the last step."""
+    steps = args.max_steps if args.max_steps > 0 else 1000
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], args.learning_rate)
+    options = schedule_arguments(args, steps)
+    schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, options)
+    for factor in getattr(schedule, "lr_lambdas", ()):
+        for step in (0, steps // 2, steps):
+            if not 0 <= factor(step) < math.inf:
+                raise ValueError(f"its rate at step {step} is {args.learning_rate * factor(step):g}")
+
+
+def _try_compiler(args, config: CreatureConfig) -> None:
+    if args.torch_compile:
+        DynamoBackend(args.torch_compile_backend.upper())  # those that accelerate knows
+        torch.compile(torch.nn.Identity(), mode=args.torch_compile_mode, backend=args.torch_compile_backend)
 
 
 def open_data(settings: Settings, config: CreatureConfig, plan: Plan, args) -> Data:
@@ -147,6 +208,11 @@ def open_data(settings: Settings, config: CreatureConfig, plan: Plan, args) -> D
     if "validation" not in blocks:
         if "eval_strategy" in settings.given and args.eval_strategy != "no":
             raise UserError("no validation text to evaluate on: raise --validation_fraction, or use --eval_strategy no")
+        if args.metric_for_best_model is not None:  # also the Trainer's own, of a schedule that follows the loss
+            raise UserError(
+                "no validation text, so neither the best checkpoint nor a schedule that follows the loss is known: "
+                "raise --validation_fraction, or leave out what needs them"
+            )
         notes.append("no validation text, so nothing is evaluated; --validation_fraction holds some out")
     elif limit and limit < len(blocks["validation"]):
         blocks = DatasetDict(blocks | {"validation": blocks["validation"].select(range(limit))})

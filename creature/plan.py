@@ -9,6 +9,7 @@ from typing import Any
 from creature.errors import UserError
 from creature.estimate import fit_micro_batch, memory_parts, tokens_per_second
 from creature.hardware import Device, choose_precision, compiler_available, device_info
+from creature.limits import METRICS
 from creature.optimizer import width_learning_rate
 from creature.resume import ResumedRun
 from creature.settings import Settings
@@ -116,6 +117,9 @@ def training_values(settings: Settings, plan: Plan) -> dict[str, Any]:
     }
     if not plan.compiled:
         values["torch_compile_backend"] = None  # either would turn the compiler on again
+    if metric := settings.training.get("metric_for_best_model"):
+        # The Trainer takes every metric but those that end with "loss" for one of which more is better.
+        values["greater_is_better"] = METRICS[metric.removeprefix("eval_")]
     if settings.dry_run:
         steps = settings.training["max_steps"]
         values |= {"logging_steps": 1, "save_steps": steps, "eval_steps": steps}

@@ -17,8 +17,9 @@ from typing import Any
 
 import yaml
 
-from creature.errors import UserError
+from creature.errors import UserError, raise_all
 from creature.files import user_path
+from creature.limits import find_bad_values
 from creature.yaml_file import load_yaml, parse_yaml
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,6 @@ DRY_RUN_STEPS = 10
 SECTIONS = ("model", "data", "training")
 # Fields of the training section that are paths, or may be: those of DataArguments expand themselves.
 PATHS = ("output_dir", "resume_from_checkpoint", "fsdp_config", "accelerator_config")
-LARGEST_BATCH = 1 << 40  # tokens a step
 MOST_PROBLEMS = 20  # reported at once; a file with more is no configuration
 
 # Names of other libraries, where the nearest name here would be a wrong guess.
@@ -61,6 +61,7 @@ REMOVED = ("use_value_embeddings", "per_layer_embedding_size")
 REFUSED = {
     "auto_find_batch_size": "it changes the batch in the middle of a run; give --per_device_train_batch_size",
     "batch_eval_metrics": "the evaluation is token-weighted over the whole validation split",
+    "deepspeed": "the job shards a model with FSDP 2 (configs/accelerate/fsdp2.yaml), not with DeepSpeed",
     "do_eval": "evaluation is set by --eval_strategy",
     "do_predict": "this job only trains",
     "do_train": "this job always trains",
@@ -71,6 +72,7 @@ REFUSED = {
     "liger_kernel_config": "Liger has no kernels for this model type",
     "local_rank": "the launcher sets it",
     "logging_nan_inf_filter": "a NaN loss is never hidden here: the run stops",
+    "parallelism_config": "no flag can hold it, and the job uses DDP or FSDP 2 (configs/accelerate/)",
     "prediction_loss_only": "the evaluation always gives loss, perplexity, bits per byte and accuracy",
     "remove_unused_columns": "the collator decides what the model sees",
     "use_liger_kernel": "Liger has no kernels for this model type",
@@ -175,6 +177,7 @@ class FieldInfo:
     kinds: frozenset[str]
     help: str
     default: str
+    choices: tuple[str, ...] = ()
 
     @property
     def is_switch(self) -> bool:
@@ -190,6 +193,8 @@ class FieldInfo:
         kind = "none" if value is None else type(value).__name__
         if kind == "int" and abs(value) >= 1 << 63:
             raise ValueError(f"{self.name} is a number of {value.bit_length()} bits, and no setting is that large")
+        if self.choices and value is not None and value not in self.choices:
+            raise ValueError(f"{self.name} must be one of {', '.join(self.choices)}, not {value!r}")
         if self.kinds & {kind, "other"} or (kind == "int" and "float" in self.kinds):
             return value
         wanted = self.kinds - {"int"} if "float" in self.kinds else self.kinds
@@ -240,24 +245,20 @@ def _read_fields(path: Path, class_name: str, section: str) -> dict[str, FieldIn
     return {info.name: info for info in found}
 
 
-def _read_constant(path: Path, name: str) -> Any:
-    """The value of one constant of a module, without importing the file."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    values = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
-    return ast.literal_eval(values[name])
-
-
 def _read_field(node: ast.AnnAssign, section: str) -> FieldInfo:
     annotation = re.sub(r"\[[^|]*\]", "", ast.unparse(node.annotation))  # list[str] -> list
     kinds = {part.strip().replace("None", "none") for part in annotation.split("|")}
     kinds = kinds & KINDS.keys() if kinds & KINDS.keys() - {"none"} else {"other"}  # enums are written as text
-    default, help_text = node.value, ""
+    default, known = node.value, {}
     if isinstance(node.value, ast.Call):
         options = {keyword.arg: keyword.value for keyword in node.value.keywords}
-        default = options.get("default")
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # no constant, or no help
-            help_text = ast.literal_eval(options["metadata"])["help"]
-    return FieldInfo(node.target.id, section, frozenset(kinds), help_text, ast.unparse(default) if default else "")
+        default, metadata = options.get("default"), options.get("metadata")
+        for key, value in zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else ():
+            with contextlib.suppress(ValueError):  # no constant
+                known[key.value] = ast.literal_eval(value)
+    default = ast.unparse(default) if default else ""
+    choices = tuple(known.get("choices", ()))
+    return FieldInfo(node.target.id, section, frozenset(kinds), known.get("help", ""), default, choices)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,11 +426,11 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         values.pop("max_steps", None)  # the flag says how long to train, so the file's number of steps does not count
     values |= flags
     values |= {name: user_path(values[name]) for name in PATHS if name in values}
-    problems += _find_bad_values(values)
-    if len(problems) > 1:
-        raise UserError(f"{len(problems)} problems with the settings: " + "; ".join(problems))
-    if problems:
-        raise UserError(problems[0] + ("; --help lists every field" if problems[0].startswith("unknown") else ""))
+    mappings = {name for name, info in fields.items() if "dict" in info.kinds and name not in REFUSED}
+    problems += find_bad_values(values, mappings)
+    if len(problems) == 1 and problems[0].startswith("unknown"):
+        problems[0] += "; --help lists every field"
+    raise_all(problems)
     model, data, training = ({n: v for n, v in values.items() if fields[n].section == section} for section in SECTIONS)
     resume = job.get("resume") or training.pop("resume_from_checkpoint", None) or False
     dry_run = job.get("dry_run", False)
@@ -437,45 +438,6 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         dry_run, training = True, _dry_run_training(training, resume, set(flags))
     job |= {"config": path, "resume": resume, "dry_run": dry_run}
     return Settings(model, DataArguments(**data), training, frozenset(flags), **job)
-
-
-def _find_bad_values(values: dict[str, Any]) -> list[str]:
-    """Every number that is out of its range, in words."""
-    problems = []
-    for name in ("tokens_per_step", "per_device_train_batch_size", "gradient_accumulation_steps", "block_size",
-                 "sample_corpus_tokens", "train_tokens", "max_eval_blocks", "save_steps", "logging_steps",
-                 "eval_steps", "cpu_threads"):  # fmt: skip
-        value = values.get(name)
-        if value is not None and not 0 < value < float("inf"):
-            problems.append(f"{name} must be greater than 0, not {value}")
-    for name in ("learning_rate", "matrix_learning_rate", "warmup_steps", "batch_warmup_steps", "decay_steps",
-                 "weight_decay", "max_grad_norm", "sample_steps"):  # fmt: skip
-        value = values.get(name)
-        if value is not None and not 0 <= value < float("inf"):
-            problems.append(f"{name} must be 0 or more, not {value}")
-    for name in _read_constant(PROJECT / "configuration_creature.py", "_POSITIVE_FIELDS"):
-        value = values.get(name)
-        if value is not None and value < 1:
-            problems.append(f"{name} must be at least 1, not {value}")
-    for name in _read_constant(PROJECT / "configuration_creature.py", "_SHARE_FIELDS"):
-        value = values.get(name)
-        if value is not None and not 0 <= value <= 1:
-            problems.append(f"{name} must lie between 0 and 1, not {value}")
-    if values.get("tokens_per_step", 0) > LARGEST_BATCH:
-        problems.append(f"tokens_per_step must be at most {LARGEST_BATCH:,}, not {values['tokens_per_step']}")
-    if not 0 <= (fraction := values.get("validation_fraction", 0)) < 1:
-        problems.append(f"validation_fraction must be at least 0 and below 1, not {fraction}")
-    steps = values.get("max_steps", -1)
-    if "num_train_epochs" in values and steps > 0:
-        problems.append("max_steps and num_train_epochs both say how long to train: give one of them")
-    if steps == 0 or steps < -1:
-        problems.append(f"max_steps must be greater than 0, not {steps}")
-    block, context = values.get("block_size"), values.get("max_position_embeddings", 2048)
-    if block is not None and 0 < context < block:
-        problems.append(
-            f"block_size {block} is longer than max_position_embeddings {context}: lower the one or raise the other"
-        )
-    return problems
 
 
 def _dry_run_training(training: dict[str, Any], resume: str | bool, given: set[str]) -> dict[str, Any]:

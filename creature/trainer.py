@@ -242,7 +242,8 @@ class CreatureTrainer(CheckpointMixin, Trainer):
             (args.adam_beta1, args.adam_beta2),
             args.adam_epsilon,
         )
-        self.optimizer = MuonAdamW(groups, compiled=args.torch_compile)
+        # Every group has a rate of its own; schedules with a smallest rate set it in proportion to this one.
+        self.optimizer = MuonAdamW(groups, args.learning_rate, compiled=args.torch_compile)
         return self.optimizer
 
     def get_decay_parameter_names(self, model) -> list[str]:
@@ -251,11 +252,7 @@ class CreatureTrainer(CheckpointMixin, Trainer):
         return [name for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in tables]
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        args = self.args
-        if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-            decay = schedule_steps(args, num_training_steps)[1]
-            given = args.lr_scheduler_kwargs or {}
-            args.lr_scheduler_kwargs = {"decay_type": "linear", **given, "num_decay_steps": decay}
+        self.args.lr_scheduler_kwargs = schedule_arguments(self.args, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
@@ -414,6 +411,14 @@ def schedule_steps(args, num_training_steps: int) -> tuple[int, int]:
     warmup = min(args.get_warmup_steps(num_training_steps), num_training_steps)
     decay = args.decay_steps if args.decay_steps >= 1 else round(args.decay_steps * num_training_steps)
     return warmup, min(int(decay), num_training_steps - warmup)
+
+
+def schedule_arguments(args, num_training_steps: int) -> dict | None:
+    """The keyword arguments of the schedule of the learning rate."""
+    if args.lr_scheduler_type != SchedulerType.WARMUP_STABLE_DECAY:
+        return args.lr_scheduler_kwargs
+    decay = schedule_steps(args, num_training_steps)[1]
+    return {"decay_type": "linear", **(args.lr_scheduler_kwargs or {}), "num_decay_steps": decay}
 
 
 def batch_warmup_steps(args, num_training_steps: int) -> int:

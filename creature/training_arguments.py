@@ -86,3 +86,7 @@ class CreatureTrainingArguments(TrainingArguments):
     cpu_threads: int | None = field(
         default=None, metadata={"help": "Threads of a process on a CPU; all cores, shared among the processes."}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)  # torch refuses 0 beside 0.98

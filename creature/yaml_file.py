@@ -1,5 +1,6 @@
 """Reading a YAML file of settings that may be damaged or hostile: bounded, without aliases and without double keys."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} occurs twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 takes 1e-5 for text, because it has no point.
+NUMBER = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+_UniqueKeyLoader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
 
 
 def parse_yaml(text: str) -> Any:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from creature.errors import UserError
+from creature.limits import METRICS
 from creature.metrics import BitsPerByte, NextTokenAccuracy, Perplexity, TextMetrics, text_metrics
 
 BYTE_LENGTHS = np.array([1, 2, 3, 4, 0])  # id 4 is a special token of no bytes
@@ -25,6 +26,7 @@ def test_hand_computed():
     assert result["perplexity"] == pytest.approx(math.exp(1.0))
     assert result["bits_per_byte"] == pytest.approx(5.0 / math.log(2) / (2 + 3 + 0 + 4 + 1))
     assert result["accuracy"] == pytest.approx(3 / 5)
+    assert result.keys() == METRICS.keys()  # which settings are checked against
 
 
 def test_uniform_model():

@@ -356,6 +356,51 @@ def test_bad_input_is_named_and_nothing_is_written(place, monkeypatch, flags, wo
     assert not Path("out").exists()
 
 
+def test_what_does_not_work_here_is_told_at_once_and_before_the_data_is_opened(place, monkeypatch):
+    monkeypatch.setattr("creature.plan.compiler_available", lambda device: (True, "as on most machines"))
+    with pytest.raises(UserError) as caught:
+        run(
+            monkeypatch, "--data", "nowhere.bin", "--matrix_learning_rate", 0, "--optim", "adamw_torch_xla",
+            "--lr_scheduler_type", "cosine_with_min_lr", "--report_to", "nobody", "--log_level", "loud",
+            "--torch_compile_mode", "fastest", "--max_steps", 20,
+        )  # fmt: skip
+    text = str(caught.value)
+    assert text.startswith("5 problems") and "nowhere.bin" not in text
+    for words in (
+        "--optim adamw_torch_xla does not work here (Trainer failed to import",
+        "--lr_scheduler_type cosine_with_min_lr does not work (One of min_lr or min_lr_rate",
+        "--report_to nobody does not work here",
+        "log_level must be one of detail, debug, info",
+        "torch.compile does not work as set (Unrecognized mode=fastest",
+    ):
+        assert words in text, words
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        ("polynomial", "{lr_end: -1}", "its rate at step 10 is -0.43"),
+        ("inverse_sqrt", "{timescale: 0}", "division by zero"),
+        ("warmup_stable_decay", "{cycles: 2}", "unexpected keyword argument 'cycles'"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(place, monkeypatch, kind, options, reason):
+    with pytest.raises(UserError, match=f"--lr_scheduler_type {kind} does not work.*{reason}"):
+        run(monkeypatch, "--max_steps", 20, "--lr_scheduler_type", kind, "--lr_scheduler_kwargs", options)
+
+
+def test_the_smallest_rate_of_a_schedule_and_the_best_checkpoint_are_as_asked_for(place, monkeypatch):
+    run(
+        monkeypatch, "--max_steps", 4, "--lr_scheduler_type", "cosine_with_min_lr", "--warmup_steps", 0,
+        "--lr_scheduler_kwargs", "{min_lr: 4e-3}", "--output_dir", "out", "--logging_steps", 1, "--eval_steps", 1,
+        "--metric_for_best_model", "perplexity", "--adam_beta1", 0,
+    )  # fmt: skip
+    rates = curve("out", "learning_rate")
+    assert rates[1] == pytest.approx(1e-2) and 4e-3 < rates[4] < 5e-3
+    state = json.loads(Path("out/checkpoint-4/trainer_state.json").read_text())
+    assert state["best_metric"] == min(curve("out", "eval_perplexity").values())
+
+
 def test_a_run_that_is_about_to_repeat_its_data_says_so(place, monkeypatch, capsys):
     settings = ("--eval_strategy", "no", "--decay_steps", 10)
     run(monkeypatch, "--max_steps", 20, "--output_dir", "once", *settings)
@@ -380,6 +425,8 @@ def test_without_validation_text_nothing_is_evaluated_and_that_is_said(place, mo
     run(monkeypatch, "--max_steps", 2, "--output_dir", "out", "--validation_fraction", "0.0")
     assert "no validation text" in capsys.readouterr().out
     assert not curve("out", "eval_loss")
+    with pytest.raises(UserError, match="no validation text, so neither the best checkpoint nor a schedule"):
+        run(monkeypatch, "--max_steps", 2, "--lr_scheduler_type", "reduce_lr_on_plateau", "--validation_fraction", 0)
 
 
 def test_float8_for_the_head_is_said_and_kept_in_mind(place, monkeypatch, capsys):

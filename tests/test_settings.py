@@ -70,6 +70,55 @@ def test_all_problems_are_reported_at_once_with_the_nearest_name(tmp_path):
         assert part in text, part
 
 
+def test_a_number_without_a_point_is_one_in_a_mapping_too(tmp_path):
+    # YAML 1.1 reads 1e-5 as text.
+    flags = ["--lr_scheduler_kwargs", "{min_lr: 1e-5, num_cycles: 2}", "--loss_weights", '{"internal_text": 1E-1}']
+    config = write(tmp_path, "training:\n  lr_scheduler_kwargs: {min_lr: 1e-5, num_cycles: 2}\n  run_name: '1e5'\n")
+    for settings in (parse_settings(flags), parse_settings(["--config", config])):
+        assert settings.training["lr_scheduler_kwargs"] == {"min_lr": 1e-5, "num_cycles": 2}
+    assert (
+        settings.training["run_name"] == "1e5" and parse_settings(flags).model["loss_weights"]["internal_text"] == 0.1
+    )
+
+
+BAD_VALUES = {
+    "--seed -1": "seed must be at least 0 and below 2**32, not -1",
+    "--data_seed 4294967296": "data_seed must be at least 0 and below 2**32",
+    "--adam_beta1 1.5": "adam_beta1 must be at least 0 and below 1, not 1.5",
+    "--adam_beta2 1": "adam_beta2 must be at least 0 and below 1",
+    "--adam_epsilon 0": "adam_epsilon must be greater than 0",
+    "--num_train_epochs nan": "num_train_epochs must be greater than 0",
+    "--per_device_eval_batch_size 0": "per_device_eval_batch_size must be greater than 0",
+    "--eval_delay -1": "eval_delay must be 0 or more",
+    "--neftune_noise_alpha -1": "neftune_noise_alpha must be 0 or more",
+    "--cpu_threads 100000000000": "cpu_threads must be at most 65,536",
+    "--train_sampling_strategy by_lot": "train_sampling_strategy must be one of random, sequential",
+    "--lr_scheduler_kwargs min_lr=1": "lr_scheduler_kwargs must be a mapping",
+    "--fsdp_config nowhere.json": "fsdp_config nowhere.json is no file",
+    "--deepspeed zero.json": "deepspeed has no place here",
+    "--metric_for_best_model bleu": "metric_for_best_model must be one of loss, perplexity, bits_per_byte, accuracy",
+    "--optim sgd": "optim has no effect beside Muon",
+    "--dataloader_persistent_workers": "dataloader_persistent_workers is for worker processes",
+}
+
+
+def test_every_value_that_cannot_be_is_told_at_once(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as `accelerate launch --use_deepspeed` does
+    with pytest.raises(UserError) as caught:
+        parse_settings(" ".join(BAD_VALUES).split())
+    text = str(caught.value)
+    assert text.startswith(f"{len(BAD_VALUES) + 1} problems") and "accelerate is set to start DeepSpeed" in text
+    for part in BAD_VALUES.values():
+        assert part in text, part
+
+
+def test_the_best_checkpoint_is_the_one_of_the_better_metric():
+    with pytest.raises(UserError, match="save_strategy best needs to know by what: give --metric_for_best_model"):
+        parse_settings(["--save_strategy", "best"])
+    with pytest.raises(UserError, match="greater_is_better true would take the worst perplexity for the best"):
+        parse_settings(["--metric_for_best_model", "eval_perplexity", "--greater_is_better"])
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -118,6 +167,8 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch, as_flag
         "data": {"data": ["~/a.bin:0.7", "~/b.bin:0.3"], "tokenizer_name": "~/tokenizer", "cache_dir": "~/cache"},
         "training": {"output_dir": "~/run", "fsdp_config": "~/fsdp.json", "accelerator_config": "~/accelerator.json"},
     }
+    for name in ("fsdp.json", "accelerator.json"):
+        (tmp_path / name).write_text("{}")
     write(tmp_path, yaml.safe_dump({"model": {"hidden_size": 64}} | ({} if as_flags else paths)))
     flags = ["--config=~/config.yaml"]
     for name, value in (paths["data"] | paths["training"]).items() if as_flags else ():
