@@ -211,7 +211,7 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
     input_ids [B, T] -> [B, T + N]: N tokens, until every row has ended or the maximal length is reached.
     """
     rows, prompt = input_ids.shape
-    longest = stopping_criteria.max_length
+    longest, context = stopping_criteria.max_length, model.config.max_position_embeddings
     ends = [criteria.eos_token_id for criteria in stopping_criteria if isinstance(criteria, EosTokenCriteria)]
     ends = torch.cat([end.flatten() for end in ends]).to(input_ids.device) if ends else None
     # A logits processor of the user, or a streamer, must not see tokens after the end.
@@ -244,6 +244,9 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
                 finished |= (tokens[:, None] == ends).any(dim=1)
             sequences[:, length] = tokens
             length += 1
+            if length > context:
+                stopping_criteria(sequences[:, :length], None)  # transformers' reminder, once
+                context = longest
             check = length >= longest or (length - prompt) % check_every == 0
             if check and generation_config.do_sample:
                 _check_drawn(drawn)

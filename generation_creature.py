@@ -138,8 +138,8 @@ class CreatureGenerationMixin(GenerationMixin):
         def setting(name):
             return kwargs[name] if kwargs.get(name) is not None else getattr(base, name, None)
 
-        beams = (setting("num_beams") or 1) > 1
-        if beams or kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
+        beams, assistant = (setting("num_beams") or 1) > 1, kwargs.get("assistant_model") is not None
+        if beams or assistant or any(map(setting, ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"))):
             raise ValueError(
                 "Side streams are emitted once per tick, which beam search and assisted generation cannot undo: "
                 "use greedy search or sampling with output_streams, or leave output_streams out."
@@ -175,6 +175,14 @@ class CreatureGenerationMixin(GenerationMixin):
         return super()._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
         )
+
+    def _assisted_decoding(self, *args, **kwargs):
+        """As in `GenerationMixin`, which leaves the model with the layers of an early exit where that raises."""
+        layers = self.config.num_hidden_layers
+        try:
+            return super()._assisted_decoding(*args, **kwargs)
+        finally:
+            self.config.num_hidden_layers = layers
 
     def encode_senses(self, **senses) -> torch.Tensor:
         """

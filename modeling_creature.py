@@ -4,6 +4,7 @@
 import inspect
 import os
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -247,7 +248,8 @@ class CreatureModel(CreaturePreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
 
         first_values = None
-        for layer in self.layers:
+        # As many as the configuration says: `generate(assistant_early_exit=n)` drafts tokens with the first n of them.
+        for layer in islice(self.layers, self.config.num_hidden_layers):
             hidden_states, values = layer(
                 hidden_states,
                 first_values,

@@ -15,6 +15,7 @@ import torch
 from creatures import Listener, left_padded, micro_model, random_batch
 from torch import nn
 from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers.generation import stopping_criteria
 
 import decoding_creature
 import generation_creature
@@ -115,6 +116,18 @@ def test_the_same_tokens_as_the_loop_of_transformers(model, prompt, decoded, how
         assert torch.equal(model.generate(ids, attention_mask=mask, **settings), expected)
     assert len(decoded) == 2 and expected.is_contiguous()
     assert expected.shape[1] <= PROMPT + 1 or len(expected[:, PROMPT:].unique()) > 3
+
+
+def test_past_the_trained_context_the_reminder_of_transformers_is_given_once(prompt, decoded, how, monkeypatch):
+    said = []
+    monkeypatch.setattr(stopping_criteria.logger, "warning_once", said.append)
+    model = micro_model(max_position_embeddings=PROMPT + 3)
+    model.generate(prompt, max_new_tokens=3, eos_token_id=None)
+    assert not said  # the context is full, not exceeded
+    model.generate(prompt, max_new_tokens=12, eos_token_id=None)
+    assert len(decoded) == 2 and len(said) == 1 and "exceeded the model's predefined maximum length" in said[0]
+    stock(model, prompt, max_new_tokens=12, eos_token_id=None)
+    assert set(said[1:]) == set(said[:1])
 
 
 @pytest.mark.parametrize("pad", [None, 125])

@@ -14,7 +14,7 @@ from creatures import (
     select,
     without_targets,
 )
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from modeling_creature import CreatureModel
 from streams_creature import pack_animation
@@ -185,6 +185,25 @@ class StopAfter(StoppingCriteria):
 
     def __call__(self, input_ids, scores, **kwargs):
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+def test_an_early_exit_drafts_the_tokens_of_plain_greedy_and_leaves_all_layers(prompt):
+    model, settings = micro_model(num_hidden_layers=3, tie_word_embeddings=False), dict(GREEDY, max_new_tokens=20)
+    layers = []
+    model.model.layers[0].register_forward_hook(lambda *_: layers.append(model.config.num_hidden_layers))
+    expected = model.generate(prompt[:1], **settings)
+    for early in (1, 2):
+        assert torch.equal(model.generate(prompt[:1], assistant_early_exit=early, **settings), expected)
+        assert {early, 3} <= set(layers) and model.config.num_hidden_layers == 3
+
+    def fail(ids, scores):
+        if model.config.num_hidden_layers == 1:
+            raise RuntimeError("while drafting")
+        return scores
+
+    with pytest.raises(RuntimeError, match="while drafting"):
+        model.generate(prompt[:1], assistant_early_exit=1, logits_processor=LogitsProcessorList([fail]), **settings)
+    assert model.config.num_hidden_layers == 3 and torch.equal(model.generate(prompt[:1], **settings), expected)
 
 
 @pytest.mark.parametrize("streams", [(), SIDE_STREAMS])
@@ -376,7 +395,8 @@ def test_several_sequences_of_all_streams(model, prompt, senses):
 
 
 def test_beams_with_side_streams_are_refused_in_a_sentence(model, prompt):
-    for settings in (dict(num_beams=2), dict(prompt_lookup_num_tokens=2), dict(assistant_model=model)):
+    assisted = (dict(prompt_lookup_num_tokens=2), dict(assistant_model=model), dict(assistant_early_exit=1))
+    for settings in (dict(num_beams=2), *assisted):
         with pytest.raises(ValueError, match="beam search and assisted generation"):
             model.generate(prompt, output_streams=SIDE_STREAMS, max_new_tokens=2, **settings)
     config = model.generation_config.__class__(num_beams=3, max_new_tokens=2)
