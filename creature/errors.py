@@ -18,6 +18,19 @@ def raise_all(problems: list[str]) -> None:
         raise UserError((f"{len(problems)} problems with the settings: " if many else "") + "; ".join(problems))
 
 
+def require_unicode(name: str, text: str) -> None:
+    """
+    UserError where a text holds half a character: Python turns bytes of the command line that are no UTF-8 into lone
+    surrogates, which neither a tokenizer nor a file of text takes.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} holds half a character at position {error.start}: give it again, as UTF-8 (see `locale`)"
+        ) from None
+
+
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """
     Run a script's `main` and exit with its return code (None means 0).

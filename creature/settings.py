@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from creature.errors import UserError, raise_all
+from creature.errors import UserError, raise_all, require_unicode
 from creature.files import user_path
 from creature.limits import find_bad_values
 from creature.yaml_file import load_yaml, parse_yaml
@@ -207,6 +207,8 @@ class FieldInfo:
         word = text.lower()
         if "\0" in text:  # no path or name can hold one
             raise ValueError(f"{self.name} holds a NUL character")
+        if self.name != "data":  # the names of files may be any bytes
+            require_unicode(self.name, text)
         if "none" in self.kinds and word in ("none", "null", ""):
             return None
         if "bool" in self.kinds and word in BOOLEANS:

@@ -16,7 +16,7 @@ from threading import Thread
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from creature.errors import UserError, run_main  # noqa: E402
+from creature.errors import UserError, require_unicode, run_main  # noqa: E402
 from creature.files import user_path  # noqa: E402
 
 
@@ -84,6 +84,7 @@ def continue_text(model, tokenizer, prompt: str, temperature: float, top_p: floa
 
     from creature.loading import ids_without_text
 
+    require_unicode("the prompt", prompt)
     config = model.config
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [config.bos_token_id]
     room = config.max_position_embeddings - len(ids)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from creature.errors import UserError, run_main  # noqa: E402
+from creature.errors import UserError, require_unicode, run_main  # noqa: E402
 from creature.files import user_path  # noqa: E402
 
 NAMES = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte", "accuracy": "accuracy"}
@@ -63,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    require_unicode("--prompt", arguments.prompt)
     from creature.loading import find_model, load_config, load_saved_tokenizer
 
     folders = find_all(arguments.checkpoint) if arguments.all else [(0, find_model(arguments.checkpoint))]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from creature.errors import UserError, run_main  # noqa: E402
+from creature.errors import UserError, require_unicode, run_main  # noqa: E402
 from creature.files import user_path  # noqa: E402
 
 FILE_NAMES = {"onnx": "model.onnx", "torch": "model.pt2"}
@@ -48,6 +48,7 @@ def main() -> None:
 
     folder = find_model(arguments.checkpoint)
     output = Path(arguments.output) if arguments.output else folder / FILE_NAMES[arguments.format]
+    require_unicode("--output", str(output))
     ending = Path(FILE_NAMES[arguments.format]).suffix
     if output.suffix != ending or output.is_dir():
         raise UserError(f"--output {output} must be a file that ends in {ending}")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from creature.errors import UserError, run_main  # noqa: E402
+from creature.errors import UserError, require_unicode, run_main  # noqa: E402
 from creature.files import user_path  # noqa: E402
 
 
@@ -56,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    require_unicode("--prompt", arguments.prompt)
     from creature.loading import find_model, ids_without_text, load_saved_tokenizer, load_to_generate
 
     folder = find_model(arguments.checkpoint)

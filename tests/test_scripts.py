@@ -15,6 +15,7 @@ from creatures import load_script
 from configuration_creature import CreatureConfig
 from creature import checkpoints
 from creature.data.text.tokenizer import load_tokenizer
+from creature.errors import UserError
 from modeling_creature import MultiModalCreature
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -130,6 +131,30 @@ def test_a_tilde_is_the_home_folder_in_every_path(folder, tmp_path, monkeypatch)
                 continue
             assert action.type and action.type("~/x") == f"{tmp_path}/x", f"{script.name} {action.dest}"
     assert len(parsers) == len(list(folder.glob("*.py")))
+
+
+HALF = "Once\udcc3"  # what Python makes of a byte in the command line that is no UTF-8
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("generate_text", ["--checkpoint", "RUN", "--prompt", HALF]),
+        ("evaluate_text", ["--checkpoint", "RUN", "--data", "TEXT", "--all", "--prompt", HALF]),
+        ("export", ["--checkpoint", "RUN", "--format", "torch", "--output", HALF]),
+        ("tokenize_corpus", ["--input", "TEXT", "--output", "a.bin", "--text_column", HALF]),
+        ("train_tokenizer", ["--input", "TEXT", "--output", HALF]),
+    ],
+)
+def test_half_a_character_is_named(tool, run_folder, text_file, name, flags):
+    places = {"RUN": run_folder, "TEXT": text_file}
+    code, _, error = tool(name, *(places.get(flag, flag) for flag in flags))
+    assert code == 1 and f"{flags[-2]} holds half a character at position 4" in error and error.count("\n") == 1
+
+
+def test_half_a_character_in_the_browser_is_named():
+    with pytest.raises(UserError, match="the prompt holds half a character at position 1"):
+        next(load_script("demo").continue_text(None, None, "a\ud83d", 0.8, 1.0, 5))  # half of a pair
 
 
 # ---------------------------------------------------------------------------------------------------------------------

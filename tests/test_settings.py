@@ -98,6 +98,7 @@ BAD_VALUES = {
     "--deepspeed zero.json": "deepspeed has no place here",
     "--metric_for_best_model bleu": "metric_for_best_model must be one of loss, perplexity, bits_per_byte, accuracy",
     "--optim sgd": "optim has no effect beside Muon",
+    "--prompt Once\udcc3": "prompt holds half a character at position 4",  # a byte that is no UTF-8
     "--dataloader_persistent_workers": "dataloader_persistent_workers is for worker processes",
 }
 
@@ -110,6 +111,8 @@ def test_every_value_that_cannot_be_is_told_at_once(monkeypatch):
     assert text.startswith(f"{len(BAD_VALUES) + 1} problems") and "accelerate is set to start DeepSpeed" in text
     for part in BAD_VALUES.values():
         assert part in text, part
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    assert parse_settings(["--data", "old\udcc3.txt"]).data.data == "old\udcc3.txt"  # a file name may be any bytes
 
 
 def test_the_best_checkpoint_is_the_one_of_the_better_metric():

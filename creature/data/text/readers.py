@@ -34,7 +34,7 @@ from pathlib import Path
 
 from creature.data.text.recognition import other_than_text
 from creature.data.text.sources import Source
-from creature.errors import UserError, first_line
+from creature.errors import UserError, first_line, require_unicode
 
 MARKER = "<|endoftext|>"
 CHUNK_BYTES = 1 << 18
@@ -54,6 +54,7 @@ class Documents:
     """
 
     def __init__(self, source: Source, text_column: str = "text"):
+        require_unicode("--text_column", text_column)
         self.source, self.column, self.name = source, text_column, source.name
         self.bytes_read = self.repaired = 0
         self.sha256 = ""

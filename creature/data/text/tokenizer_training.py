@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from creature.data.text.pieces import read_pieces
 from creature.data.text.tokenizer import END_OF_TEXT_TOKEN, NULL_TOKEN, PAD_TOKEN, load_tokenizer
-from creature.errors import UserError
+from creature.errors import UserError, require_unicode
 from creature.files import require_writable
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def train_tokenizer(
     """
     if not SMALLEST <= vocab_size <= LARGEST:
         raise UserError(f"--vocab_size {vocab_size:,} is not in {SMALLEST} to {LARGEST:,}: 4,096 to 65,536 are usual")
+    require_unicode("--output", output)
     folder = Path(output)
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         if not overwrite or not (folder / "tokenizer.json").is_file():
