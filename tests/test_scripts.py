@@ -391,7 +391,7 @@ def test_every_failed_check_says_the_remedy(tool, run_folder, tmp_path):
     assert "[ ] data file: nope.bin" in out
     assert re.search(r"\[ \] dry run: .* had another configuration \(model\.\w+ was", out)
     code, out, _ = tool("check_environment", "--hidden_size", "0")
-    assert code == 1 and "[ ] configuration: " in out and "hidden_size is 0" in out
+    assert code == 1 and "[ ] configuration: hidden_size must be at least 1, not 0" in out
     assert not list(tmp_path.iterdir())  # it writes nothing
 
 
