@@ -67,10 +67,13 @@ class CreatureConfig(PreTrainedConfig):
         num_audio_codebooks, audio_codebook_size, audio_code_size (`int`): codec codes per tick and the width of their
             factorized tables.
         depth_hidden_size, depth_num_layers, depth_num_heads (`int`): the depth decoder over the codes of one tick.
-        num_blend_shapes (`int`, defaults to 51): face shapes in [0, 1].
+        num_blend_shapes (`int`, defaults to 51): face shapes in [0, 1]; a creature with a face has two eyes to move.
+        action_size (`int`, defaults to 0): numbers of a command for a body that is not moved by joint rotations, such
+            as a robot's motor angles and gripper.
+        action_mean, action_std (`list[float]`, *optional*), action_names (`list[str]`, *optional*): as of `body_state`.
 
     A creature without an organ has none of its parameters: `num_mel_bins`, `num_cameras`, `num_joints`,
-    `body_state_size` and `num_touch_points` may be 0.
+    `body_state_size`, `num_touch_points`, `num_audio_codebooks`, `num_blend_shapes` and `action_size` may be 0.
 
     Raises:
         `ValueError`: with every problem of the values at once.
@@ -146,6 +149,10 @@ class CreatureConfig(PreTrainedConfig):
     depth_num_layers: int = 3
     depth_num_heads: int = 4
     num_blend_shapes: int = 51
+    action_size: int = 0
+    action_mean: list[float] | None = None
+    action_std: list[float] | None = None
+    action_names: list[str] | None = None
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
@@ -185,8 +192,9 @@ class CreatureConfig(PreTrainedConfig):
 
     @property
     def animation_size(self) -> int:
-        """Numbers in one tick of animation: joint rotations as quaternions, blend shapes, two eyes of four numbers."""
-        return self.subframes_per_tick * self.num_joints * 4 + self.num_blend_shapes + 2 * 4
+        """Numbers in one tick of animation: joint rotations as quaternions; of a face, blend shapes and two eyes."""
+        face = self.num_blend_shapes + 2 * 4 if self.num_blend_shapes else 0
+        return self.subframes_per_tick * self.num_joints * 4 + face
 
     def validate_architecture(self):
         """Raise one `ValueError` that names every value that cannot work, each with what would."""
@@ -224,7 +232,7 @@ class CreatureConfig(PreTrainedConfig):
                 f"vision_image_size ({self.vision_image_size}) must be a multiple of vision_patch_size "
                 f"({self.vision_patch_size}), in height and width"
             )
-        problems += self._statistics_problems("body_state")
+        problems += self._statistics_problems("body_state") + self._statistics_problems("action")
         # A head_dim that is the rounded quotient was derived and not chosen; any other one is free of hidden_size.
         rounded = self.head_dim == self.hidden_size // self.num_attention_heads
         if self.hidden_size % self.num_attention_heads and rounded:
@@ -299,13 +307,11 @@ _POSITIVE_FIELDS = (
     "subframes_per_tick",
     "num_touch_surfaces",
     "touch_embedding_size",
-    "num_audio_codebooks",
     "audio_codebook_size",
     "audio_code_size",
     "depth_hidden_size",
     "depth_num_layers",
     "depth_num_heads",
-    "num_blend_shapes",
 )
 # 0 in a creature without the organ.
 _ORGAN_FIELDS = (
@@ -314,6 +320,9 @@ _ORGAN_FIELDS = (
     "num_joints",
     "body_state_size",
     "num_touch_points",
+    "num_audio_codebooks",
+    "num_blend_shapes",
+    "action_size",
 )
 
 CreatureConfig.register_for_auto_class()

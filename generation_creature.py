@@ -10,12 +10,10 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 try:
-    from .configuration_creature import STREAMS
     from .decoding_creature import can_decode, decode
     from .senses_creature import SENSE_TABLE, check_names
     from .streams_creature import sample_token
 except ImportError:
-    from configuration_creature import STREAMS
     from decoding_creature import can_decode, decode
     from senses_creature import SENSE_TABLE, check_names
     from streams_creature import sample_token
@@ -29,10 +27,13 @@ def _inputs_of(senses) -> dict[str, float | bool]:
 
 # What arrives from outside, and what a loop feeds back itself.
 OUTER_SENSES = _inputs_of([sense for sense in SENSE_TABLE if not sense.copy_of])
-COPIES = {sense.copy_of: sense for sense in SENSE_TABLE if sense.copy_of}
+COPIES = [sense for sense in SENSE_TABLE if sense.copy_of]
+COPY_MASKS = {name: sense.mask for sense in COPIES for name in sense.arguments if sense.mask}
+# What leaves the creature at a tick -> the argument that it is at the next one.
+FED_BACK = {"external_text": "external_text_ids", "audio": "audio_codes", "animation": "animation", "action": "action"}
 # Along the ticks of a generation: the senses, encoded once before the loop, the pose that animation starts from, and
 # the efference copies; each with its value at an absent tick.
-TICK_INPUTS = {"sense_embeds": 0.0, "joint_rotations": 0.0, "body_mask": False} | _inputs_of(COPIES.values())
+TICK_INPUTS = {"sense_embeds": 0.0, "joint_rotations": 0.0, "body_mask": False} | _inputs_of(COPIES)
 
 
 @dataclass
@@ -45,7 +46,8 @@ class CreatureGenerateOutput(ModelOutput):
         external_text: [B, N] ids emitted beside the N new tokens. A body does not stop with an inner sentence: after a
             row's end-of-text token its other streams go on until the last row has ended.
         audio: [B, N, codebooks] codec codes.
-        animation: [B, N, animation_size], see `streams_creature.pack_animation`.
+        animation: [B, N, animation_size], see `motor_creature.pack_animation`.
+        action: [B, N, sub-frames, action_size], normalised.
         scores, logits, attentions, hidden_states, past_key_values: as in transformers.
     """
 
@@ -53,6 +55,7 @@ class CreatureGenerateOutput(ModelOutput):
     external_text: torch.LongTensor | None = None
     audio: torch.LongTensor | None = None
     animation: torch.FloatTensor | None = None
+    action: torch.FloatTensor | None = None
     scores: tuple[torch.FloatTensor] | None = None
     logits: tuple[torch.FloatTensor] | None = None
     attentions: tuple | None = None
@@ -67,7 +70,7 @@ class CreatureStep(ModelOutput):
 
     Args:
         internal_text, external_text: [B] ids. audio: [B, codebooks] codes. animation: [B, animation_size].
-            Streams that were not asked for are None.
+            action: [B, sub-frames, action_size], normalised. What was not asked for, or has size 0, is None.
         logits: [B, vocab_size] of the internal text.
         past_key_values: pass it to the next step.
     """
@@ -76,6 +79,7 @@ class CreatureStep(ModelOutput):
     external_text: torch.LongTensor | None = None
     audio: torch.LongTensor | None = None
     animation: torch.FloatTensor | None = None
+    action: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     past_key_values: Cache | None = None
 
@@ -108,7 +112,7 @@ class CreatureGenerationMixin(GenerationMixin):
         its modes record no graphs of their own. `cache_implementation="dynamic"` selects the loop of transformers.
 
         Args:
-            output_streams: out of "external_text", "audio", "animation".
+            output_streams: out of "external_text", "audio", "animation", which emits `animation` and `action`.
 
         Returns:
             What `GenerationMixin.generate` returns, or with `output_streams` a [`CreatureGenerateOutput`].
@@ -116,7 +120,7 @@ class CreatureGenerationMixin(GenerationMixin):
         Raises:
             ValueError: for an unknown stream, or for side streams with beam search or assisted generation.
         """
-        check_names("output_streams", output_streams, STREAMS)
+        check_names("output_streams", output_streams, self.streams.names)
         given = {name: kwargs.pop(name) for name in OUTER_SENSES if kwargs.get(name) is not None}
         if given:
             with torch.no_grad():
@@ -126,9 +130,10 @@ class CreatureGenerationMixin(GenerationMixin):
                 everywhere = torch.ones(felt.shape[:2], dtype=torch.bool, device=felt.device)
                 # With a mask, the ticks after the last felt one are absent, and not quaternions of zeros.
                 kwargs |= {"joint_rotations": felt, "body_mask": given.get("body_mask", everywhere)}
-        commanded = kwargs.get("animation")
-        if commanded is not None and kwargs.get("animation_mask") is None:
-            kwargs["animation_mask"] = torch.ones(commanded.shape[:2], dtype=torch.bool, device=commanded.device)
+        for name, mask in COPY_MASKS.items():
+            copy = kwargs.get(name)
+            if copy is not None and kwargs.get(mask) is None:
+                kwargs[mask] = torch.ones(copy.shape[:2], dtype=torch.bool, device=copy.device)
         streams = tuple(stream for stream in output_streams if stream != "internal_text")
         if not streams:
             return super().generate(inputs, *args, **kwargs)
@@ -229,10 +234,10 @@ class CreatureGenerationMixin(GenerationMixin):
         emission = model_kwargs.get("emission")
         if emission is None:
             return model_kwargs
-        for stream, tick in self._emit(outputs, emission.streams, emission.temperature).items():
-            emission.emitted.setdefault(stream, []).append(tick)
+        for output, tick in self._emit(outputs, emission.streams, emission.temperature).items():
+            emission.emitted.setdefault(output, []).append(tick)
             # The ticks before the first emission are absent, unless the caller says what was emitted in the prompt.
-            ((name, _),), mask = COPIES[stream].arguments.items(), COPIES[stream].mask
+            name, mask = FED_BACK[output], COPY_MASKS.get(FED_BACK[output])
             before = tick[:, None][:, :0] if model_kwargs.get(name) is None else model_kwargs[name]
             model_kwargs[name] = torch.cat((_at_ticks(name, before, 0, emission.ticks), tick[:, None]), dim=1)
             if mask:
@@ -250,15 +255,16 @@ class CreatureGenerationMixin(GenerationMixin):
             # Sampled here and not in `forward`, which is deterministic.
             code_table = self.model.senses.own_voice.code_table
             emitted["audio"] = self.streams.audio.emit(outputs.last_hidden_state[:, -1], code_table, temperature)[0]
-        if "animation" in streams:
-            emitted["animation"] = outputs.animation[:, -1]
+        for name in ("animation", "action"):  # as far as the body has them
+            if "animation" in streams and getattr(outputs, name) is not None:
+                emitted[name] = getattr(outputs, name)[:, -1]
         return emitted
 
     @torch.no_grad()
     def step(
         self,
         past_key_values: Cache | None = None,
-        output_streams: tuple[str, ...] = STREAMS,
+        output_streams: tuple[str, ...] | None = None,
         temperature: float | None = None,
         **senses,
     ) -> CreatureStep:
@@ -267,10 +273,11 @@ class CreatureGenerationMixin(GenerationMixin):
 
         Args:
             past_key_values: the cache of the step before, None at the first tick.
-            output_streams: the streams to emit.
+            output_streams: the streams to emit; by default all that this creature has.
             temperature: draw at this temperature; None is greedy.
             senses: the arguments of `forward` with T = 1 (or, at the first call, the ticks so far); feed back what the
-                step before emitted as `input_ids`, `external_text_ids`, `audio_codes` and `animation` [B, 1, ...].
+                step before emitted as `input_ids`, `external_text_ids`, `audio_codes`, `animation` and `action`
+                [B, 1, ...].
 
         Returns:
             [`CreatureStep`].
@@ -279,7 +286,8 @@ class CreatureGenerationMixin(GenerationMixin):
             TypeError: for an argument that `forward` does not have.
             ValueError: as `forward`.
         """
-        check_names("output_streams", output_streams, STREAMS)
+        output_streams = self.streams.names if output_streams is None else output_streams
+        check_names("output_streams", output_streams, self.streams.names)
         in_forward = tuple(stream for stream in output_streams if stream != "audio")
         outputs = self(
             past_key_values=past_key_values, use_cache=True, logits_to_keep=1, output_streams=in_forward, **senses

@@ -32,6 +32,7 @@ try:
         ZeroProjection,
     )
     from .losses_creature import IGNORE_INDEX, linear_cross_entropy, linear_token_losses
+    from .motor_creature import COMMAND_PARTS, CommandProjection, last_command
     from .senses_creature import (
         SENSE_TABLE,
         CreatureSenses,
@@ -40,10 +41,9 @@ try:
         check_ids,
         check_names,
         check_shapes,
-        rest_pose,
         unknown_argument,
     )
-    from .streams_creature import CreatureStreams, count_targets, text_loss, text_target_weights
+    from .streams_creature import CreatureStreams, keep_ticks, mean_losses, text_loss, text_target_weights
 except ImportError:
     from configuration_creature import SENSES, STREAMS, CreatureConfig
     from generation_creature import CreatureGenerationMixin
@@ -56,6 +56,7 @@ except ImportError:
         ZeroProjection,
     )
     from losses_creature import IGNORE_INDEX, linear_cross_entropy, linear_token_losses
+    from motor_creature import COMMAND_PARTS, CommandProjection, last_command
     from senses_creature import (
         SENSE_TABLE,
         CreatureSenses,
@@ -64,10 +65,9 @@ except ImportError:
         check_ids,
         check_names,
         check_shapes,
-        rest_pose,
         unknown_argument,
     )
-    from streams_creature import CreatureStreams, count_targets, text_loss, text_target_weights
+    from streams_creature import CreatureStreams, keep_ticks, mean_losses, text_loss, text_target_weights
 
 # What `forward` accepts beside its own parameters; anything else is a mistake.
 KNOWN_KWARGS = (
@@ -93,7 +93,8 @@ class CreatureOutput(ModelOutput):
         external_text_logits: [B, T, vocab_size] (with `output_streams`, as the next two).
         audio_logits: [B, T, codebooks, codebook_size]; each code given the targets before it in its tick, or, without
             targets, given the likeliest codes.
-        animation: [B, T, animation_size], see `streams_creature.pack_animation`.
+        animation: [B, T, animation_size], see `motor_creature.pack_animation`.
+        action: [B, T, 4, action_size] normalised (both with the stream "animation", as far as the body has them).
         last_hidden_state: [B, T, hidden_size], what all streams read.
         past_key_values, hidden_states, attentions: as in every transformers model.
     """
@@ -106,6 +107,7 @@ class CreatureOutput(ModelOutput):
     external_text_logits: torch.FloatTensor | None = None
     audio_logits: torch.FloatTensor | None = None
     animation: torch.FloatTensor | None = None
+    action: torch.FloatTensor | None = None
     past_key_values: Cache | None = None
     last_hidden_state: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -143,6 +145,8 @@ class CreaturePreTrainedModel(PreTrainedModel):
         elif isinstance(module, ResidualProjection):
             # The residual stream adds up 2 x layers outputs: scale them so that its variance does not grow (GPT-2).
             init.normal_(module.weight, mean=0.0, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
+        elif isinstance(module, CommandProjection):
+            init.normal_(module.weight, mean=0.0, std=std / 10)
 
 
 class CreatureModel(CreaturePreTrainedModel):
@@ -309,7 +313,7 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             if hasattr(self.model.senses, sense.name):
                 trained = sense.copy_of in streams if sense.copy_of else sense.name in senses
                 getattr(self.model.senses, sense.name).requires_grad_(trained)
-        for name in STREAMS[1:]:
+        for name in self.streams.names[1:]:
             getattr(self.streams, name).requires_grad_(name in streams)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
@@ -348,12 +352,15 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         audio_codes: torch.LongTensor | None = None,
         animation: torch.FloatTensor | None = None,
         animation_mask: torch.BoolTensor | None = None,
+        action: torch.FloatTensor | None = None,
+        action_mask: torch.BoolTensor | None = None,
         sense_embeds: torch.FloatTensor | None = None,
         external_text_targets: torch.LongTensor | None = None,
         audio_targets: torch.LongTensor | None = None,
         rotation_targets: torch.FloatTensor | None = None,
         blend_shape_targets: torch.FloatTensor | None = None,
         eye_targets: torch.FloatTensor | None = None,
+        action_targets: torch.FloatTensor | None = None,
         animation_target_mask: torch.BoolTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_streams: tuple[str, ...] = (),
@@ -376,27 +383,31 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
                 `body_state_mean` and `body_state_std`; present where `body_mask` is.
             touch_points, touch_surfaces, touch_values: [B, T, C] ids, [B, T, C] ids, [B, T, C, 5] (force N, place
                 x, y, z m, temperature C) of up to C contacts; `touch_mask` [B, T, C].
-            external_text_ids, audio_codes, animation: efference copies, what the creature emitted for this tick: [B, T]
-                ids and [B, T, 8] codes, negative where absent, [B, T, animation_size] with `animation_mask` [B, T].
+            external_text_ids, audio_codes, animation, action: efference copies, what the creature emitted for this
+                tick, as its targets say it: [B, T] ids and [B, T, 8] codes, negative where absent, [B, T,
+                animation_size] with `animation_mask` [B, T], [B, T, 4, action_size] with `action_mask` [B, T].
             sense_embeds: [B, T, hidden_size] senses encoded before, see `encode_senses`.
             labels, external_text_targets: [B, T] unshifted ids, -100 where unknown. (`shift_labels` [B, T], in place of
                 `labels`, holds at tick t the id that tick t predicts.)
             audio_targets: [B, T, 8] codes, -100 where unknown.
             rotation_targets, blend_shape_targets, eye_targets: [B, T, 4, 24, 4] unit quaternions, [B, T, 51] in [0, 1],
-                [B, T, 2, 4] (gaze direction, openness); `animation_target_mask` [B, T].
-            num_items_in_batch: what the losses are divided by: a number for the internal text, or four in the order of
-                `STREAMS` (see `streams_creature.count_targets`); by default each stream's own count in this batch.
+                [B, T, 2, 4] (gaze direction, openness).
+            action_targets: [B, T, 4, action_size], normalised by the configuration's `action_mean` and `action_std`.
+            animation_target_mask: [B, T], of these four. The stream's loss is the mean over them of the error divided
+                by that of repeating the last command: 1 is no better than doing so.
+            num_items_in_batch: what the losses are divided by: a number for the internal text, or all that
+                `streams_creature.count_targets` returns; by default that of this batch.
             output_streams: names of streams whose outputs are wanted beside the internal text.
             return_logits: by default, logits are returned except in training with labels, where they would be the
                 largest tensor of all. False in evaluation gives `token_losses` and `predictions` in their place.
 
         Raises:
             TypeError: for an unknown argument.
-            ValueError: for an unknown stream, a sense that this creature has no organ for, a wrong shape, ids out of
-                range, two internal voices, or no input at all.
+            ValueError: for an unknown stream, a sense or a target that this creature has no organ for, a wrong shape,
+                ids out of range, two internal voices, or no input at all.
         """
         _check_kwargs(MultiModalCreature, kwargs)
-        check_names("output_streams", output_streams, STREAMS)
+        check_names("output_streams", output_streams, self.streams.names)
         senses = {
             "external_voice_ids": external_voice_ids,
             "input_features": input_features,
@@ -415,6 +426,8 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             "audio_codes": audio_codes,
             "animation": animation,
             "animation_mask": animation_mask,
+            "action": action,
+            "action_mask": action_mask,
             "sense_embeds": sense_embeds,
         }
         shift_labels = kwargs.pop("shift_labels", None)
@@ -428,14 +441,11 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             "rotation_targets": rotation_targets,
             "blend_shape_targets": blend_shape_targets,
             "eye_targets": eye_targets,
+            "action_targets": action_targets,
             "animation_target_mask": animation_target_mask,
         }
         if input_ids is not None:
             check_ids("input_ids", input_ids, self.config.vocab_size)
-        for name in ("labels", "external_text_targets", "audio_targets"):
-            if targets[name] is not None:
-                size = self.config.audio_codebook_size if name == "audio_targets" else self.config.vocab_size
-                check_ids(name, targets[name], size, smallest=0, ignored=IGNORE_INDEX)
         if use_cache is None and (labels is not None or (position_ids is not None and past_key_values is None)):
             # A loss needs no cache, and with one transformers does not keep packed documents apart.
             use_cache = False
@@ -452,12 +462,14 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         )
         hidden = outputs.last_hidden_state
         unshifted = {} if shift_labels is None else {"labels": labels[:, 1:]}
-        check_shapes(self.streams.shapes, targets | unshifted, B=hidden.shape[0], T=hidden.shape[1])
+        self.streams.check(targets | unshifted, hidden)
+        felt = {"joint_rotations": joint_rotations}  # alone they are no sense, but what a command may start from
+        check_shapes(self.model.senses.shapes, felt, B=hidden.shape[0], T=hidden.shape[1])
         if return_logits is None:
             return_logits = not (self.training and labels is not None)
         logits = token_losses = predictions = None
         if return_logits:
-            logits = self.lm_head(_keep(hidden, logits_to_keep))
+            logits = self.lm_head(keep_ticks(hidden, logits_to_keep))
         elif labels is not None and not self.training:
             flat, predicted = linear_token_losses(
                 hidden[:, : labels.shape[1] - 1].flatten(0, 1), self._head(), labels[:, 1:].flatten()
@@ -471,7 +483,7 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             losses=losses,
             token_losses=token_losses,
             predictions=predictions,
-            **self._stream_outputs(hidden, senses, audio_targets, output_streams, logits_to_keep),
+            **self.streams(hidden, senses | targets, output_streams, logits_to_keep, self.model),
             past_key_values=outputs.past_key_values,
             last_hidden_state=hidden,
             hidden_states=outputs.hidden_states,
@@ -489,7 +501,6 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         """The weighted sum of the losses of the streams that have a weight and targets, and each of them by name."""
         weights = self.config.loss_weights
         table = self.model.embed_tokens.weight
-        code_table = self.model.senses.own_voice.code_table
         sums = {}
         if weights["internal_text"] and token_losses is not None and not torch.is_grad_enabled():
             # The head has run already, and without gradients its losses are all there is to know.
@@ -503,19 +514,14 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
                 hidden, table, targets["external_text_targets"], self.text_cross_entropy
             )
         if weights["audio"] and targets["audio_targets"] is not None:
+            code_table = self.model.senses.own_voice.code_table
             sums["audio"] = self.streams.audio.loss(hidden, code_table, targets["audio_targets"])
-        moves = ("rotation_targets", "blend_shape_targets", "eye_targets")
-        if weights["animation"] and any(targets[name] is not None for name in moves):
-            sums["animation"] = self.streams.animation.loss(hidden, self._pose(hidden, senses), targets)
+        if weights["animation"] and any(targets[name] is not None for name in COMMAND_PARTS):
+            last = last_command(self.config, senses | targets, hidden)
+            sums["animation"] = self.streams.animation.loss(hidden, last, targets)  # [4], one sum for each part
         if not sums:
             return None, None
-        counts = count_targets(self.config, targets).to(hidden.device)
-        if num_items_in_batch is not None:
-            given = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=hidden.device)
-            # One number is the Trainer's count of `labels`; it says nothing of the other streams.
-            counts = given if given.dim() else torch.cat((given[None], counts[1:]))
-        # A stream without a single target has the sum 0; the clamp keeps 0 / 0 from being NaN.
-        losses = {name: value / counts[STREAMS.index(name)].clamp(min=1e-6) for name, value in sums.items()}
+        losses = mean_losses(self.config, sums, senses | targets, num_items_in_batch)
         loss = sum(weights[name] * value for name, value in losses.items())
         return loss, {name: value.detach() for name, value in losses.items()}
 
@@ -526,40 +532,6 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         """
         plain = type(self.lm_head) is nn.Linear and type(self.lm_head.weight) in (nn.Parameter, torch.Tensor)
         return self.lm_head.weight if plain else self.lm_head
-
-    def _pose(self, hidden: torch.Tensor, senses: dict) -> torch.Tensor:
-        """The pose [B, T, joints, 4] that animation is a residual to."""
-        felt = {"joint_rotations": senses["joint_rotations"]}  # which are no part of the sum of the senses
-        check_shapes(self.model.senses.shapes, felt, B=hidden.shape[0], T=hidden.shape[1])
-        pose = self.model.senses.pose(senses)
-        return rest_pose(hidden.new_zeros(*hidden.shape[:2], self.config.num_joints, 4)) if pose is None else pose
-
-    def _stream_outputs(
-        self, hidden: torch.Tensor, senses: dict, audio_targets: torch.Tensor | None, streams, logits_to_keep
-    ) -> dict:
-        """The outputs of the streams asked for, at the ticks that `logits_to_keep` keeps."""
-        outputs = {}
-        kept = _keep(hidden, logits_to_keep)
-        code_table = self.model.senses.own_voice.code_table
-        if "external_text" in streams:
-            outputs["external_text_logits"] = self.streams.external_text(kept, self.model.embed_tokens.weight)
-        if "audio" in streams and audio_targets is not None:
-            following = _keep(F.pad(audio_targets[:, 1:], (0, 0, 0, 1)), logits_to_keep)
-            flat = self.streams.audio(kept.flatten(0, 1), following.flatten(0, 1), code_table)
-            outputs["audio_logits"] = flat.unflatten(0, kept.shape[:2])
-        elif "audio" in streams:
-            _, flat = self.streams.audio.emit(kept.flatten(0, 1), code_table)
-            outputs["audio_logits"] = flat.unflatten(0, kept.shape[:2])
-        if "animation" in streams:
-            outputs["animation"] = self.streams.animation(kept, _keep(self._pose(hidden, senses), logits_to_keep))
-        return outputs
-
-
-def _keep(x: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The last `logits_to_keep` ticks of [B, T, ...] (0: all), or the ticks that a tensor of indices names."""
-    if isinstance(logits_to_keep, int):
-        return x[:, -logits_to_keep:] if logits_to_keep else x
-    return x[:, logits_to_keep]
 
 
 AutoConfig.register("creature", CreatureConfig, exist_ok=True)

@@ -21,11 +21,11 @@ from torch import nn
 try:
     from .configuration_creature import SENSES, CreatureConfig
     from .losses_creature import IGNORE_INDEX, compute_dtype
-    from .streams_creature import quaternion_to_6d, unpack_animation
+    from .motor_creature import quaternion_to_6d, unpack_animation
 except ImportError:
     from configuration_creature import SENSES, CreatureConfig
     from losses_creature import IGNORE_INDEX, compute_dtype
-    from streams_creature import quaternion_to_6d, unpack_animation
+    from motor_creature import quaternion_to_6d, unpack_animation
 
 
 class SenseProjection(nn.Linear):
@@ -91,6 +91,13 @@ def check_shapes(shapes: dict[str, tuple], tensors: dict, **sizes: int) -> None:
                 f"`{name}` has the shape {list(tensor.shape)}, but should have [{wanted}]; the docstring of "
                 "`MultiModalCreature.forward` lists the shapes."
             )
+
+
+def check_organs(config: CreatureConfig, organs: dict[str, str], given: Iterable[str]) -> None:
+    """ValueError for a given argument whose organ this creature lacks: its number in the configuration is 0."""
+    for name in given:
+        if name in organs and not getattr(config, organs[name]):
+            raise ValueError(f"`{name}` is given, but this creature's {organs[name]} is 0: leave it out.")
 
 
 def check_names(argument: str, names: Iterable[str], known: tuple[str, ...]) -> None:
@@ -305,8 +312,25 @@ class CommandCopy(nn.Module):
         return self.proj(self.act(self.up_proj(command.to(self.up_proj.weight.dtype))))
 
     def forward(self, animation: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """animation [B, T, animation_size] as `streams_creature.pack_animation` makes it, mask [B, T] bool."""
+        """animation [B, T, animation_size] as `motor_creature.pack_animation` makes it, mask [B, T] bool."""
         return encode_present(self._encode, mask, animation)
+
+
+class ActionCopy(nn.Module):
+    """The last command of a body that is not moved by joint rotations."""
+
+    def __init__(self, config: CreatureConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.subframes_per_tick * config.action_size, config.sense_hidden_size)
+        self.act = nn.GELU()
+        self.proj = SenseProjection(config.sense_hidden_size, config)
+
+    def _encode(self, action: torch.Tensor) -> torch.Tensor:
+        return self.proj(self.act(self.up_proj(action.flatten(-2).to(self.up_proj.weight.dtype))))
+
+    def forward(self, action: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """action [B, T, sub-frames, action_size], normalised, mask [B, T] bool -> [B, T, hidden_size]."""
+        return encode_present(self._encode, mask, action)
 
 
 @dataclass(frozen=True)
@@ -364,8 +388,29 @@ SENSE_TABLE = (
         organs=dict.fromkeys(("touch_points", "touch_surfaces", "touch_values"), "num_touch_points"),
     ),
     Sense("own_text", TextSense, {"external_text_ids": IGNORE_INDEX}, copy_of="external_text", is_text=True),
-    Sense("own_voice", VoiceCopy, {"audio_codes": IGNORE_INDEX}, copy_of="audio"),
-    Sense("own_command", CommandCopy, {"animation": 0.0}, mask="animation_mask", copy_of="animation"),
+    Sense(
+        "own_voice",
+        VoiceCopy,
+        {"audio_codes": IGNORE_INDEX},
+        organs={"audio_codes": "num_audio_codebooks"},
+        copy_of="audio",
+    ),
+    Sense(
+        "own_command",
+        CommandCopy,
+        {"animation": 0.0},
+        mask="animation_mask",
+        organs={"animation": "animation_size"},
+        copy_of="animation",
+    ),
+    Sense(
+        "own_action",
+        ActionCopy,
+        {"action": 0.0},
+        mask="action_mask",
+        organs={"action": "action_size"},
+        copy_of="animation",
+    ),
 )
 assert SENSES[1:] == tuple(sense.name for sense in SENSE_TABLE if not sense.copy_of)
 
@@ -391,6 +436,8 @@ def sense_shapes(config: CreatureConfig) -> dict[str, tuple[int | str, ...]]:
         "audio_codes": ("B", "T", config.num_audio_codebooks),
         "animation": ("B", "T", config.animation_size),
         "animation_mask": ("B", "T"),
+        "action": (*body, config.action_size),
+        "action_mask": ("B", "T"),
     }
 
 
@@ -427,9 +474,7 @@ class CreatureSenses(nn.Module):
             mask = inputs.get(sense.mask)
             if not given and mask is None:
                 continue
-            for name in given:
-                if name in sense.organs and not getattr(self.config, sense.organs[name]):
-                    raise ValueError(f"`{name}` is given, but this creature's {sense.organs[name]} is 0: leave it out.")
+            check_organs(self.config, sense.organs, given)
             check_shapes(self.shapes, {name: inputs.get(name) for name in (*sense.arguments, sense.mask) if name})
             if given == ["joint_rotations"]:
                 continue  # alone they are not felt: they are the pose that animation starts from
@@ -445,32 +490,6 @@ class CreatureSenses(nn.Module):
                 tensors.append(None if mask is None else mask.bool())
             vectors.append(getattr(self, sense.name)(*tensors))
         return vectors
-
-    def pose(self, inputs: dict) -> torch.Tensor | None:
-        """
-        The pose that the next motor command starts from, [B, T, joints, 4]: the felt body, else the last command, else
-        the pose in which no joint is rotated (None where that holds for all ticks).
-        """
-        felt, commanded = inputs.get("joint_rotations"), inputs.get("animation")
-        pose = None
-        if commanded is not None:
-            pose = self._fill(None, unpack_animation(self.config, commanded)[0][:, :, -1], inputs.get("animation_mask"))
-        if felt is not None:
-            pose = self._fill(pose, felt[:, :, -1], inputs.get("body_mask"))
-        return pose
-
-    @staticmethod
-    def _fill(below: torch.Tensor | None, pose: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        if mask is None:
-            return pose
-        if below is None:
-            below = rest_pose(pose)
-        return torch.where(mask.bool()[..., None, None], pose, below.to(pose.dtype))
-
-
-def rest_pose(like: torch.Tensor) -> torch.Tensor:
-    """Identity quaternions in the shape [..., 4], dtype and device of `like`."""
-    return F.pad(torch.ones_like(like[..., :1]), (0, 3)).expand_as(like)
 
 
 __all__ = ["SENSE_TABLE", "CreatureSenses", "Sense"]

@@ -36,6 +36,7 @@ setup(
     py_modules=[
         "configuration_creature",
         "modeling_creature",
+        "motor_creature",
         "generation_creature",
         "decoding_creature",
         "layers_creature",

@@ -3,7 +3,8 @@
 
 One convention holds for all streams: the target at tick t is what arrives (or is emitted) at tick t, and it is
 predicted from the hidden state of tick t - 1. Losses are sums over the targets; the caller divides them by the count of
-the whole accumulated batch, so that micro-batches simply add up.
+the whole accumulated batch, so that micro-batches simply add up. The count of motor commands is the error of repeating
+the last command.
 """
 
 from collections.abc import Callable
@@ -15,9 +16,23 @@ from torch import nn
 try:
     from .configuration_creature import STREAMS, CreatureConfig
     from .losses_creature import IGNORE_INDEX, linear_cross_entropy
+    from .motor_creature import AnimationStream, errors_of_repeating, last_command
+    from .senses_creature import check_ids, check_organs, check_shapes
 except ImportError:
     from configuration_creature import STREAMS, CreatureConfig
     from losses_creature import IGNORE_INDEX, linear_cross_entropy
+    from motor_creature import AnimationStream, errors_of_repeating, last_command
+    from senses_creature import check_ids, check_organs, check_shapes
+
+
+# Of each target, the field of the configuration that is 0 in a creature without the organ for it.
+TARGET_ORGANS = {
+    "audio_targets": "num_audio_codebooks",
+    "rotation_targets": "num_joints",
+    "blend_shape_targets": "num_blend_shapes",
+    "eye_targets": "num_blend_shapes",
+    "action_targets": "action_size",
+}
 
 
 def text_target_weights(config: CreatureConfig, labels: torch.Tensor) -> torch.Tensor:
@@ -63,104 +78,45 @@ def count_targets(config: CreatureConfig, batch: dict) -> torch.Tensor:
         batch: the arguments of `MultiModalCreature.forward`; missing labels count 0.
 
     Returns:
-        float32 [4] in the order of `STREAMS`, on the device of the labels. Add the counts of all micro-batches and
-        ranks of a step and pass the sum as `num_items_in_batch`.
+        float32 [7] on the device of the targets: one number for each of the first three `STREAMS`, then one for each of
+        `COMMAND_PARTS`, its error of repeating the last command. Add the counts of all micro-batches and ranks of a
+        step and pass the sum as `num_items_in_batch`.
     """
     labels = batch.get("labels")
     spoken = batch.get("external_text_targets")
     codes = batch.get("audio_targets")
-    moves = animation_targets_present(batch)
     counts = [
         None if labels is None else text_target_weights(config, labels[:, 1:]).sum(),
         None if spoken is None else text_target_weights(config, spoken[:, 1:]).sum(),
         None if codes is None else (codes[:, 1:] != IGNORE_INDEX).sum().float(),
-        None if moves is None else moves[:, 1:].sum().float(),
+        *errors_of_repeating(config, batch),
     ]
     device = next((count.device for count in counts if count is not None), torch.device("cpu"))
     return torch.stack([torch.zeros((), device=device) if count is None else count for count in counts])
 
 
-def animation_targets_present(batch: dict) -> torch.Tensor | None:
-    """[B, T] bool: the ticks of a batch that have an animation target, or None without any."""
-    for name in ("rotation_targets", "blend_shape_targets", "eye_targets"):
-        if batch.get(name) is not None:
-            mask = batch.get("animation_target_mask")
-            everywhere = torch.ones(batch[name].shape[:2], dtype=torch.bool, device=batch[name].device)
-            return everywhere if mask is None else mask.bool()
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rotations
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def quaternion_to_6d(quaternion: torch.Tensor) -> torch.Tensor:
+def mean_losses(
+    config: CreatureConfig, sums: dict[str, torch.Tensor], batch: dict, num_items_in_batch: torch.Tensor | float | None
+) -> dict[str, torch.Tensor]:
     """
-    Unit quaternions (w, x, y, z) [..., 4] -> the first two columns of the rotation matrix [..., 6].
+    The loss of every stream: its sum divided by its count. Animation: the mean over the parts of a command that have
+    targets, each divided by its error of repeating the last command, so that a loss of 1 is no better than that.
 
-    q and -q give the same six numbers, and the map back is continuous (Zhou et al. 2019, "On the Continuity of Rotation
-    Representations in Neural Networks").
+    sums: by stream, animation [4]. batch, num_items_in_batch: as in `MultiModalCreature.forward`.
     """
-    w, x, y, z = F.normalize(quaternion, dim=-1).unbind(-1)
-    first = (1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y))
-    second = (2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x))
-    return torch.stack(first + second, dim=-1)
-
-
-def matrix_from_6d(six: torch.Tensor) -> torch.Tensor:
-    """[..., 6] -> rotation matrices [..., 3, 3] by Gram-Schmidt; any input is finite."""
-    first = F.normalize(six[..., :3], dim=-1, eps=1e-6)
-    second = six[..., 3:] - (first * six[..., 3:]).sum(-1, keepdim=True) * first
-    second = F.normalize(second, dim=-1, eps=1e-6)
-    return torch.stack((first, second, torch.linalg.cross(first, second, dim=-1)), dim=-1)
-
-
-def matrix_to_quaternion(matrix: torch.Tensor) -> torch.Tensor:
-    """
-    Rotation matrices [..., 3, 3] -> unit quaternions (w, x, y, z) [..., 4] with w >= 0.
-
-    Of the four ways to divide, the one with the largest divisor is taken (Shepperd 1978): no pose is ill-conditioned.
-    """
-    m00, m11, m22 = matrix[..., 0, 0], matrix[..., 1, 1], matrix[..., 2, 2]
-    a, b, c = matrix[..., 2, 1], matrix[..., 0, 2], matrix[..., 1, 0]
-    d, e, f = matrix[..., 1, 2], matrix[..., 2, 0], matrix[..., 0, 1]
-    # Row i is the quaternion times 4 times its own i-th component.
-    rows = torch.stack(
-        (
-            torch.stack((1 + m00 + m11 + m22, a - d, b - e, c - f), dim=-1),
-            torch.stack((a - d, 1 + m00 - m11 - m22, c + f, b + e), dim=-1),
-            torch.stack((b - e, c + f, 1 - m00 + m11 - m22, a + d), dim=-1),
-            torch.stack((c - f, b + e, a + d, 1 - m00 - m11 + m22), dim=-1),
-        ),
-        dim=-2,
-    )  # [..., 4, 4]
-    best = rows.diagonal(dim1=-2, dim2=-1).argmax(dim=-1)
-    index = best[..., None, None].expand(*best.shape, 1, 4)
-    quaternion = F.normalize(rows.gather(-2, index).squeeze(-2), dim=-1)
-    return torch.where(quaternion[..., :1] < 0, -quaternion, quaternion)
-
-
-def pack_animation(rotations: torch.Tensor, blend_shapes: torch.Tensor, eyes: torch.Tensor) -> torch.Tensor:
-    """
-    One tick of animation as one row of numbers: the format of the `animation` output and efference copy.
-
-    rotations [..., sub-frames, joints, 4] unit quaternions, blend_shapes [..., 51] in [0, 1], eyes [..., 2, 4] (gaze
-    direction x, y, z of length 1, openness in [0, 1]) -> [..., animation_size].
-    """
-    return torch.cat((rotations.flatten(-3), blend_shapes, eyes.flatten(-2)), dim=-1)
-
-
-def unpack_animation(config: CreatureConfig, animation: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The inverse of `pack_animation`: [..., animation_size] -> rotations, blend_shapes, eyes."""
-    joints = (config.subframes_per_tick, config.num_joints, 4)
-    rotations, blend_shapes, eyes = animation.split((joints[0] * joints[1] * 4, config.num_blend_shapes, 8), dim=-1)
-    return rotations.unflatten(-1, joints), blend_shapes, eyes.unflatten(-1, (2, 4))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The heads
-# ---------------------------------------------------------------------------------------------------------------------
+    device, counts = next(iter(sums.values())).device, None
+    if num_items_in_batch is not None:
+        counts = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=device)
+    if counts is None or not counts.dim():
+        own = count_targets(config, batch).to(device)
+        # One number is the Trainer's count of `labels`; it says nothing of the other streams.
+        counts = own if counts is None else torch.cat((counts[None], own[1:]))
+    # What has no target has the sum 0; the clamp keeps 0 / 0 from being NaN.
+    divisors, parts = counts.clamp(min=1e-6), (counts[3:] > 0).sum().clamp(min=1)
+    losses = {name: sums[name] / divisors[place] for place, name in enumerate(STREAMS[:3]) if name in sums}
+    if "animation" in sums:
+        losses["animation"] = (sums["animation"] / divisors[3:]).sum() / parts
+    return losses
 
 
 def target_shapes(config: CreatureConfig) -> dict[str, tuple[int | str, ...]]:
@@ -172,6 +128,7 @@ def target_shapes(config: CreatureConfig) -> dict[str, tuple[int | str, ...]]:
         "rotation_targets": ("B", "T", config.subframes_per_tick, config.num_joints, 4),
         "blend_shape_targets": ("B", "T", config.num_blend_shapes),
         "eye_targets": ("B", "T", 2, 4),
+        "action_targets": ("B", "T", config.subframes_per_tick, config.action_size),
         "animation_target_mask": ("B", "T"),
     }
 
@@ -298,63 +255,6 @@ class AudioStream(nn.Module):
         return torch.stack(codes, dim=1), torch.cat(logits, dim=1)
 
 
-class AnimationStream(nn.Module):
-    """The next tick's motor command: joint rotations as a residual to the present pose, face shapes and eyes."""
-
-    def __init__(self, config: CreatureConfig):
-        super().__init__()
-        self.config = config
-        self.joint_shape = (config.subframes_per_tick, config.num_joints, 6)
-        sizes = (config.subframes_per_tick * config.num_joints * 6, config.num_blend_shapes, 8)
-        self.sizes = sizes
-        self.up_proj = nn.Linear(config.hidden_size, config.sense_hidden_size)
-        self.act = nn.GELU()
-        # Drawn small, like every matrix: the first commands stay close to the present pose.
-        self.out_proj = nn.Linear(config.sense_hidden_size, sum(sizes))
-
-    def _decode(self, hidden: torch.Tensor, pose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """hidden [..., hidden_size], pose [..., joints, 4] -> matrices [..., sub-frames, joints, 3, 3], shapes, eyes"""
-        out = self.out_proj(self.act(self.up_proj(hidden))).float()  # geometry in float32, whatever autocast says
-        residual, shapes, eyes = out.split(self.sizes, dim=-1)
-        six = quaternion_to_6d(pose.float())[..., None, :, :] + residual.unflatten(-1, self.joint_shape)
-        eyes = eyes.unflatten(-1, (2, 4))
-        gaze = F.normalize(eyes[..., :3], dim=-1, eps=1e-6)
-        return matrix_from_6d(six), shapes.sigmoid(), torch.cat((gaze, eyes[..., 3:].sigmoid()), dim=-1)
-
-    def forward(self, hidden: torch.Tensor, pose: torch.Tensor) -> torch.Tensor:
-        """hidden [..., hidden_size], pose [..., joints, 4] unit quaternions -> [..., animation_size], float32."""
-        matrices, shapes, eyes = self._decode(hidden, pose)
-        return pack_animation(matrix_to_quaternion(matrices), shapes, eyes)
-
-    def loss(self, hidden: torch.Tensor, pose: torch.Tensor, targets: dict) -> torch.Tensor:
-        """
-        Sum over the target ticks of: the mean squared chordal distance of the joints (Frobenius norm of the difference
-        of the rotation matrices), the mean squared error of the shapes, and of the eyes 1 - cosine of the gaze plus the
-        squared error of the openness.
-
-        hidden [B, T, hidden_size], pose [B, T, joints, 4]; targets: the animation targets of the forward pass.
-        """
-        matrices, shapes, eyes = self._decode(hidden[:, :-1], pose[:, :-1])
-        loss = torch.zeros(shapes.shape[:2], device=hidden.device)
-        mask = animation_targets_present(targets)[:, 1:]
-
-        def target(name):
-            # Filled, not multiplied: the values at ticks without a target may be anything, NaN included.
-            values = targets[name][:, 1:].float()
-            return values.masked_fill(~mask.view(*mask.shape, *[1] * (values.dim() - 2)), 0.0)
-
-        if targets.get("rotation_targets") is not None:
-            error = matrices - matrix_from_6d(quaternion_to_6d(target("rotation_targets")))
-            loss = loss + error.square().sum((-2, -1)).mean((-2, -1))
-        if targets.get("blend_shape_targets") is not None:
-            loss = loss + (shapes - target("blend_shape_targets")).square().mean(-1)
-        if targets.get("eye_targets") is not None:
-            true_eyes = target("eye_targets")
-            cosine = F.cosine_similarity(eyes[..., :3], true_eyes[..., :3], dim=-1)
-            loss = loss + (1 - cosine + (eyes[..., 3] - true_eyes[..., 3]).square()).mean(-1)
-        return (loss * mask).sum()
-
-
 def sample_token(logits: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
     """One id per row of [..., vocabulary]: the likeliest, or drawn at a temperature."""
     if not temperature:
@@ -364,14 +264,68 @@ def sample_token(logits: torch.Tensor, temperature: float | None = None) -> torc
 
 
 class CreatureStreams(nn.Module):
-    """The heads beside `lm_head`, one per stream that is not the internal text."""
+    """The heads beside `lm_head`, one per stream that is not the internal text and that this creature has."""
 
     def __init__(self, config: CreatureConfig):
         super().__init__()
-        self.shapes = target_shapes(config)
+        self.config, self.shapes = config, target_shapes(config)
         self.external_text = ExternalTextStream(config)
-        self.audio = AudioStream(config)
-        self.animation = AnimationStream(config)
+        if config.num_audio_codebooks:
+            self.audio = AudioStream(config)
+        if config.animation_size or config.action_size:
+            self.animation = AnimationStream(config)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The streams that this creature has, out of `STREAMS`."""
+        return tuple(name for name in STREAMS if name == STREAMS[0] or hasattr(self, name))
+
+    def check(self, targets: dict, hidden: torch.Tensor) -> None:
+        """ValueError for targets without an organ, of other rows or ticks than hidden [B, T, ...], or out of range."""
+        check_organs(self.config, TARGET_ORGANS, [name for name, value in targets.items() if value is not None])
+        check_shapes(self.shapes, targets, B=hidden.shape[0], T=hidden.shape[1])
+        for name in ("labels", "external_text_targets", "audio_targets"):
+            if targets[name] is not None:
+                size = self.config.audio_codebook_size if name == "audio_targets" else self.config.vocab_size
+                check_ids(name, targets[name], size, smallest=0, ignored=IGNORE_INDEX)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        batch: dict,
+        streams: tuple[str, ...],
+        logits_to_keep: int | torch.Tensor,
+        backbone: nn.Module,
+    ) -> dict[str, torch.Tensor]:
+        """
+        The outputs of the streams asked for, by their names in `CreatureOutput`.
+
+        hidden [B, T, hidden_size]. batch: the senses and targets of the forward pass. logits_to_keep: of which ticks.
+        backbone: the `CreatureModel` whose tables the streams share.
+        """
+        outputs = {}
+        kept = keep_ticks(hidden, logits_to_keep)
+        if "external_text" in streams:
+            outputs["external_text_logits"] = self.external_text(kept, backbone.embed_tokens.weight)
+        if "audio" in streams:
+            code_table, codes = backbone.senses.own_voice.code_table, batch["audio_targets"]
+            if codes is None:
+                _, flat = self.audio.emit(kept.flatten(0, 1), code_table)
+            else:
+                following = keep_ticks(F.pad(codes[:, 1:], (0, 0, 0, 1)), logits_to_keep)
+                flat = self.audio(kept.flatten(0, 1), following.flatten(0, 1), code_table)
+            outputs["audio_logits"] = flat.unflatten(0, kept.shape[:2])
+        if "animation" in streams:
+            last = last_command(self.config, batch, hidden)
+            outputs |= self.animation.emit(kept, {name: keep_ticks(x, logits_to_keep) for name, x in last.items()})
+        return outputs
 
 
-__all__ = ["STREAMS", "CreatureStreams", "count_targets"]
+def keep_ticks(x: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The last `logits_to_keep` ticks of [B, T, ...] (0: all), or the ticks that a tensor of indices names."""
+    if isinstance(logits_to_keep, int):
+        return x[:, -logits_to_keep:] if logits_to_keep else x
+    return x[:, logits_to_keep]
+
+
+__all__ = ["STREAMS", "TARGET_ORGANS", "CreatureStreams", "count_targets"]

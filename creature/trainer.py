@@ -90,7 +90,7 @@ class CreatureTrainer(CheckpointMixin, Trainer):
     # ---- Loss ----
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
-        """float32 [4]: what each stream's loss is divided by, over all micro-batches and ranks of the step."""
+        """float32 [7]: what the streams' losses are divided by, over all micro-batches and ranks of the step."""
         if not batch_samples:
             return None
         samples = sum(len(batch["input_ids"]) for batch in batch_samples) * self.args.world_size
@@ -102,7 +102,7 @@ class CreatureTrainer(CheckpointMixin, Trainer):
         counts = torch.stack([count_targets(self.model.config, batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             counts = self.accelerator.gather(counts[None]).sum(0)
-        self._stream_steps += counts > 0
+        self._stream_steps += torch.stack((*counts[:3], counts[3:].sum())) > 0
         return counts
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

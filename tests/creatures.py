@@ -9,8 +9,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from configuration_creature import CreatureConfig
 from modeling_creature import MultiModalCreature
+from motor_creature import COMMAND_PARTS, pack_animation
 from senses_creature import SENSE_TABLE, SenseProjection
-from streams_creature import pack_animation
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 # The sizes of a configuration for GPT-2's tokenizer.
@@ -37,12 +37,13 @@ SENSE_ARGUMENTS = {"internal_voice": ("input_ids",)}
 COPY_ARGUMENTS = {}
 for sense in SENSE_TABLE:
     arguments = (*sense.arguments, sense.mask) if sense.mask else tuple(sense.arguments)
-    (COPY_ARGUMENTS if sense.copy_of else SENSE_ARGUMENTS)[sense.copy_of or sense.name] = arguments
+    table, name = (COPY_ARGUMENTS, sense.copy_of) if sense.copy_of else (SENSE_ARGUMENTS, sense.name)
+    table[name] = table.get(name, ()) + arguments  # two copies are of one stream
 TARGET_ARGUMENTS = {
     "internal_text": ("labels",),
     "external_text": ("external_text_targets",),
     "audio": ("audio_targets",),
-    "animation": ("rotation_targets", "blend_shape_targets", "eye_targets", "animation_target_mask"),
+    "animation": (*COMMAND_PARTS, "animation_target_mask"),
 }
 # All of them but the internal voice, in the order of the signature.
 SENSE_INPUTS = tuple(name for sense in SENSE_TABLE for name in (*sense.arguments, sense.mask) if name)
@@ -86,6 +87,7 @@ def micro_config(**changes) -> CreatureConfig:
         depth_num_layers=1,
         depth_num_heads=2,
         num_blend_shapes=5,
+        action_size=2,
     )
     return CreatureConfig(**{**sizes, **changes})
 
@@ -164,12 +166,15 @@ def random_batch(
             random_quaternions(*shape, subframes, joints), torch.rand(*shape, config.num_blend_shapes), eyes()
         ),
         "animation_mask": there(*shape),
+        "action": torch.randn(*shape, subframes, config.action_size),
+        "action_mask": there(*shape),
         "labels": tokens().masked_fill(~there(*shape), -100),
         "external_text_targets": tokens().masked_fill(~there(*shape), -100),
         "audio_targets": codes(),
         "rotation_targets": random_quaternions(*shape, subframes, joints),
         "blend_shape_targets": torch.rand(*shape, config.num_blend_shapes),
         "eye_targets": eyes(),
+        "action_targets": torch.randn(*shape, subframes, config.action_size),
         "animation_target_mask": there(*shape),
     }
 
@@ -188,7 +193,7 @@ def absent_is(batch: dict, value: float) -> dict:
     """The same batch with `value` (NaN, say) written wherever a mask says that nothing is there."""
     batch = dict(batch)
     masks = {name: sense.mask for sense in SENSE_TABLE for name in sense.arguments if sense.mask}
-    masks |= dict.fromkeys(TARGET_ARGUMENTS["animation"][:3], "animation_target_mask")
+    masks |= dict.fromkeys(COMMAND_PARTS, "animation_target_mask")
     for name, mask_name in masks.items():
         if name in batch and batch[name].is_floating_point():
             mask, further = batch[mask_name], [1] * (batch[name].dim() - batch[mask_name].dim())

@@ -77,11 +77,12 @@ def test_grouped_query_heads_and_explicit_head_dim():
         (dict(vision_image_size=[64, 0]), "vision_image_size is [64, 0]; it must be at least 1"),
         (dict(num_cameras=-1), "num_cameras is -1; it must be at least 0, for none"),
         (dict(body_state_size=2, body_state_mean=[0.0]), "body_state_mean has 1 entries; body_state_size is 2"),
+        (dict(action_size=2, action_std=[1.0, 0.0]), "action_std must hold numbers above 0"),
         (dict(body_state_names=["knee"]), "body_state_names has 1 entries; body_state_size is 0"),
         (dict(body_state_size=1, body_state_std=[0.0]), "body_state_std must hold numbers above 0"),
         (dict(vision_num_heads=5), "multiple of vision_num_heads"),
         (dict(depth_num_heads=3), "multiple of depth_num_heads"),
-        (dict(num_blend_shapes=0), "num_blend_shapes is 0"),
+        (dict(num_blend_shapes=-1), "num_blend_shapes is -1; it must be at least 0"),
     ],
 )
 def test_bad_values_raise_in_words(values, words):

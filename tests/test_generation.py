@@ -17,7 +17,7 @@ from creatures import (
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from modeling_creature import CreatureModel
-from streams_creature import pack_animation
+from motor_creature import pack_animation
 
 SIDE_STREAMS = ALL_STREAMS[1:]
 PROMPT, NEW = 5, 6
@@ -88,10 +88,13 @@ def loop(model, input_ids, senses, streams=SIDE_STREAMS, new_tokens=NEW, copies=
         "audio_codes": torch.full((rows, total, config.num_audio_codebooks), -100),
         "animation": torch.full((rows, total, config.animation_size), float("nan")),
         "animation_mask": torch.zeros(rows, total, dtype=torch.bool),
+        "action": torch.full((rows, total, config.subframes_per_tick, config.action_size), float("nan")),
+        "action_mask": torch.zeros(rows, total, dtype=torch.bool),
     }
     for name, value in (copies or {}).items():
         said[name][:, : value.shape[1]] = value
-    emitted = {stream: [] for stream in streams}
+    # The stream "animation" emits an action, too.
+    emitted = {output: [] for output in (*streams, *(("action",) if "animation" in streams else ()))}
     while input_ids.shape[1] < total:
         now = input_ids.shape[1]
         copies_now = {name: value[:, :now] for name, value in said.items()}
@@ -108,14 +111,15 @@ def loop(model, input_ids, senses, streams=SIDE_STREAMS, new_tokens=NEW, copies=
                 out.last_hidden_state[:, -1], model.model.senses.own_voice.code_table
             )[0],
             "animation": lambda out=out: out.animation[:, -1],
+            "action": lambda out=out: out.action[:, -1],
         }
-        names = {"external_text": "external_text_ids", "audio": "audio_codes", "animation": "animation"}
-        for stream in streams:
-            value = tick[stream]()
-            emitted[stream].append(value)
-            said[names[stream]][:, now] = value
-            if stream == "animation":
-                said["animation_mask"][:, now] = True
+        names = {"external_text": "external_text_ids", "audio": "audio_codes"}
+        for output in emitted:
+            value = tick[output]()
+            emitted[output].append(value)
+            said[names.get(output, output)][:, now] = value
+            if output not in names:
+                said[f"{output}_mask"][:, now] = True
         input_ids = torch.cat((input_ids, out.logits[:, -1].argmax(-1)[:, None]), dim=1)
     return input_ids, {stream: torch.stack(ticks, dim=1) for stream, ticks in emitted.items()}
 
@@ -123,13 +127,13 @@ def loop(model, input_ids, senses, streams=SIDE_STREAMS, new_tokens=NEW, copies=
 def assert_agrees(generated, expected):
     sequences, emitted = expected
     assert torch.equal(generated.sequences, sequences)
-    for stream, values in emitted.items():
-        if stream == "animation":
-            torch.testing.assert_close(generated.animation, values, atol=1e-4, rtol=1e-4)
+    for output, values in emitted.items():
+        if output in ("animation", "action"):
+            torch.testing.assert_close(generated[output], values, atol=1e-4, rtol=1e-4)
         else:
-            assert torch.equal(generated[stream], values), stream
-    for stream in set(SIDE_STREAMS) - {*emitted}:
-        assert getattr(generated, stream) is None
+            assert torch.equal(generated[output], values), output
+    for output in {*SIDE_STREAMS, "action"} - {*emitted}:
+        assert getattr(generated, output) is None
 
 
 # --- the internal text -----------------------------------------------------------------------------------------------
@@ -257,7 +261,7 @@ def test_masks_of_zeros_and_ones_are_masks_of_booleans(model, prompt, senses):
     expected, found = (
         model.generate(prompt, output_streams=SIDE_STREAMS, **named, **GREEDY) for named in (given, integers)
     )
-    assert_agrees(found, (expected.sequences, {stream: expected[stream] for stream in SIDE_STREAMS}))
+    assert_agrees(found, (expected.sequences, {name: expected[name] for name in (*SIDE_STREAMS, "action")}))
 
 
 @pytest.mark.parametrize(
@@ -442,15 +446,17 @@ def test_step_agrees_with_generate(model, prompt, senses, passes, prefill):
             external_text_ids=out.external_text[:, None],
             audio_codes=out.audio[:, None],
             animation=out.animation[:, None],
+            action=out.action[:, None],
             **at(tick, tick + 1),
         )
         cache, tick = out.past_key_values, tick + 1
     assert passes == starts + [1] * (NEW - 1)
-    stacked = {name: torch.stack([out[name] for out in emitted], dim=1) for name in ALL_STREAMS}
+    stacked = {name: torch.stack([out[name] for out in emitted], dim=1) for name in (*ALL_STREAMS, "action")}
     assert torch.equal(stacked["internal_text"], generated.sequences[:, PROMPT:])
     assert torch.equal(stacked["external_text"], generated.external_text)
     assert torch.equal(stacked["audio"], generated.audio)
-    torch.testing.assert_close(stacked["animation"], generated.animation, atol=1e-4, rtol=1e-4)
+    for name in ("animation", "action"):
+        torch.testing.assert_close(stacked[name], generated[name], atol=1e-4, rtol=1e-4)
 
 
 def test_step_emits_what_is_asked_for_and_needs_no_internal_voice(model, senses):

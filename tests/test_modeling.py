@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from configuration_creature import SENSES, STREAMS, CreatureConfig
 from modeling_creature import CreatureModel, MultiModalCreature
 
-OUTPUTS = ("logits", "external_text_logits", "audio_logits", "animation")
+OUTPUTS = ("logits", "external_text_logits", "audio_logits", "animation", "action")
 
 
 @pytest.fixture(scope="module")
@@ -481,7 +481,7 @@ def test_training_learns(batch):
 
 def test_frozen_parts(batch):
     model = micro_model()
-    copies = {"external_text": "own_text", "audio": "own_voice", "animation": "own_command"}
+    copies = {"external_text": ["own_text"], "audio": ["own_voice"], "animation": ["own_command", "own_action"]}
     for senses, streams in (
         (("internal_voice",), ("internal_text",)),
         (("internal_voice", "touch"), ("internal_text", "audio")),
@@ -491,7 +491,7 @@ def test_frozen_parts(batch):
         model.train_only(senses=senses, streams=streams)
         alive = tuple(f"model.senses.{sense}." for sense in senses)
         alive += tuple(f"streams.{stream}." for stream in streams)
-        alive += tuple(f"model.senses.{copies[stream]}." for stream in streams if stream in copies)
+        alive += tuple(f"model.senses.{copy}." for stream in streams for copy in copies.get(stream, ()))
         alive += ("model.embed_tokens.", "model.embed_norm.", "model.layers.", "model.norm.", "lm_head.")
         for name, parameter in model.named_parameters():
             assert parameter.requires_grad == name.startswith(alive), (name, senses, streams)

@@ -24,11 +24,10 @@ from creatures import (
 
 from configuration_creature import SENSES, STREAMS
 from modeling_creature import MultiModalCreature
-from senses_creature import SENSE_TABLE, SenseProjection, TouchSense, encode_present, rest_pose, scatter_present
-from streams_creature import pack_animation
+from senses_creature import SENSE_TABLE, SenseProjection, TouchSense, encode_present, scatter_present
 
 MASKS = [sense.mask for sense in SENSE_TABLE if sense.mask]
-OUTPUTS = ("logits", "external_text_logits", "audio_logits", "animation", "last_hidden_state")
+OUTPUTS = ("logits", "external_text_logits", "audio_logits", "animation", "action", "last_hidden_state")
 ROWS, TICKS = 3, 8
 
 
@@ -83,7 +82,7 @@ def test_text_only_is_the_backbone_alone(model, batch):
 def test_absent_senses_are_not_computed(batch):
     model = micro_model()
     modules = [getattr(model.model.senses, name) for name in SENSE_MODULES] + list(model.streams.children())
-    assert len(modules) == 5 + 3 + 3
+    assert len(modules) == 5 + 4 + 3
 
     def refuse(module, arguments):
         raise AssertionError(f"{type(module).__name__} was computed")
@@ -420,26 +419,6 @@ def test_rotations_are_poses_not_numbers(model, batch):
     flipped["animation"][..., :rotations] *= -1
     assert_close(outputs(model, flipped), before, atol=1e-5)
     torch.testing.assert_close(model(**flipped).loss, loss)
-
-
-def test_the_pose_is_felt_else_commanded_else_at_rest(model):
-    config = model.config
-    torch.manual_seed(0)
-    joints = (config.subframes_per_tick, config.num_joints)
-    felt = torch.nn.functional.normalize(torch.randn(1, 3, *joints, 4), dim=-1)
-    commanded = torch.nn.functional.normalize(torch.randn(1, 3, *joints, 4), dim=-1)
-    animation = pack_animation(commanded, torch.zeros(1, 3, config.num_blend_shapes), torch.zeros(1, 3, 2, 4))
-    inputs = {
-        "joint_rotations": felt,
-        "body_mask": torch.tensor([[True, False, False]]),
-        "animation": animation,
-        "animation_mask": torch.tensor([[True, True, False]]),
-    }
-    pose = model.model.senses.pose(inputs)
-    assert torch.equal(pose[:, 0], felt[:, 0, -1])  # the last sub-frame of the tick is the present
-    assert torch.equal(pose[:, 1], commanded[:, 1, -1])
-    assert torch.equal(pose[:, 2], rest_pose(pose[:, 2])) and pose[0, 2, 0].tolist() == [1, 0, 0, 0]
-    assert model.model.senses.pose({}) is None
 
 
 def test_efference_copies_and_senses_add_up(model, batch):

@@ -24,17 +24,17 @@ from creatures import (
 
 import modeling_creature
 from configuration_creature import SENSES, STREAMS
-from streams_creature import (
-    DepthLayer,
-    count_targets,
+from motor_creature import (
+    COMMAND_PARTS,
+    command_errors,
+    last_command,
     matrix_from_6d,
     matrix_to_quaternion,
     pack_animation,
     quaternion_to_6d,
-    sample_token,
-    text_loss,
     unpack_animation,
 )
+from streams_creature import DepthLayer, count_targets, sample_token, text_loss
 
 HEADS = {"external_text": "streams.external_text.", "audio": "streams.audio.", "animation": "streams.animation."}
 
@@ -61,11 +61,11 @@ def test_text_loss_by_hand():
     # Tick 0 predicts 5, whose weight is 3 among 127 ones; tick 1 predicts NULL beside a 2; tick 2 has no target.
     by_hand = math.log((3 + 1 + others) / 3) + 0.3 * math.log(2 + 1 + others)
     assert text_loss(config, hidden, table, labels).item() == pytest.approx(by_hand, rel=1e-6)
-    assert count_targets(config, {"labels": labels}).tolist() == pytest.approx([1.3, 0, 0, 0])
+    assert count_targets(config, {"labels": labels}).tolist() == pytest.approx([1.3, *[0] * 6])
 
 
 def test_all_losses_of_the_model_by_hand():
-    """With tables and last layers of zero every choice is equally likely and every residual is none."""
+    """With tables and last layers of zero every choice is equally likely and the last command is repeated."""
     model = micro_model()
     config = model.config
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_all_losses_of_the_model_by_hand():
         model.streams.animation.out_proj.weight.zero_()
         model.streams.animation.out_proj.bias.zero_()
     null = config.null_token_id
-    half_turn = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(1, 4, config.subframes_per_tick, config.num_joints, 4)
+    turns = random_quaternions(1, 4, config.subframes_per_tick, config.num_joints)
     codes = torch.tensor([[[1, 2, 3], [4, 5, -100], [-100, -100, -100], [7, 8, 9]]])
     eyes = torch.tensor([1.0, 0.0, 0.0, 1.0]).expand(1, 4, 2, 4)
     out = model(
@@ -82,7 +82,7 @@ def test_all_losses_of_the_model_by_hand():
         labels=torch.tensor([[1, 2, null, -100]]),
         external_text_targets=torch.tensor([[null, null, null, 7]]),
         audio_targets=codes,
-        rotation_targets=half_turn,
+        rotation_targets=turns,
         blend_shape_targets=torch.ones(1, 4, config.num_blend_shapes),
         eye_targets=eyes,
         animation_target_mask=torch.tensor([[True, True, False, True]]),
@@ -91,12 +91,11 @@ def test_all_losses_of_the_model_by_hand():
     assert losses["internal_text"] == pytest.approx(math.log(128), rel=1e-6)
     assert losses["external_text"] == pytest.approx(math.log(128), rel=1e-6)
     assert losses["audio"] == pytest.approx(math.log(11), rel=1e-6)
-    # Half a turn about z is at the squared chordal distance |diag(-2, -2, 0)|^2 = 8; sigmoid(0) is 0.5 off for shapes
-    # and openness; a gaze without direction has a cosine of 0.
-    assert losses["animation"] == pytest.approx(8 + 0.25 + (1 + 0.25), rel=1e-5)
+    # The last commands are repeated.
+    assert losses["animation"] == pytest.approx(1, abs=1e-5)
     assert out.loss.item() == pytest.approx(sum(EVERY_WEIGHT[name] * value for name, value in losses.items()), rel=1e-6)
     counts = count_targets(config, dict(labels=torch.tensor([[1, 2, null, -100]]), audio_targets=codes))
-    assert counts.tolist() == pytest.approx([1.3, 0, 5, 0])
+    assert counts.tolist() == pytest.approx([1.3, 0, 5, *[0] * 4])
 
 
 def test_audio_and_external_text_losses_are_plain_cross_entropies(batch):
@@ -120,24 +119,199 @@ def test_audio_and_external_text_losses_are_plain_cross_entropies(batch):
 def test_the_likeliest_animation_is_the_label():
     """Labels made of the model's own animation, one tick later, cost nothing; any other pose does."""
     model = micro_model(loss_weights=only("animation"))
-    batch = without_targets(random_batch(model.config))
+    batch = without_targets(random_batch(model.config, presence=1.1))
+    rotations, shapes, eyes = unpack_animation(model.config, batch["animation"])
+    eyes[..., 3] = 0.5
+    batch["animation"] = pack_animation(rotations, torch.full_like(shapes, 0.5), eyes)
     with torch.no_grad():
-        own = model(**batch, output_streams=("animation",)).animation
-        labels = unpack_animation(model.config, torch.cat((own[:, :1], own[:, :-1]), dim=1))
-        names = ("rotation_targets", "blend_shape_targets", "eye_targets")
-        targets = dict(zip(names, labels, strict=True))
+        model.streams.animation.out_proj.weight *= 0.1  # nothing has to be cut off at 0 or 1
+        out = model(**batch, output_streams=("animation",))
+        own = {"animation": out.animation, "action": out.action}
+        own = {name: torch.cat((value[:, :1], value[:, :-1]), dim=1) for name, value in own.items()}
+        labels = *unpack_animation(model.config, own["animation"]), own["action"]
+        targets = dict(zip(COMMAND_PARTS, labels, strict=True))
         assert model(**batch, **targets).loss < 1e-5
-        for name in names:
+        for name in targets:
             assert model(**batch, **{**targets, name: targets[name].flip(-1)}).loss > 1e-3
 
 
-def test_first_animation_stays_near_the_pose():
-    model = micro_model(random=False)
-    batch = without_targets(random_batch(model.config, presence=1.1))
+def test_an_untrained_creature_repeats_its_last_command_at_a_loss_of_1(batch):
+    """With a head of zeros at exactly 1, each part of a command for itself, whatever is known of the last command."""
+    model = micro_model(random=False, loss_weights=only("animation"))
+    copies = dict.fromkeys((*COPY_ARGUMENTS["animation"], *SENSE_ARGUMENTS["proprioception"]))
     with torch.no_grad():
-        rotations = unpack_animation(model.config, model(**batch, output_streams=("animation",)).animation)[0]
-    now = batch["joint_rotations"][:, :, -1:].expand_as(rotations)
-    assert (rotations * now).sum(-1).abs().min() > 0.98
+        assert 0 < model.streams.animation.out_proj.weight.std() < 0.003
+        assert model(**batch).loss.item() == pytest.approx(1, abs=1e-2)
+        model.streams.animation.out_proj.weight.zero_()
+        for part in COMMAND_PARTS:
+            others = {name: None for name in COMMAND_PARTS if name != part}
+            assert model(**{**batch, **others}).loss.item() == pytest.approx(1, abs=1e-4), part
+            assert model(**{**batch, **others, **copies}).loss.item() == pytest.approx(1, abs=1e-4), part
+        assert model(**batch).loss.item() == pytest.approx(1, abs=1e-4)
+        out = model(**without_targets(batch), output_streams=("animation",))
+    commanded, acted = batch["animation_mask"], batch["action_mask"]
+    rotations, shapes, eyes = unpack_animation(model.config, out.animation)
+    for found, given in zip((rotations, shapes, eyes), unpack_animation(model.config, batch["animation"]), strict=True):
+        if found is rotations:
+            assert angle_between(found, given[:, :, -1:])[commanded].max() < 1e-2
+        else:
+            torch.testing.assert_close(found[commanded], given[commanded])
+    torch.testing.assert_close(out.action[acted], batch["action"][:, :, -1:].expand_as(out.action)[acted])
+
+
+def test_the_errors_of_a_command_by_hand():
+    identity, half_turn = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0.0, 0, 0, 1])
+    found = {
+        "rotation_targets": matrix_from_6d(quaternion_to_6d(identity)).expand(1, 1, 2, 2, 3, 3),
+        "blend_shape_targets": torch.tensor([[[0.5, 0.5]]]),
+        "eye_targets": torch.tensor([[[[0.0, 0, 1, 0.5], [0.0, 0, 1, 0.5]]]]),
+        "action_targets": torch.zeros(1, 1, 2, 1),
+    }
+    batch = {
+        "rotation_targets": torch.stack((identity, half_turn)).expand(1, 2, 2, 2, 4),
+        "blend_shape_targets": torch.tensor([1.0, 0.5]).expand(1, 2, 2),
+        "eye_targets": torch.tensor([[2.0, 0, 0, 1], [0.0, 0, -1, 0.5]]).expand(1, 2, 2, 4),
+        "action_targets": torch.tensor([[0.4], [3.0]]).expand(1, 2, 2, 1),
+    }
+    errors = command_errors(found, batch)
+    # Of two joints one is half a turn off, |diag(-2, -2, 0)|^2 = 8. The first eye looks aside and is too narrow, the
+    # second one backwards. 0.4 is within the square part of Huber's loss, 3 is beyond it.
+    by_hand = [8 / 2, 0.25 / 2, (1 + 0.25 + 2) / 2, (0.08 + 2.5) / 2]
+    assert [error.item() for error in errors] == pytest.approx(by_hand)
+    assert command_errors(found, batch | {"animation_target_mask": torch.zeros(1, 2)})[0].tolist() == [[0]]
+    assert command_errors(found, {"eye_targets": batch["eye_targets"]})[:2] == [None, None]
+
+
+@pytest.mark.parametrize("size", [0.05, 0.01])
+def test_the_loss_of_an_action_is_in_units_of_repeating_it(size):
+    model = micro_model(random=False, loss_weights=only("animation"), num_joints=0, num_blend_shapes=0)
+    torch.nn.init.zeros_(model.streams.animation.out_proj.weight)
+    steps = size * torch.arange(5).view(1, 5, 1, 1).expand(1, 5, 2, 2)
+    steps, mask = torch.cat((steps, -3 * steps)), torch.tensor([[True] * 5, [True, True, False, True, True]])
+    given = {"input_ids": torch.ones(2, 5, dtype=torch.long), "action_targets": steps, "animation_target_mask": mask}
+    # Each tick moves by `size` in the first row; in the second one by three times that, backwards.
+    for moved in (0.0, 0.5, 1.0, 2.0):
+        torch.nn.init.constant_(model.streams.animation.out_proj.bias, moved * size)
+        squares = 4 * (1 - moved) ** 2 + 2 * (3 + moved) ** 2 + (9 + moved) ** 2
+        assert model(**given).loss.item() == pytest.approx(squares / (4 + 2 * 9 + 81), rel=2e-3)
+
+
+def test_a_body_that_stays_still_divides_by_no_zero(batch):
+    batch["rotation_targets"][:] = batch["rotation_targets"][:, :1, :1]
+    batch["action_targets"][:] = 3.0
+    copies = dict.fromkeys((*COPY_ARGUMENTS["animation"], *SENSE_ARGUMENTS["proprioception"]))
+    given = {**batch, **copies, "blend_shape_targets": None, "eye_targets": None, "animation_target_mask": None}
+    for random in (False, True):
+        model = micro_model(random=random, loss_weights=only("animation")).train()
+        loss = model(**given).loss
+        loss.backward()
+        assert loss.isfinite() and loss > 0
+        assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+def test_the_last_command_is_the_copy_else_the_target_else_what_is_felt_else_rest():
+    config = micro_config()
+    batch = random_batch(config, rows=1, ticks=4, presence=1.1)
+    batch["animation_mask"] = batch["action_mask"] = torch.tensor([[True, False, False, False]])
+    batch["animation_target_mask"] = torch.tensor([[True, True, False, False]])
+    batch["body_mask"] = torch.tensor([[True, True, True, False]])
+    last = last_command(config, batch, torch.zeros(1, 4, 32))
+    copied = (*unpack_animation(config, batch["animation"]), batch["action"])
+    rest = (torch.tensor([1.0, 0, 0, 0]), torch.tensor(0.0), torch.tensor([0.0, 0, 1, 0]), torch.tensor(0.0))
+    for part, copy, still in zip(COMMAND_PARTS, copied, rest, strict=True):
+        target, found = batch[part], last[part]
+        if part in ("rotation_targets", "action_targets"):  # the last sub-frame of the tick is the present
+            copy, target = copy[:, :, -1], target[:, :, -1]
+        assert torch.equal(found[:, 0], copy[:, 0]) and torch.equal(found[:, 1], target[:, 1])
+        felt = batch["joint_rotations"][:, 2, -1] if part == "rotation_targets" else still.expand_as(found[:, 2])
+        assert torch.equal(found[:, 2], felt) and torch.equal(found[:, 3], still.expand_as(found[:, 3]))
+    # Without masks, all is present; without anything, all rests.
+    copies = {"animation": batch["animation"], "action": batch["action"]}
+    assert torch.equal(last_command(config, copies, torch.zeros(1, 4, 32))["action_targets"], batch["action"][:, :, -1])
+    nothing = last_command(config, {}, torch.zeros(1, 4, 32))
+    assert all(torch.equal(nothing[part][:, 0], last[part][:, 3]) for part in COMMAND_PARTS)
+
+
+def test_a_command_of_a_tick_changes_nothing_before_it():
+    model = micro_model()
+    batch = random_batch(model.config, presence=1.1) | dict.fromkeys(COPY_ARGUMENTS["animation"])
+    with torch.no_grad():
+        before = model(**batch, output_streams=ALL_STREAMS)
+        for part in COMMAND_PARTS:
+            changed = batch[part].clone()
+            changed[:, 4] = changed[:, 4].flip(-1)
+            after = model(**{**batch, part: changed}, output_streams=ALL_STREAMS)
+            output = "action" if part == "action_targets" else "animation"
+            moved = (after[output] != before[output]).flatten(2).any(-1)
+            assert moved[:, 4].all() and not moved[:, :4].any() and not moved[:, 5:].any(), part
+            assert torch.equal(after.logits, before.logits)
+
+
+def test_packed_clips_add_up(batch):
+    """The first tick of a packed clip is nobody's target, and its command is known from its efference copy."""
+    model = micro_model().train()
+    ticks, first = 8, 5
+    for name in ("labels", "external_text_targets", "audio_targets"):
+        batch[name][:, [0, first]] = -100
+    batch["animation_target_mask"][:, [0, first]] = False
+    batch["animation_mask"][:] = batch["action_mask"][:] = True
+    positions = torch.tensor([[*range(first), *range(ticks - first)]]).expand(3, -1)
+    counts = count_targets(model.config, batch)
+    packed = model(**batch, position_ids=positions, num_items_in_batch=counts)
+    clips = [{name: value[:, part] for name, value in batch.items()} for part in (slice(0, first), slice(first, ticks))]
+    torch.testing.assert_close(sum(count_targets(model.config, clip) for clip in clips), counts)
+    alone = [model(**clip, num_items_in_batch=counts).losses for clip in clips]
+    for stream in STREAMS:
+        torch.testing.assert_close(packed.losses[stream], alone[0][stream] + alone[1][stream], atol=1e-5, rtol=1e-5)
+
+
+# --- bodies of other kinds -------------------------------------------------------------------------------------------
+
+
+def test_a_robot_without_joints_face_and_voice():
+    none = ("num_joints", "num_blend_shapes", "num_audio_codebooks", "num_mel_bins", "num_touch_points")
+    model = micro_model(**dict.fromkeys(none, 0), action_size=3, loss_weights={"internal_text": 1.0, "animation": 1.0})
+    names = [name for name, _ in model.named_parameters()]
+    assert not [name for name in names if "audio" in name or "own_voice" in name or "own_command" in name]
+    assert model.streams.names == ("internal_text", "external_text", "animation")
+    ids = torch.randint(0, 100, (2, 6), generator=torch.Generator().manual_seed(0))
+    action, state = torch.randn(2, 6, 2, 3), torch.randn(2, 6, 2, 2)
+    out = model(ids, body_state=state, action=action, action_targets=action, labels=ids, output_streams=("animation",))
+    assert set(out.losses) == {"internal_text", "animation"} and out.loss.isfinite()
+    assert out.animation is None and out.action.shape == (2, 6, 2, 3)
+    model.train_only(streams=("internal_text", "animation"))
+    assert model.model.senses.own_action.proj.weight.requires_grad
+    # Its state carries the clock, without a thought.
+    assert model(body_state=state, action_targets=action).losses["animation"] > 0
+    emitted = model.step(body_state=state[:, :1])
+    assert emitted.action.shape == (2, 2, 3) and emitted.animation is None and emitted.audio is None
+    generated = model.generate(ids, output_streams=("animation",), max_new_tokens=3, eos_token_id=None)
+    assert generated.action.shape == (2, 3, 2, 3) and generated.animation is None
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="known are internal_text, external_text, animation"):
+            call(ids, output_streams=("audio",))
+
+
+def test_a_creature_without_any_command_has_no_animation_stream():
+    model = micro_model(num_joints=0, num_blend_shapes=0, action_size=0)
+    assert not [name for name, _ in model.named_parameters() if "animation" in name or "own_action" in name]
+    assert model.step(input_ids=torch.ones(1, 1, dtype=torch.long)).animation is None
+
+
+@pytest.mark.parametrize(
+    ("name", "organ"),
+    [
+        ("action_targets", "action_size"),
+        ("action", "action_size"),
+        ("rotation_targets", "num_joints"),
+        ("eye_targets", "num_blend_shapes"),
+        ("audio_targets", "num_audio_codebooks"),
+        ("audio_codes", "num_audio_codebooks"),
+    ],
+)
+def test_targets_and_copies_for_a_missing_organ_are_refused(batch, name, organ):
+    with pytest.raises(ValueError, match=f"`{name}` is given, but this creature's {organ} is 0: leave it out."):
+        micro_model(**{organ: 0})(input_ids=batch["input_ids"], **{name: batch[name]})
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -270,11 +444,12 @@ def test_count_targets_counts_shifted_weighted_targets():
         "animation_target_mask": torch.tensor([[True, True, False], [True, False, False]]),
     }
     counts = count_targets(config, batch)
-    assert counts.dtype == torch.float32 and counts.shape == (4,)
-    assert counts.tolist() == pytest.approx([2 + 0.3 + 0.3, 3 * 0.3 + 3, 2 + 3, 1])
-    assert count_targets(config, {}).tolist() == [0, 0, 0, 0]
+    assert counts.dtype == torch.float32 and counts.shape == (7,)
+    # One command is a target: eyes that look nowhere, after eyes that did so too.
+    assert counts.tolist() == pytest.approx([2 + 0.3 + 0.3, 3 * 0.3 + 3, 2 + 3, 0, 0, 1 + 1e-6, 0])
+    assert count_targets(config, {}).tolist() == [0] * 7
     del batch["animation_target_mask"]
-    assert count_targets(config, batch)[3] == 4
+    assert count_targets(config, batch)[5] == pytest.approx(4)
 
 
 def test_gradient_accumulation_is_exact(batch):
@@ -282,6 +457,8 @@ def test_gradient_accumulation_is_exact(batch):
     batch["touch_mask"][1:] = False  # the micro-batches are as different as they come
     batch["labels"][2, 2:] = -100
     batch["audio_targets"][3] = -100
+    batch["action_targets"][1] *= 30  # and of other sizes of what they repeat
+    batch["animation_target_mask"][2] = False
     model = micro_model().train()
     whole = model(**batch)
     whole.loss.backward()
