@@ -37,7 +37,6 @@ try:
         SENSE_TABLE,
         CreatureSenses,
         SenseProjection,
-        VoiceCopy,
         check_ids,
         check_names,
         check_shapes,
@@ -61,7 +60,6 @@ except ImportError:
         SENSE_TABLE,
         CreatureSenses,
         SenseProjection,
-        VoiceCopy,
         check_ids,
         check_names,
         check_shapes,
@@ -138,8 +136,6 @@ class CreaturePreTrainedModel(PreTrainedModel):
         # By classes of the matrices themselves: of a class from outside, transformers skips modules without weights.
         if isinstance(module, SenseProjection | ZeroProjection):
             init.zeros_(module.weight)  # a sense that is connected changes nothing until it is trained
-        elif isinstance(module, VoiceCopy):
-            init.normal_(module.code_table, mean=0.0, std=std)
         elif isinstance(module, CreatureDecoderLayer):
             init.ones_(module.residual_scale)
         elif isinstance(module, ResidualProjection):

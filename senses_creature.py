@@ -28,11 +28,24 @@ except ImportError:
     from motor_creature import quaternion_to_6d, unpack_animation
 
 
+# Root mean square of the features that every sense brings to its last matrix: see `SenseProjection`.
+SENSE_SCALE = 0.05
+
+
 class SenseProjection(nn.Linear):
-    """The last layer of a sense: no bias, and zero before training (`_init_weights` of the model sees to it)."""
+    """
+    The last layer of a sense: its features brought to one size, then a matrix without bias that is zero before training
+    (`_init_weights` of the model sees to it).
+
+    All senses arrive at the sum at the same size and pace, whatever they measure, so that none drowns the others.
+    """
 
     def __init__(self, in_features: int, config: CreatureConfig):
         super().__init__(in_features, config.hidden_size, bias=False)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., hidden_size]; features of zero stay zero."""
+        return super().forward(F.rms_norm(features, features.shape[-1:], eps=1e-6) * SENSE_SCALE)
 
 
 def encode_present(encode, mask: torch.Tensor | None, *inputs: torch.Tensor) -> torch.Tensor:
@@ -280,18 +293,22 @@ class VoiceCopy(nn.Module):
     def __init__(self, config: CreatureConfig):
         super().__init__()
         # Factorized tables, one a codebook, tied to the audio stream's depth decoder: it reads and predicts with them.
-        self.code_table = nn.Parameter(
-            torch.empty(config.num_audio_codebooks, config.audio_codebook_size, config.audio_code_size)
-        )
+        self.num_codes = config.audio_codebook_size
+        self.codes = nn.Embedding(config.num_audio_codebooks * config.audio_codebook_size, config.audio_code_size)
         self.proj = SenseProjection(config.audio_code_size, config)
+
+    @property
+    def code_table(self) -> torch.Tensor:
+        """[codebooks, audio_codebook_size, audio_code_size]"""
+        return self.codes.weight.unflatten(0, (-1, self.num_codes))
 
     def _encode(self, codes: torch.Tensor) -> torch.Tensor:
         books = torch.arange(codes.shape[-1], device=codes.device)
-        return self.proj(self.code_table[books, codes].sum(dim=-2))
+        return self.proj(self.codes(codes + books * self.num_codes).sum(dim=-2))
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         """codes [B, T, codebooks]; a tick with a negative code is absent -> [B, T, hidden_size]."""
-        check_ids("audio_codes", codes, self.code_table.shape[1])
+        check_ids("audio_codes", codes, self.num_codes)
         return encode_present(self._encode, (codes >= 0).all(dim=-1), codes)
 
 

@@ -69,7 +69,7 @@ def _count_json(config_json: str, config_class: type) -> SimpleNamespace:
 
     import torch
 
-    from creature.optimizer import LARGEST_STACK
+    from creature.optimizer import LARGEST_STACK, parameter_groups
     from modeling_creature import STREAMS, MultiModalCreature
 
     values = {key: value for key, value in json.loads(config_json).items() if key != "model_type"}
@@ -87,7 +87,10 @@ def _count_json(config_json: str, config_class: type) -> SimpleNamespace:
     senses = total(backbone.senses.parameters())
     body = total(backbone.parameters()) - table - senses
     matrices = [parameter for parameter in backbone.layers.parameters() if parameter.ndim == 2]
-    shapes = Counter(tuple(sorted(matrix.shape)) for matrix in matrices)  # Muon stacks a shape with its transpose
+    groups = parameter_groups(model, learning_rate=1.0, matrix_learning_rate=1.0, weight_decay=0.0)
+    updated = {kind: [p for g in groups if g.get(kind) for p in g["params"]] for kind in ("muon", "by_row")}
+    # Muon stacks a shape with its transpose.
+    shapes = Counter(tuple(sorted(matrix.shape)) for matrix in updated["muon"])
     return SimpleNamespace(
         token_table=table,
         body=body,
@@ -97,6 +100,7 @@ def _count_json(config_json: str, config_class: type) -> SimpleNamespace:
         streams=total(model.streams.parameters()),
         text_only=table + body + head,
         trainable=total(parameter for parameter in model.parameters() if parameter.requires_grad),
+        one_state=total(updated["muon"] + updated["by_row"]),
         largest_stack=max(rows * columns * min(count, LARGEST_STACK) for (rows, columns), count in shapes.items()),
         largest_matrix=max(rows * columns for rows, columns in shapes),
         total=total(model.parameters()),
@@ -146,7 +150,7 @@ def memory_parts(
     if activation_checkpointing:  # a layer keeps its input, and is recomputed when the head's chunk is freed
         kept = wide * config.hidden_size
         head = max(head, tokens * (layer + 2 * wide * config.intermediate_size))
-    one_state = counts.body_matrices + counts.token_table if optimizer == "muon" else 0
+    one_state = counts.one_state if optimizer == "muon" else 0
     # A CPU updates one matrix at a time.
     updated = counts.largest_matrix if device.kind == "cpu" else counts.largest_stack
     parts = {

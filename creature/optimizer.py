@@ -1,4 +1,4 @@
-"""Muon for the matrices of the body, Adam by rows for the tables, AdamW for the rest, as one optimizer object.
+"""Muon for the matrices, Adam by rows for the tables, AdamW for the rest, as one optimizer object.
 
 One object, so that the scheduler, gradient clipping, the checkpoint and accelerate see an ordinary optimizer.
 """
@@ -28,7 +28,7 @@ LARGEST_STACK = 24
 _CACHED = 2**18  # numbers of a table that a CPU's core keeps near while it steps them
 # Peak learning rates at width 512: of the token table beside Muon, of everything under AdamW (docs/experiments.md).
 _RATE_BESIDE_MUON, _RATE_ALONE, _RATE_WIDTH = 8e-3, 2e-3, 512
-SCALE_RATE = 2.5  # times the token table's, for norms and scales: 0.02 beside 8e-3
+SCALE_RATE = 2.5  # times the tables', for norms, biases and scales: 0.02 beside 8e-3
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -308,9 +308,17 @@ def width_learning_rate(hidden_size: int, muon: bool = True) -> float:
     return (_RATE_BESIDE_MUON if muon else _RATE_ALONE) * (_RATE_WIDTH / hidden_size) ** 0.5
 
 
-def table_names(model: nn.Module) -> dict[int, str]:
-    """The names of a model's tables by token or place, its `nn.Embedding`s, by the id of their weight."""
-    return {id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+def table_ids(model: nn.Module) -> set[int]:
+    """
+    The `id`s of a model's tables, in which a row stands for a token, a code, a point of the skin or a place.
+
+    They are the weights of its `nn.Embedding`s, and of a head that is not tied to one.
+    """
+    return {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or name == "lm_head"
+    }
 
 
 def parameter_groups(
@@ -322,20 +330,19 @@ def parameter_groups(
     eps: float = 1e-10,
 ) -> list[dict]:
     """
-    The trainable parameters of a creature in groups: the tables, for Adam by rows; the body's matrices, for Muon; the
-    rest, for AdamW.
+    The trainable parameters of a creature in groups, by what each of them is: the tables, for Adam by rows; all other
+    matrices, of the backbone, the senses and the streams alike, for Muon; norms, biases and scales, for AdamW.
 
     Args:
-        learning_rate, betas, eps: of the tables; norms and scales learn SCALE_RATE times as fast.
-        matrix_learning_rate: of the matrices of the body.
-        weight_decay: of the matrices of the body; nothing else decays.
+        learning_rate, betas, eps: of the tables; norms, biases and scales learn SCALE_RATE times as fast.
+        matrix_learning_rate: of the matrices.
+        weight_decay: of the matrices; nothing else decays.
     """
-    tables = table_names(model)
+    tables = table_ids(model)
     kinds: dict[str, list[torch.Tensor]] = {"others": [], "tables": [], "matrices": []}
-    for name, param in model.named_parameters():
+    for param in model.parameters():
         if param.requires_grad:
-            is_matrix = param.dim() == 2 and ".layers." in name
-            kinds["tables" if id(param) in tables else "matrices" if is_matrix else "others"].append(param)
+            kinds["tables" if id(param) in tables else "matrices" if param.dim() == 2 else "others"].append(param)
     adam = {"lr": learning_rate, "weight_decay": 0.0, "muon": False, "betas": betas, "eps": eps}
     groups = [
         # First, so that the rate that the Trainer logs is `learning_rate`.

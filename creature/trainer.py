@@ -21,7 +21,7 @@ from creature.compiling import pad_batch, with_eager_fallback
 from creature.errors import UserError, first_line
 from creature.files import replace_file
 from creature.metrics import text_metrics
-from creature.optimizer import MuonAdamW, parameter_groups, table_names
+from creature.optimizer import MuonAdamW, parameter_groups, table_ids
 from creature.saving import CheckpointMixin, read_state, refuse_shards
 from streams_creature import STREAMS, count_targets
 
@@ -39,7 +39,7 @@ class CreatureTrainer(CheckpointMixin, Trainer):
         - every stream is divided by its own count of targets over the whole accumulated batch and all ranks, and logged
           as `loss_<stream>`;
         - evaluation is token-weighted and gives loss, perplexity, bits per byte and accuracy without holding logits;
-        - Muon trains the matrices of the body, Adam the rest, and only those matrices decay;
+        - Muon trains the matrices, Adam the tables and the rest, and only the matrices decay;
         - in the first `batch_warmup_steps` steps, the weights are updated after each half of the batch;
         - warmup_stable_decay needs no keyword arguments;
         - tokens/s, samples/s and MFU are of the last logging window and exclude evaluation, saving and compiling;
@@ -247,8 +247,8 @@ class CreatureTrainer(CheckpointMixin, Trainer):
         return self.optimizer
 
     def get_decay_parameter_names(self, model) -> list[str]:
-        """The matrices of the body. Embeddings, norms and gains are not pulled to zero."""
-        tables = table_names(model)
+        """The matrices. Tables, norms and scales are not pulled to zero."""
+        tables = table_ids(model)
         return [name for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in tables]
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):

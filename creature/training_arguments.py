@@ -29,7 +29,7 @@ class CreatureTrainingArguments(TrainingArguments):
     )
     matrix_learning_rate: float = field(
         default=0.03,
-        metadata={"help": "Peak learning rate of Muon, for the matrices of the body; 0 leaves them to --optim too."},
+        metadata={"help": "Peak learning rate of Muon, for all matrices but the tables; 0 leaves them to --optim."},
     )
     # A finished run can be extended from where the decay began (Hu et al. 2024, "MiniCPM").
     lr_scheduler_type: str = field(
@@ -42,7 +42,7 @@ class CreatureTrainingArguments(TrainingArguments):
     decay_steps: float = field(
         default=0.6, metadata={"help": "Last steps of falling rate, or below 1 their share (warmup_stable_decay)."}
     )
-    weight_decay: float = field(default=0.05, metadata={"help": "Decay of the matrices of the body, of nothing else."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Decay of these matrices, of nothing else."})
     adam_beta1: float = field(default=0.8, metadata={"help": "Decay of the first moment."})
     adam_beta2: float = field(default=0.98, metadata={"help": "Decay of the second moment."})
     # Early on, twice as many steps are worth more than gradients of half the noise (docs/experiments.md).

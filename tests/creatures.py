@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 from configuration_creature import CreatureConfig
 from modeling_creature import MultiModalCreature
 from motor_creature import COMMAND_PARTS, pack_animation
-from senses_creature import SENSE_TABLE, SenseProjection
+from senses_creature import SENSE_SCALE, SENSE_TABLE, SenseProjection
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 # The sizes of a configuration for GPT-2's tokenizer.
@@ -98,13 +98,13 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                # What comes out is about as large as what goes in.
-                std = 0.5 if isinstance(module, (SenseProjection, nn.Embedding)) else module.weight.shape[1] ** -0.5
+                # What comes out is about as large as what goes in, and a sense as large as a token.
+                std = 0.5 if isinstance(module, nn.Embedding) else module.weight.shape[1] ** -0.5
+                if isinstance(module, SenseProjection):
+                    std *= 0.5 / SENSE_SCALE
                 module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * std)
         for name, parameter in model.named_parameters():
-            if name.endswith("code_table"):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
-            elif name.endswith("residual_scale"):
+            if name.endswith("residual_scale"):
                 # Not near 1, so that attention to earlier ticks is not small beside the last tick itself.
                 parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.5 + 0.1)
     return model

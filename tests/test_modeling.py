@@ -125,7 +125,7 @@ def test_loading_keeps_every_weight_and_initializes_missing_ones(model, tmp_path
         assert torch.equal(value, model.get_parameter(name)), name
 
     weights = load_file(tmp_path / "model.safetensors")
-    table = "model.senses.own_voice.code_table"
+    table = "model.senses.own_voice.codes.weight"
     touch = {name: weights.pop(name) for name in [*weights] if name.startswith("model.senses.touch.") or name == table}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded, info = MultiModalCreature.from_pretrained(tmp_path, output_loading_info=True)

@@ -92,11 +92,25 @@ def test_groups_hold_every_trainable_parameter_once_and_frozen_ones_never():
     assert not any(p is model.model.embed_tokens.weight for p in matrices)
 
 
-def test_the_token_table_is_stepped_by_rows():
-    model = micro_model()
-    model.train_only()
-    by_row = [(id(p), group["lr"]) for group in groups(model) if group.get("by_row") for p in group["params"]]
-    assert by_row == [(id(model.model.embed_tokens.weight), 0.01)]
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_parameter_of_senses_and_streams_is_in_the_group_of_what_it_is(tied):
+    """Tables by rows, all other matrices under Muon, vectors under AdamW: by the kind, wherever it is."""
+    model = micro_model(tie_word_embeddings=tied)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tables, vectors, matrices = ({names[id(p)] for p in group["params"]} for group in groups(model))
+    assert tables == {
+        "model.embed_tokens.weight",
+        *(() if tied else ("lm_head.weight",)),
+        "model.senses.own_voice.codes.weight",
+        "model.senses.touch.point_embedding.weight",
+        "model.senses.touch.surface_embedding.weight",
+        "model.senses.vision.position.weight",
+        "streams.audio.position.weight",
+    }
+    assert vectors == {name for name, parameter in model.named_parameters() if parameter.dim() == 1}
+    assert matrices == {*names.values()} - tables - vectors
+    assert {"model.senses.vision.patch_proj.weight", "streams.audio.out_proj.weight"} < matrices
+    assert [group["lr"] for group in groups(model)] == [0.01, 0.01 * SCALE_RATE, 0.02]
 
 
 def test_by_rows_a_row_has_one_second_moment():

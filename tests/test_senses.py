@@ -24,7 +24,14 @@ from creatures import (
 
 from configuration_creature import SENSES, STREAMS
 from modeling_creature import MultiModalCreature
-from senses_creature import SENSE_TABLE, SenseProjection, TouchSense, encode_present, scatter_present
+from senses_creature import (
+    SENSE_SCALE,
+    SENSE_TABLE,
+    SenseProjection,
+    TouchSense,
+    encode_present,
+    scatter_present,
+)
 
 MASKS = [sense.mask for sense in SENSE_TABLE if sense.mask]
 OUTPUTS = ("logits", "external_text_logits", "audio_logits", "animation", "action", "last_hidden_state")
@@ -195,14 +202,37 @@ def test_no_contact_is_exactly_zero(model, batch):
     mask[1] = False
     felt = touch(points, surfaces, values, mask)
     assert not felt[1].any() and felt[0].any()
-    # A sum over contacts: their order means nothing, and two at once are the sum of each alone.
+    # A sum over contacts: their order means nothing, and each of them counts.
     torch.testing.assert_close(touch(points.flip(2), surfaces.flip(2), values.flip(2), mask.flip(2)), felt)
-    alone = [touch(points[:, :, [c]], surfaces[:, :, [c]], values[:, :, [c]], mask[:, :, [c]]) for c in range(3)]
-    torch.testing.assert_close(sum(alone), felt)
-    # Forces span decades.
-    strong = values.clone()
-    strong[..., 0] = 1e6
-    assert touch(points, surfaces, strong, mask).abs().max() < 1000
+    for contact in range(3):
+        without = mask.clone()
+        without[:, :, contact] = False
+        changed = (touch(points, surfaces, values, without) - felt).abs().amax(-1)
+        assert torch.equal(changed > 1e-4, mask[:, :, contact])
+
+
+@pytest.mark.parametrize("sense", SENSE_TABLE, ids=lambda sense: sense.name)
+def test_every_sense_reaches_its_last_matrix_at_one_size(batch, sense):
+    """Whatever it measures, and however far its encoder has grown."""
+    model = micro_model()
+    module = getattr(model.model.senses, sense.name)
+    torch.nn.init.orthogonal_(module.proj.weight)  # keeps the length of what comes in
+    given = [batch[name] for name in sense.arguments]
+    given += [model.model.embed_tokens] if sense.is_text else [batch[sense.mask]] if sense.mask else []
+    for grown in (False, True):
+        with torch.no_grad():
+            for parameter in [*module.parameters(), model.model.embed_tokens.weight] if grown else []:
+                if parameter is not module.proj.weight:
+                    parameter *= 30
+            lengths = module(*given).norm(dim=-1)
+        present = lengths > 0
+        assert present.any()
+        torch.testing.assert_close(
+            lengths[present],
+            torch.full_like(lengths[present], SENSE_SCALE * module.proj.in_features**0.5),
+            atol=0,
+            rtol=1e-3,
+        )
 
 
 def test_encode_present_runs_on_the_present_ticks_only():

@@ -405,7 +405,7 @@ def test_each_loss_reaches_its_own_head_and_the_senses_present(stream, batch):
             own = {name for name in reached if name.startswith(prefix)}
             assert (f"{prefix}proj.weight" in own) == is_present, module
             if module == "own_voice":  # its table is also the audio stream's
-                assert (f"{prefix}code_table" in own) == (is_present or stream == "audio")
+                assert (f"{prefix}codes.weight" in own) == (is_present or stream == "audio")
             elif not is_present:
                 assert not own, module
         text = {"internal_voice", "external_voice"} & {*present}
@@ -417,10 +417,11 @@ def test_the_code_table_is_shared_by_voice_and_ears(batch):
     model = micro_model(loss_weights=only("audio"))
     table = model.model.senses.own_voice.code_table
     shape = (model.config.num_audio_codebooks, model.config.audio_codebook_size, model.config.audio_code_size)
-    assert [n for n, p in model.named_parameters() if p.shape == shape] == ["model.senses.own_voice.code_table"]
+    name, rows = "model.senses.own_voice.codes.weight", (shape[0] * shape[1], shape[2])
+    assert table.shape == shape and [n for n, p in model.named_parameters() if p.shape == rows] == [name]
     # The last codebook is never read before another code: what it learns, it learns as the head's own table.
     model(input_ids=batch["input_ids"], audio_targets=batch["audio_targets"]).loss.backward()
-    assert all(book.any() for book in gradients(model)["model.senses.own_voice.code_table"])
+    assert all(book.any() for book in gradients(model)[name].view(shape))
     given = {"input_ids": batch["input_ids"], "audio_codes": batch["audio_codes"]}
     with torch.no_grad():
         before = model(**given, output_streams=("audio",))
