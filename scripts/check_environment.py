@@ -196,16 +196,23 @@ def check_data(settings, config) -> tuple[bool, str]:
         raise UserError("no --data: make a token file with scripts/tokenize_corpus.py, and name it with --data")
     from creature.data import load_data
     from creature.data.mixture import parse_parts
+    from creature.data.text.readers import Documents
     from creature.data.text.sources import find_sources
 
     names = [source] if isinstance(source, str) else parse_parts(source)[0] if len(source) > 1 else source
     block_size = settings.data.block_size or config.max_position_embeddings
-    count = 0
+    count, texts = 0, []
     for name in names:
         sources, _ = find_sources([name], tokens=True)
         if sources[0].kind not in ("tokens", "arrow"):
-            return True, f"{name}, text, which the run tokenizes first"
+            for source in sources:
+                if source.kind not in ("hub", "parquet"):  # those would be read whole, or from the network
+                    next(iter(Documents(source, settings.data.text_column)), None)
+            texts.append(name)
+            continue
         count += load_data(replace(settings.data, data=name), block_size, config.vocab_size)[1]["tokens"]
+    if texts:
+        return True, f"{' '.join(texts)}, text, which the run tokenizes first"
     advice = ""
     if count < TOKENS_RECOMMENDED:
         least = "10 M are the minimum, " if count < TOKENS_MINIMUM else ""

@@ -63,6 +63,16 @@ def test_a_folder_with_a_card_is_the_dataset_that_the_card_describes(repository)
     assert tokenize("stories/data")["documents"] == 65 and find_sources(["stories"])[0][0].kind != "hub"
 
 
+def test_rows_that_end_early_are_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "README.md").write_text("---\nconfigs:\n- {config_name: default, data_files: a.csv}\n---\n")
+    (tmp_path / "broken" / "a.csv").write_text('text,x\na,b\n"open,b\nc,d\n')
+    for work in (tokenize, open_blocks):
+        with pytest.raises(UserError, match="broken could not be read to the end .* repair the data"):
+            work("broken")
+
+
 def test_names():
     for name, configuration, split in (
         ("owner/name", "", "train"),

@@ -391,8 +391,11 @@ def test_every_failed_check_says_the_remedy(tool, run_folder, tmp_path):
     assert "[ ] data file: nope.bin" in out
     assert re.search(r"\[ \] dry run: .* had another configuration \(model\.\w+ was", out)
     code, out, _ = tool("check_environment", "--hidden_size", "0")
-    assert code == 1 and "[ ] configuration: hidden_size must be at least 1, not 0" in out
+    assert code == 1 and "[ ] configuration: " in out and "hidden_size must be at least 1, not 0" in out
     assert not list(tmp_path.iterdir())  # it writes nothing
+    (tmp_path / "utf16.txt").write_text("some words", encoding="utf-16")
+    _, out, _ = tool("check_environment", "--data", "utf16.txt", "--dry_run_dir", run_folder)
+    assert "[ ] data file: utf16.txt is UTF-16 text" in out
 
 
 def test_missing_and_old_packages_are_named(tool, monkeypatch):

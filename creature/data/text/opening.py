@@ -13,7 +13,7 @@ from pyarrow.compute import list_flatten, list_value_length
 
 from creature.data.text.bin_layout import bin_layout
 from creature.data.text.corpus import manifest_path, tokenize_corpus
-from creature.data.text.readers import load_arrow_folder, open_rows
+from creature.data.text.readers import load_arrow_folder, open_rows, read_rows
 from creature.data.text.sources import VALIDATION_ENDINGS, Source, find_sources, is_hub_name, is_validation
 from creature.data.text.token_stream import (
     HASHED_WHOLE,
@@ -164,9 +164,10 @@ def _hub_tokens(source: Source, cache: Path, limit: int | None) -> Corpus | None
     path = cache / f"hub-{hashlib.sha256(' '.join(map(str, facts)).encode()).hexdigest()[:16]}.bin"
     if not path.is_file():
         rows = open_rows(source)
-        if "input_ids" not in (rows.column_names or next(iter(rows), {})):
+        if "input_ids" not in (rows.column_names or next(read_rows(source, rows), {})):
             return None
-        return Corpus(source.name, _flat_copy(_reported(_row_text(rows, limit), source.name), path))
+        text = _row_text(read_rows(source, rows), limit)
+        return Corpus(source.name, _flat_copy(_reported(text, source.name), path))
     return Corpus(source.name, _flat_copy((), path))
 
 

@@ -28,7 +28,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -345,14 +345,8 @@ class Documents:
         return 1 if packed and _dictionary_bytes(path, chunk) > MAX_DICTIONARY else 64
 
     def _read_rows(self) -> Iterator[tuple[str, bool]]:
-        rows = open_rows(self.source)
-        try:
-            for number, row in enumerate(rows, 1):
-                yield self._text(row, f"record {number:,}"), True
-        except UserError:
-            raise
-        except Exception as error:  # see open_rows
-            raise UserError(f"{self.name} could not be read to the end ({first_line(error)}): try again") from error
+        for number, row in enumerate(read_rows(self.source, open_rows(self.source)), 1):
+            yield self._text(row, f"record {number:,}"), True
 
 
 class _MeteredFile(io.RawIOBase):
@@ -498,4 +492,14 @@ def open_rows(source: Source):
             f"{source.name} is neither a file or folder here nor a Hub dataset that can be reached "
             f"({first_line(error)}): check the name, the configuration and split (owner/name:configuration:split) and "
             "the network"
+        ) from error
+
+
+def read_rows(source: Source, rows: Iterable[dict]) -> Iterator[dict]:
+    """The rows that `open_rows` opened, one by one; UserError where they end early."""
+    try:
+        yield from rows
+    except Exception as error:  # see open_rows
+        raise UserError(
+            f"{source.name} could not be read to the end ({first_line(error)}): repair the data, or try again"
         ) from error
