@@ -199,6 +199,6 @@ def test_a_gpu_without_triton_or_compiler_trains_without_both(monkeypatch):
     monkeypatch.setattr(kernels, "triton", object())
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    works, reason, note = plan._find_compiler({}, gpu)
+    works, reason, note = plan._find_compiler({}, gpu, dry_run=False)
     assert not works and "C compiler" in reason and note == f"torch.compile is off: {reason}"
     assert kernels.triton is None

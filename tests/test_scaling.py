@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from creatures import MICRO
+from creatures import MICRO, micro_model
 from safetensors.torch import load_file
 
 import run_clm_creature
@@ -123,6 +123,23 @@ def test_fsdp_without_gpus_is_refused(runs, monkeypatch):
     with pytest.raises(UserError, match="over GPUs only"):
         run_clm_creature.main()
     assert not Path("refused").exists()
+
+
+def test_two_processes_of_tensor_parallelism_give_what_one_gives(tmp_path):
+    model = micro_model(num_key_value_heads=2)
+    model.save_pretrained(tmp_path)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    launcher += ["--rdzv_endpoint", "localhost:0", str(PROJECT / "tests/tensor_parallel_on_cpu.py"), str(tmp_path)]
+    path = os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    done = subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = torch.load(tmp_path / "result.pt")
+    assert result["rows of a process"] == model.config.intermediate_size // 2
+    one, two = result["one"], result["two"]
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-5)
+    torch.testing.assert_close(two["logits by embeddings"], two["logits"], rtol=0, atol=0)
 
 
 @pytest.mark.gpu
