@@ -2,11 +2,12 @@
 """CreatureFeatureExtractor: from sound of any sampling rate to the log-mel frames of a tick, causal."""
 
 import functools
+import io
 import math
 
 import numpy as np
 from transformers import AutoFeatureExtractor, BatchFeature, SequenceFeatureExtractor
-from transformers.audio_utils import mel_filter_bank, optimal_fft_length, window_function
+from transformers.audio_utils import mel_filter_bank, optimal_fft_length, spectrogram, window_function
 
 try:
     from .configuration_creature import CreatureConfig
@@ -138,10 +139,12 @@ class LogMelStream:
         extractor, fft = self.extractor, optimal_fft_length(self.window)
         if len(samples) < self.window:
             return np.zeros((0, extractor.feature_size), np.float32)
-        frames = np.lib.stride_tricks.sliding_window_view(samples, self.window)[:: self.hop]
-        power = np.abs(np.fft.rfft(frames * _window(self.window), fft)) ** 2
-        mel = power.astype(np.float32) @ _mel_filters(fft, extractor.feature_size, extractor.sampling_rate)
-        return (np.log(np.maximum(mel, extractor.mel_floor)) - extractor.mean) / extractor.std
+        log_mel = spectrogram(
+            samples, window_function(self.window, "hann"), self.window, self.hop, fft, power=2.0, center=False,
+            mel_filters=_mel_filters(fft, extractor.feature_size, extractor.sampling_rate),
+            mel_floor=extractor.mel_floor, log_mel="log",
+        )  # fmt: skip
+        return (log_mel.T - extractor.mean) / extractor.std
 
 
 class _Resampler:
@@ -196,15 +199,28 @@ def to_mono(sound) -> np.ndarray:
     return sound
 
 
+def read_sound(audio: dict) -> tuple[np.ndarray, int]:
+    """
+    (samples [N] or [N, channels], sampling rate) of {"array", "sampling_rate"}, or {"bytes", "path"} of a sound file.
+
+    ImportError without soundfile, ValueError for what it cannot read.
+    """
+    if audio.get("array") is not None:
+        return np.asarray(audio["array"]), audio["sampling_rate"]
+    try:
+        import soundfile
+    except ImportError as error:
+        raise ImportError("Sound files are read by soundfile: pip install soundfile.") from error
+    try:
+        return soundfile.read(io.BytesIO(audio["bytes"]) if audio.get("bytes") else audio["path"], dtype="float32")
+    except (soundfile.LibsndfileError, OSError, TypeError, KeyError) as error:
+        raise ValueError(f"The sound cannot be read ({error}): convert it to FLAC or WAV.") from error
+
+
 @functools.lru_cache(maxsize=8)
 def _mel_filters(fft: int, bands: int, rate: int) -> np.ndarray:
-    """float32 [fft // 2 + 1, bands]"""
-    return mel_filter_bank(fft // 2 + 1, bands, 20.0, rate / 2, rate, mel_scale="htk").astype(np.float32)
-
-
-@functools.lru_cache(maxsize=8)
-def _window(length: int) -> np.ndarray:
-    return window_function(length, "hann").astype(np.float32)
+    """[fft // 2 + 1, bands]"""
+    return mel_filter_bank(fft // 2 + 1, bands, 20.0, rate / 2, rate, mel_scale="htk")
 
 
 AutoFeatureExtractor.register(CreatureConfig, CreatureFeatureExtractor, exist_ok=True)

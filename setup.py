@@ -43,6 +43,7 @@ setup(
         "losses_creature",
         "senses_creature",
         "streams_creature",
+        "processing_creature",
         "feature_extraction_creature",
         "ticks_creature",
         "run_clm_creature",

@@ -23,6 +23,21 @@ def tick_of(seconds: float) -> int:
     return max(0, int((seconds + TOLERANCE) // TICK_SECONDS))
 
 
+def check_times(name: str, times, count: int, duration: float) -> np.ndarray:
+    """float64 [count]; ValueError for times that are not as many as the values, do not rise, or miss the recording."""
+    times = np.asarray(times, np.float64)
+    if len(times) != count or not count:
+        raise ValueError(f"{name} has {count} values and {len(times)} times: give every value its time.")
+    if not np.isfinite(times).all() or (np.diff(times) < 0).any():
+        raise ValueError(f"The times of {name} do not rise: cut the recording where its clock jumps back.")
+    if times[0] >= duration or times[-1] < -1:
+        raise ValueError(
+            f"{name} runs from {times[0]:.2f} to {times[-1]:.2f} s, and the recording from 0 to {duration:.2f} s: "
+            "subtract the time at which the recording begins."
+        )
+    return times
+
+
 def latest(times: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """int64 [E]: for each end, the index of the last of the rising `times` [N] before it; -1 where that is stale."""
     index = np.searchsorted(times, ends - TOLERANCE) - 1
@@ -131,4 +146,4 @@ def contacts_at_ticks(
     return *placed, mask
 
 
-__all__ = ["TICK_SECONDS", "at_subframes", "contacts_at_ticks", "count_ticks", "latest", "queue_tokens"]
+__all__ = ["TICK_SECONDS", "at_subframes", "check_times", "contacts_at_ticks", "count_ticks", "latest", "queue_tokens"]

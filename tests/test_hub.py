@@ -126,7 +126,8 @@ def test_a_run_pushes_its_folder_and_nothing_that_only_a_resume_needs(hub):
     folder, pushed = hub.place / "micro", hub.files[NAME]
     assert hub.commits[0] == "End of training, step 12"
     code = {path.name for path in PROJECT.glob("*_creature.py")} - {"run_clm_creature.py"}
-    code -= {"feature_extraction_creature.py", "ticks_creature.py"}  # for recordings; no model file reads them
+    # For recordings: no model file reads them.
+    code -= {"feature_extraction_creature.py", "processing_creature.py", "ticks_creature.py"}
     others = {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "loss.png", "throughput.png", "metrics.jsonl",

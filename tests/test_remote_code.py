@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from creatures import ALL_STREAMS, micro_model, random_batch
+from creatures import ALL_STREAMS, GPT2, micro_model, random_batch
 from safetensors.torch import load_file, save_file
 
 import modeling_creature
+from creature.data.text.tokenizer import load_tokenizer
+from processing_creature import CreatureProcessor
 
 FILES = {path.name for path in Path(modeling_creature.__file__).parent.glob("*_creature.py")} - {"run_clm_creature.py"}
 # What travels with the processor of recordings, where one is saved.
-PROCESSOR_FILES = {"feature_extraction_creature.py", "ticks_creature.py"}
+PROCESSOR_FILES = {"feature_extraction_creature.py", "processing_creature.py", "ticks_creature.py"}
 MODEL_FILES = sorted(FILES - PROCESSOR_FILES)
 
 # The project may be installed, even editable, for this very interpreter: bar its modules by name, before anything else.
@@ -37,7 +39,7 @@ else:
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, GenerationConfig
 """
 
 
@@ -120,6 +122,33 @@ def test_loads_generates_and_saves_again_in_a_process_without_the_project(folder
         assert torch.equal(weights[name], value), name
     for name in MODEL_FILES:
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_the_processor_travels_with_the_model(tmp_path):
+    folder = tmp_path / "creature"
+    model = micro_model(**GPT2, num_mel_bins=8, audio_frames_per_tick=8)
+    processor = CreatureProcessor.from_config(model.config, load_tokenizer())
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    assert {path.name for path in folder.glob("*.py")} == FILES
+    sound = torch.randn(4000, 2)
+    expected = processor(audio=sound.numpy(), sampling_rate=8000, text="Who")
+    save_file({**expected, "sound": sound}, tmp_path / "expected.safetensors")
+    code = f"""
+    expected = load_file({str(tmp_path / "expected.safetensors")!r})
+    sound = expected.pop("sound").numpy()
+    for folder in ({str(folder)!r}, {str(tmp_path / "again")!r}):
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        assert type(processor).__module__.startswith("transformers_modules."), type(processor)
+        inputs = processor(audio=sound, sampling_rate=8000, text="Who")
+        assert inputs.keys() == expected.keys() and all(torch.equal(inputs[name], expected[name]) for name in inputs)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        (said,) = processor.decode_outputs(model.generate(**inputs, max_new_tokens=3, do_sample=False))
+        model.save_pretrained({str(tmp_path / "again")!r})
+        processor.save_pretrained({str(tmp_path / "again")!r})
+    print("heard", said["internal_text"][0]["word"])
+    """
+    assert "heard Who" in run_elsewhere(code, tmp_path, tmp_path / "home")
 
 
 def test_without_trust_nothing_of_the_folder_is_run(folder, tmp_path):

@@ -38,6 +38,19 @@ def collate_blocks(rows: list[dict], end_of_text: int | None = None) -> dict:
     return batch
 
 
+def collate_clips(rows: list[dict], ticks: int | None = None) -> dict:
+    """
+    A batch of clips (creature.data.recordings.clips), tensors [B, T, ...] by argument of `forward`; ids int64, pictures
+    uint8. Where a clip ends or lacks what others have, it is absent. T is that of the longest clip, or `ticks`.
+    """
+    import torch
+
+    from processing_creature import ABSENT, pad_clips, widen
+
+    rows = [{name: row[name] for name in ABSENT if row.get(name) is not None} for row in rows]
+    return {name: torch.from_numpy(widen(value)) for name, value in pad_clips(rows, ticks).items()}
+
+
 def block_collator(tokenizer, separate_documents: bool) -> Callable[[list[dict]], dict]:
     """`collate_blocks`, with the tokenizer's end-of-text if `separate_documents`; UserError if it has none."""
     if not separate_documents:
