@@ -110,11 +110,10 @@ def last_command(config: CreatureConfig, batch: dict, hidden: torch.Tensor) -> d
         eyes [B, T, 2 or 0, 4], the last sub-frame of the action [B, T, action_size].
     """
     rest = hidden.new_zeros(*hidden.shape[:2], 1, dtype=torch.float32)
-    straight = torch.tensor([0.0, 0.0, 1.0, 0.0], device=hidden.device)
     command = {
         "rotation_targets": F.pad(rest + 1, (0, 3))[:, :, None].expand(-1, -1, config.num_joints, -1),
         "blend_shape_targets": rest.expand(-1, -1, config.num_blend_shapes),
-        "eye_targets": (rest[..., None] + straight).expand(-1, -1, _num_eyes(config), -1),
+        "eye_targets": F.pad(rest + 1, (2, 1))[:, :, None].expand(-1, -1, _num_eyes(config), -1),
         "action_targets": rest.expand(-1, -1, config.action_size),
     }
     felt, copy = batch.get("joint_rotations"), batch.get("animation")
