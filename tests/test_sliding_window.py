@@ -82,6 +82,8 @@ def test_samples_within_the_window_train_without_a_mask(ids, monkeypatch):
     full, cut = (windowed(sliding_window=window)(ids).logits for window in (None, WINDOW))
     torch.testing.assert_close(full[:, :WINDOW], cut[:, :WINDOW], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(full[:, WINDOW], cut[:, WINDOW], atol=1e-3)
+    longer = windowed()(ids[:, : WINDOW + 1]).logits  # by one tick
+    torch.testing.assert_close(longer, cut[:, : WINDOW + 1], atol=1e-5, rtol=1e-5)
 
 
 def test_a_compiled_step_has_the_same_gradients():
