@@ -4,6 +4,7 @@
 import functools
 import io
 import math
+import wave
 
 import numpy as np
 from transformers import AutoFeatureExtractor, BatchFeature, SequenceFeatureExtractor
@@ -203,18 +204,34 @@ def read_sound(audio: dict) -> tuple[np.ndarray, int]:
     """
     (samples [N] or [N, channels], sampling rate) of {"array", "sampling_rate"}, or {"bytes", "path"} of a sound file.
 
-    ImportError without soundfile, ValueError for what it cannot read.
+    Without soundfile, WAV files of 16 bits can be read, and all others raise ImportError. ValueError for what it cannot
+    read.
     """
     if audio.get("array") is not None:
         return np.asarray(audio["array"]), audio["sampling_rate"]
     try:
         import soundfile
     except ImportError as error:
-        raise ImportError("Sound files are read by soundfile: pip install soundfile.") from error
+        try:
+            return _read_wav(audio)
+        except (wave.Error, EOFError, OSError, TypeError, KeyError):
+            raise ImportError("Sound files are read by soundfile: pip install soundfile.") from error
     try:
         return soundfile.read(io.BytesIO(audio["bytes"]) if audio.get("bytes") else audio["path"], dtype="float32")
     except (soundfile.LibsndfileError, OSError, TypeError, KeyError) as error:
         raise ValueError(f"The sound cannot be read ({error}): convert it to FLAC or WAV.") from error
+
+
+def _read_wav(audio: dict) -> tuple[np.ndarray, int]:
+    """What soundfile would return of a WAV file of 16 bits; wave.Error for any other."""
+    with wave.open(io.BytesIO(audio["bytes"]) if audio.get("bytes") else str(audio["path"]), "rb") as file:
+        channels = file.getnchannels()
+        if file.getsampwidth() != 2:
+            raise wave.Error("not of 16 bits")
+        content = file.readframes(file.getnframes())
+    whole = len(content) // (2 * channels) * channels  # a file that breaks off may end within a sample
+    samples = np.frombuffer(content, "<i2", whole).astype(np.float32) / 32768
+    return samples.reshape(-1, channels) if channels > 1 else samples, file.getframerate()
 
 
 @functools.lru_cache(maxsize=8)
