@@ -4,6 +4,10 @@ examples:
   python scripts/estimate.py --config configs/text_only_config.yaml
   python scripts/estimate.py --config configs/1b_config.yaml --micro_batch 4 --activation_checkpointing
   python scripts/estimate.py --hidden_size 768 --num_hidden_layers 12 --tokens 1e9 --card "RTX 4090"
+  python scripts/estimate.py --senses audio vision --streams internal_text animation --block_size 512 --tokens 1e7
+
+With other senses or streams than the internal ones, a token is a tick of a recording and a block is a clip; up to 10
+contacts touch the skin at a tick.
 
 Every field of run_clm_creature.py can be given as a flag here too, and changes the estimate as it changes the run.
 """
@@ -34,6 +38,7 @@ MEMORY = {
     "gradients": "gradients (fp32)",
     "optimizer_state": "optimizer state (fp32)",
     "weight_copies": "weights in the compute dtype",
+    "batch": "pictures and all else in the batch",
     "activations": "activations",
     "head": "head and loss, one chunk at a time",
     "optimizer_step": "the optimizer's temporaries, when the last three are freed",
@@ -66,6 +71,12 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--activation_checkpointing", action="store_true", help="recompute the layers' activations")
     parser.add_argument("--eager", action="store_true", help="memory without torch.compile")
+    parser.add_argument(
+        "--senses", nargs="+", default=["internal_voice"], metavar="SENSE", help="senses in the batches, by name"
+    )
+    parser.add_argument(
+        "--streams", nargs="+", metavar="STREAM", help="streams that are trained, by name (default internal_text)"
+    )
     arguments, rest = parser.parse_known_args()
     for name in ("micro_batch", "tokens"):
         value = getattr(arguments, name)
@@ -87,19 +98,27 @@ def main() -> None:
     block = settings.data.block_size or config.max_position_embeddings
     step_tokens = training.get("tokens_per_step", 65536)
     tokens = arguments.tokens or max(training.get("max_steps", -1), 0) * step_tokens
-    rows = [_card_row(name, config, block, arguments) for name in arguments.card or CARDS_SHOWN]
-    rows.append(_own_row(config, block, arguments))
+    streams = tuple(arguments.streams or estimate.TEXT)
+    trained = {"senses": tuple(arguments.senses), "streams": streams}
+    beside_text = estimate.beside_text(**trained)
+    unit, group = ("tick", "clip") if beside_text else ("token", "block")
+    counts = estimate.count_parameters(config, trained["senses"], streams if arguments.streams else None)
+    rows = [_card_row(name, config, block, arguments, trained) for name in arguments.card or CARDS_SHOWN]
+    rows.append(_own_row(config, block, arguments, trained))
 
-    counts, flops = estimate.count_parameters(config), estimate.flops_per_token(config, block)
+    flops = estimate.flops_per_token(config, block, **trained)
     name = arguments.config or "configs/text_only_config.yaml"
-    print(f"{name}: {config.num_hidden_layers} layers x {config.hidden_size}, block {block:,}\n\nparameters")
+    print(f"{name}: {config.num_hidden_layers} layers x {config.hidden_size}, {group} {block:,}\n\nparameters")
     for part, label in PARAMETERS.items():
         if counts[part]:
             tied = " (tied to the head)" if part == "token_table" and not counts["head"] else ""
             print(f"  {label + tied:<34} {counts[part]:>15,}")
-    print(f"\nFLOPs per token, forward and backward: {flops:.4g} (6 x matrices and head, plus causal attention)")
+    others = ", senses and streams" if beside_text else ""
+    print(
+        f"\nFLOPs per {unit}, forward and backward: {flops:.4g} (6 x matrices and head, plus causal attention{others})"
+    )
 
-    form = {"optimizer": arguments.optimizer, "activation_checkpointing": arguments.activation_checkpointing}
+    form = {"optimizer": arguments.optimizer, "activation_checkpointing": arguments.activation_checkpointing} | trained
 
     def memory(row: Row) -> tuple[int, dict[str, int]]:
         """(the micro-batch given or the one that fits, 0 for none; the memory of a step with it, or with 1)."""
@@ -109,10 +128,13 @@ def main() -> None:
             batch = estimate.fit_micro_batch(config, block, row.device, row.precision, limit=limit, **options)
         return batch, estimate.memory_parts(config, max(batch, 1), block, row.device, row.precision, **options)
 
-    print_memory(rows[0], block, arguments.optimizer, *memory(rows[0]))
-    print_table(rows, [memory(row) for row in rows], tokens)
+    print_memory(rows[0], f"{block:,} {unit}s", arguments.optimizer, *memory(rows[0]))
+    print_table(rows, [memory(row) for row in rows], tokens, unit)
     print("\nMFU: the share of the card's peak FLOP/s that training reaches; assumed where it was not measured.")
     print("Speeds are of compiled training, the optimizer included.")
+    if beside_text:
+        print("That MFU is text's. With senses and streams it was not measured; small matrices make it lower.")
+        print("Memory of senses and streams is that of an uncompiled step with each of them at every tick.")
     print("Memory is what torch allocates; a batch fits when it leaves a tenth of the device's memory free.")
     if arguments.activation_checkpointing:
         print("Recomputing activations makes a step up to a third longer, which the hours do not include.")
@@ -120,7 +142,7 @@ def main() -> None:
         print("Give --tokens, or max_steps in the configuration, for the hours of a run.")
 
 
-def _card_row(name: str, config, block: int, arguments) -> Row:
+def _card_row(name: str, config, block: int, arguments, trained: dict) -> Row:
     from creature import hardware
 
     card = hardware.card_name(name)
@@ -131,10 +153,10 @@ def _card_row(name: str, config, block: int, arguments) -> Row:
     capability = (9, 0) if card.startswith(("H100", "H200")) else (8, 0) if bf16 else (7, 0)
     device = hardware.Device("cuda", card, memory, memory, 8, bf16, 1, capability)
     precision = arguments.precision or hardware.choose_precision(device)[0]
-    return Row(card, device, precision, not arguments.eager, *_expected_speed(config, block, card))
+    return Row(card, device, precision, not arguments.eager, *_expected_speed(config, block, card, trained))
 
 
-def _own_row(config, block: int, arguments) -> Row:
+def _own_row(config, block: int, arguments, trained: dict) -> Row:
     """This machine; where the peak of its device is unknown, a matrix product is timed."""
     from creature import estimate, hardware
 
@@ -142,30 +164,32 @@ def _own_row(config, block: int, arguments) -> Row:
     precision = arguments.precision or hardware.choose_precision(device)[0]
     compiled = device.kind == "cuda" and hardware.compiler_available(device)[0] and not arguments.eager
     if card := hardware.card_name(device.name):
-        return Row("this machine", device, precision, compiled, *_expected_speed(config, block, card))
+        return Row("this machine", device, precision, compiled, *_expected_speed(config, block, card, trained))
     share, rate = estimate.ASSUMED_SHARE_OF_MATMUL, estimate.matmul_flops(device.kind, precision)
-    speed = share * rate / estimate.flops_per_token(config, block)
+    speed = share * rate / estimate.flops_per_token(config, block, **trained)
     source = f"{share:.0%}, assumed, of {rate / 1e9:,.0f} GFLOP/s timed now"
     return Row("this machine", device, precision, compiled, speed, source)
 
 
-def _expected_speed(config, block: int, card: str) -> tuple[float, str]:
+def _expected_speed(config, block: int, card: str, trained: dict) -> tuple[float, str]:
     from creature import estimate
 
     mfu, source = estimate.expected_mfu(card)
-    return estimate.tokens_per_second(config, block, card), f"MFU {mfu:.2f} {source}"
+    return estimate.tokens_per_second(config, block, card, **trained), f"MFU {mfu:.2f} {source}" + (
+        " on text" if estimate.beside_text(**trained) else ""
+    )
 
 
-def print_memory(row: Row, block: int, optimizer: str, batch: int, parts: dict[str, int]) -> None:
+def print_memory(row: Row, block: str, optimizer: str, batch: int, parts: dict[str, int]) -> None:
     form = f"{row.precision}, {'compiled' if row.compiled else 'eager'}, {optimizer}"
-    print(f"\nmemory of a step on {row.name}, micro-batch {max(batch, 1)} x {block:,} tokens ({form})")
+    print(f"\nmemory of a step on {row.name}, micro-batch {max(batch, 1)} x {block} ({form})")
     for part, label in MEMORY.items():
         if parts[part]:
             print(f"  {label:<58} {parts[part] / 2**30:>7.2f} GiB")
 
 
-def print_table(rows: list[Row], memories: list[tuple[int, dict[str, int]]], tokens: float) -> None:
-    header = ("card", "memory", "micro-batch", "peak", "tokens/s", "tokens a day", "hours", "")
+def print_table(rows: list[Row], memories: list[tuple[int, dict[str, int]]], tokens: float, unit: str) -> None:
+    header = ("card", "memory", "micro-batch", "peak", f"{unit}s/s", f"{unit}s a day", "hours", "")
     table = [header]
     for row, (batch, parts) in zip(rows, memories, strict=True):
         fits = parts["peak"] <= row.device.free_bytes
@@ -182,7 +206,7 @@ def print_table(rows: list[Row], memories: list[tuple[int, dict[str, int]]], tok
             )
         )
     widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-    print(f"\n{_billions(tokens)} tokens on" if tokens else "")
+    print(f"\n{_billions(tokens)} {unit}s on" if tokens else "")
     for line in table:
         cells = [line[0].ljust(widths[0])] + [line[i].rjust(widths[i]) for i in range(1, len(header) - 1)] + [line[-1]]
         print("  " + "  ".join(cells).rstrip())

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from configuration_creature import CreatureConfig
+from configuration_creature import SENSES, STREAMS, CreatureConfig
 from creature.errors import UserError
 from creature.estimate import (
     count_parameters,
@@ -20,6 +21,7 @@ from creature.estimate import (
     memory_parts,
     tokens_per_second,
 )
+from creature.estimate_senses import made_up_batch, train_only
 from creature.hardware import Device
 from creature.optimizer import MuonAdamW, parameter_groups
 from creature.settings import CONFIGS, parse_settings
@@ -235,3 +237,130 @@ def test_small_machines():
     config = CreatureConfig()
     assert fit_micro_batch(config, 2048, CPU, "fp32") in (1, 2)
     assert fit_micro_batch(config, 2048, replace(CPU, free_bytes=2**28), "fp32") == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Senses and streams
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROWS, TICKS = 2, 64
+TEXT_ROUND = (("internal_voice",), ("internal_text",))
+ROUNDS = {
+    "hear": (("internal_voice", "audio"), ("internal_text",)),
+    "see": (("internal_voice", "vision"), ("internal_text",)),
+    "touch": (("internal_voice", "touch"), ("internal_text",)),
+    "move": (("proprioception", "vision"), ("animation",)),
+    "whole": (SENSES, STREAMS),
+}
+
+
+def round_of(name, backbone):
+    """The configuration and the rest of a round, and a batch with every sense and target of it at every tick."""
+    senses, streams = ROUNDS[name]
+    config = micro_config(loss_weights=dict.fromkeys(streams, 1.0))
+    torch.manual_seed(0)
+    model = MultiModalCreature(config).train()
+    train_only(model, senses, streams, backbone)
+    ids = torch.randint(0, config.vocab_size, (ROWS, TICKS))
+    batch = {"input_ids": ids} | ({"labels": ids} if "internal_text" in streams else {})
+    batch |= made_up_batch(config, senses, streams, TICKS, ROWS)
+    return config, model, batch, {"senses": senses, "streams": streams, "backbone": backbone}
+
+
+@pytest.mark.parametrize("backbone", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ROUNDS)
+def test_bytes_kept_in_a_real_step_with_senses(name, precision, backbone):
+    config, model, batch, trained = round_of(name, backbone)
+    others = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers(), *batch.values())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in others:
+            kept[storage._cdata] = storage
+        return tensor
+
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+    with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**batch)
+    real = sum(storage.nbytes() for storage in kept.values())
+    parts = memory_parts(config, ROWS, TICKS, CPU, precision, **trained)
+    wide, width = (4 if precision == "fp32" else 2), config.hidden_size
+    # The chunked loss keeps the gradients of what it reads: the hidden states and, for each text, the head.
+    texts = {*trained["streams"]} & {"internal_text", "external_text"}
+    heads = 4 * config.vocab_size * width * len(texts) * backbone
+    heads += ROWS * TICKS * wide * width * ("internal_text" in texts)
+    assert parts["activations"] + parts["weight_copies"] + heads == pytest.approx(real, rel=0.1)
+    assert parts["batch"] == sum(value.nbytes for key, value in batch.items() if key not in ("input_ids", "labels"))
+
+
+@pytest.mark.parametrize("backbone", [True, False])
+@pytest.mark.parametrize("name", ROUNDS)
+def test_flops_of_a_real_step_with_senses(name, backbone):
+    config, model, batch, trained = round_of(name, backbone)
+    model.set_attn_implementation("eager")  # torch counts attention on the CPU only where it is written out
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**batch).loss.backward()
+    width = config.num_attention_heads * config.head_dim
+    skipped = 6 * config.num_hidden_layers * width * TICKS  # the upper half of scores and their use, per tick
+    real = counter.get_total_flops() / ROWS / TICKS - skipped
+    assert flops_per_token(config, TICKS, **trained) == pytest.approx(real, rel=0.05)
+
+
+def test_the_peak_of_a_round_with_all_senses():
+    config, model, batch, trained = round_of("whole", True)
+    stepper = MuonAdamW(parameter_groups(model, 1e-3, 1e-2, 0.1))
+    with PeakMemory([*model.parameters(), *batch.values()]) as memory:
+        for _ in range(2):
+            model(**batch).loss.backward()
+            stepper.step()
+            stepper.zero_grad()
+    assert memory_parts(config, ROWS, TICKS, CPU, "fp32", **trained)["peak"] == pytest.approx(memory.peak, rel=0.15)
+
+
+def test_a_sliding_window_counts():
+    config, windowed = micro_config(), micro_config(sliding_window=32)
+    seen = sum(min(tick + 1, 32) for tick in range(256)) / 256
+    saved = flops_per_token(config, 256) - flops_per_token(windowed, 256)
+    width = config.num_attention_heads * config.head_dim
+    assert saved == pytest.approx(12 * 3 * width * (128 - seen), rel=0.01)
+    assert flops_per_token(windowed, 16) == flops_per_token(config, 16)
+
+
+def test_a_round_on_text_measures_nothing(monkeypatch):
+    def measured(*arguments):
+        raise AssertionError("a step was made")
+
+    monkeypatch.setattr("creature.estimate.tick_costs", measured)
+    assert memory_parts(micro_config(), 1, 64, CPU)["batch"] == 0
+    assert flops_per_token(micro_config(), 64) == flops_per_token(micro_config(), 64, *TEXT_ROUND)
+    with pytest.raises(AssertionError, match="a step was made"):
+        flops_per_token(micro_config(), 64, ("audio",))
+
+
+def test_fewer_clips_with_pictures_fit():
+    small = {"device": replace(GPU, free_bytes=2 * 2**30), "precision": "bf16"}
+    assert fit_micro_batch(CreatureConfig(), 256, **small) > fit_micro_batch(
+        CreatureConfig(), 256, **small, senses=("internal_voice", "vision")
+    )
+
+
+def test_frozen_parts_have_no_gradients():
+    config = micro_config()
+    counts = count_parameters(config, ("audio",), ("animation",), backbone=False)
+    assert 0 < counts["trainable"] < counts["senses"] + counts["streams"]
+    assert count_parameters(config, ("audio",), ("animation",))["trainable"] > counts["trainable"] + counts["body"] / 2
+
+
+@pytest.mark.parametrize(
+    ("trained", "message"),
+    [
+        ({"senses": ("hearing",)}, "unknown sense 'hearing': use some of internal_voice, external_voice, audio"),
+        ({"streams": ("voice",)}, "unknown stream 'voice': use some of internal_text"),
+        ({"senses": ("vision",)}, r"the sense vision is not one of this creature's \(num_cameras is 0\): leave it out"),
+    ],
+)
+def test_senses_that_are_not_there_are_refused(trained, message):
+    with pytest.raises(UserError, match=message):
+        flops_per_token(micro_config(num_cameras=0), 64, **trained)

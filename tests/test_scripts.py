@@ -197,6 +197,15 @@ def test_estimate_refuses_in_words(tool):
     assert code == 1 and "multiple of num_attention_heads" in err
     assert "no configuration file" in tool("estimate", "--config", "nope.yaml")[2]
     assert tool("estimate", "--tokens", "0")[0] == 2
+    code, _, err = tool("estimate", "--senses", "hearing")
+    assert code == 1 and "unknown sense 'hearing': use some of internal_voice" in err
+
+
+def test_estimate_of_a_round_with_senses(tool):
+    flags = ("--senses", "audio", "--streams", "internal_text", "animation", "--tokens", "1e6")
+    code, out, _ = tool("estimate", *MICRO_FLAGS, *flags)
+    assert code == 0 and "FLOPs per tick" in out and "ticks/s" in out and "1 M ticks" in out
+    assert "FLOPs per token" not in out and "in the batch" in out
 
 
 def test_plot_run(tool, run_folder, tmp_path):
