@@ -1,0 +1,107 @@
+"""Joint angles up to a second ahead, from recorded motion.
+
+From 2 s that are known, the poses after them (`rollouts.open_loop_starts`, every window of the validation split),
+without seeing anything more. An error is the angle between the rotation of a joint and that forecast, in its parent's
+frame (of the root: in the room's), the mean over joints and windows, in degrees. 80 ms ahead is the fourth sub-frame of
+20 ms after the last one that is known. "1 tick ratio" is the squared chordal distance divided by that of repeating the
+last pose, one tick ahead at every tick, as `motor_creature.command_errors` counts it.
+
+Constant velocity goes on as over the last tick. The GRU sees the rotations as 6 numbers a joint, and its loss is the
+squared chordal distance; it ends where its error at 400 ms is lowest.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.baselines.common import open_clips, print_table
+from benchmarks.baselines.rollouts import AHEAD, measure_grus, open_loop_windows, present_ticks
+from motor_creature import matrix_from_6d, quaternion_to_6d
+
+MILLISECONDS = (80, 160, 320, 400, 1000)
+SUBFRAME_MS = 20
+HEAD = [*(f"{ms} ms" for ms in MILLISECONDS), "1 tick ratio"]
+
+
+def report(options: argparse.Namespace) -> None:
+    """Print the errors of every model on the validation split."""
+    splits, _ = open_clips(options.folders[0], options.cache_dir, "rotation_targets")
+    train, held_out = (
+        [frames for clip in splits[name] if len(frames := to_frames(clip).to(options.device)) > 1]
+        for name in ("train", "validation")
+    )
+    windows = len(open_loop_windows(held_out)[0])
+    rows = {
+        "last pose": [angles(lambda known: known[:, -1:, -1:].expand(-1, AHEAD, known.shape[2], -1), held_out)],
+        "constant velocity": [angles(constant_velocity, held_out)],
+    }
+
+    def evaluate(model) -> dict[str, float]:
+        return angles(lambda known: model(known, AHEAD)[:, -AHEAD:], held_out) | one_tick(model, held_out)
+
+    rows |= measure_grus(train, options, nearest, chordal, evaluate, "400 ms")
+    print(f"{sum(map(len, train))} ticks to train, {sum(map(len, held_out))} to validate, {windows} windows")
+    print_table(HEAD, rows)
+
+
+def to_frames(clip: dict) -> torch.Tensor:
+    """A recording as [T, sub-frames, joints * 6]: the first two columns of every rotation matrix."""
+    rotations = torch.from_numpy(present_ticks(clip["rotation_targets"], clip["animation_target_mask"]))
+    return quaternion_to_6d(rotations).flatten(-2)
+
+
+def matrices(frames: torch.Tensor) -> torch.Tensor:
+    """[..., joints * 6] -> rotation matrices [..., joints, 3, 3]."""
+    return matrix_from_6d(frames.unflatten(-1, (-1, 6)))
+
+
+def nearest(frames: torch.Tensor) -> torch.Tensor:
+    """Any numbers [..., joints * 6] -> those of the rotations they stand for."""
+    return matrices(frames)[..., :2].transpose(-1, -2).flatten(-3)
+
+
+def chordal(found: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The squared chordal distance of every tick, mean over sub-frames and joints, [..., T]."""
+    return (matrices(found) - matrices(target)).square().sum((-2, -1)).mean((-2, -1))
+
+
+def degrees_between(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Rotation matrices [..., 3, 3] -> the angle of the rotation from one to the other, [...]."""
+    distance = (first - second).square().sum((-2, -1)).sqrt()  # 2 sqrt(2) sin(angle / 2): exact for small angles, too
+    return torch.rad2deg(2 * torch.asin((distance / 8**0.5).clamp(max=1)))
+
+
+@torch.no_grad()
+def angles(open_loop, held_out: list[torch.Tensor]) -> dict[str, float]:
+    """The errors in degrees; open_loop: known [B, BEFORE, sub-frames, joints * 6] -> the same of AHEAD ticks."""
+    known, comes = open_loop_windows(held_out)
+    found, target = (matrices(frames.flatten(1, 2)) for frames in (open_loop(known), comes))
+    places = [ms // SUBFRAME_MS - 1 for ms in MILLISECONDS]
+    errors = degrees_between(found[:, places], target[:, places]).mean((0, 2))
+    return dict(zip(HEAD, errors.tolist(), strict=False))
+
+
+def one_tick(model, held_out: list[torch.Tensor]) -> dict[str, float]:
+    found = sum(chordal(model(one[None, :-1]), one[None, 1:]).sum() for one in held_out)
+    still = sum(chordal(one[None, :-1, -1:].expand_as(one[None, 1:]), one[None, 1:]).sum() for one in held_out)
+    return {"1 tick ratio": (found / still).item()}
+
+
+def constant_velocity(known: torch.Tensor) -> torch.Tensor:
+    """The rotation of the last tick, as often as there are ticks, in each joint's own frame; sub-frames in between."""
+    subframes = known.shape[2]
+    before, last = (matrices(known[:, tick, -1]) for tick in (-2, -1))  # [B, joints, 3, 3]
+    turn = before.transpose(-1, -2) @ last
+    axis = torch.stack((turn[..., 2, 1] - turn[..., 1, 2], turn[..., 0, 2] - turn[..., 2, 0],
+                        turn[..., 1, 0] - turn[..., 0, 1]), dim=-1)  # fmt: skip
+    cosine = (turn.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2
+    angle = torch.atan2(axis.norm(dim=-1) / 2, cosine)[..., None, None]
+    x, y, z = F.normalize(axis, dim=-1).unbind(-1)
+    zero = torch.zeros_like(x)
+    cross = torch.stack((zero, -z, y, z, zero, -x, -y, x, zero), dim=-1).unflatten(-1, (3, 3))
+    poses = []
+    for step in range(1, AHEAD * subframes + 1):  # Rodrigues' formula
+        share = angle * step / subframes
+        poses.append(last @ (torch.eye(3, device=x.device) + share.sin() * cross + (1 - share.cos()) * cross @ cross))
+    return torch.stack(poses, dim=1)[..., :2].transpose(-1, -2).flatten(-3).unflatten(1, (AHEAD, subframes))
