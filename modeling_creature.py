@@ -292,19 +292,27 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         self.text_cross_entropy = linear_cross_entropy
         self.post_init()
 
-    def train_only(self, senses=("internal_voice",), streams=("internal_text",)) -> None:
+    def train_only(self, senses=("internal_voice",), streams=("internal_text",), backbone: bool = True) -> None:
         """
-        Freeze every sense and every stream that is not named, so that optimizer, DDP and FSDP see live weights only.
+        Freeze everything that is not named, so that optimizer, DDP and FSDP see live weights only.
 
         Args:
-            senses: names out of `SENSES`. The internal voice is the token table and the backbone, which always train.
+            senses: names out of `SENSES`. The internal voice is the token table, which every sense and stream of text
+                shares: it is trained where one of them is.
             streams: names out of `STREAMS`; the efference copy of a stream is trained with it.
+            backbone: False freezes the token table and the layers, and with them the internal voice and text.
 
         Raises:
             ValueError: for an unknown name, or text in place of a tuple of names.
         """
         check_names("senses", senses, SENSES)
         check_names("streams", streams, STREAMS)
+        self.model.requires_grad_(backbone)
+        texts = {"internal_voice", "external_voice", "internal_text", "external_text"}
+        has_text = not texts.isdisjoint((*senses, *streams))
+        self.model.embed_tokens.requires_grad_(backbone and has_text)
+        if self.lm_head.weight is not self.model.embed_tokens.weight:
+            self.lm_head.requires_grad_(backbone and "internal_text" in streams)
         for sense in SENSE_TABLE:
             if hasattr(self.model.senses, sense.name):
                 trained = sense.copy_of in streams if sense.copy_of else sense.name in senses

@@ -185,11 +185,16 @@ def errors_of_repeating(config: CreatureConfig, batch: dict) -> list[torch.Tenso
     mask = animation_targets_present(batch)
     if mask is None:
         return [None] * len(COMMAND_PARTS)
-    last = {name: value[:, :-1] for name, value in last_command(config, batch, mask).items()}
-    still = move(last, dict.fromkeys(COMMAND_PARTS, torch.zeros((), device=mask.device)))
-    still["action_targets"] = still["action_targets"].expand(-1, -1, config.subframes_per_tick, -1)
+    still = repeat(config, {name: value[:, :-1] for name, value in last_command(config, batch, mask).items()})
     smallest = SMALLEST_ERROR * mask[:, 1:].sum()
     return [None if error is None else error.sum() + smallest for error in command_errors(still, batch)]
+
+
+def repeat(config: CreatureConfig, last: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The command that is the last one again, in the form of `move`."""
+    still = move(last, dict.fromkeys(COMMAND_PARTS, last["action_targets"].new_zeros(())))
+    still["action_targets"] = still["action_targets"].expand(-1, -1, config.subframes_per_tick, -1)
+    return still
 
 
 def animation_targets_present(batch: dict) -> torch.Tensor | None:

@@ -463,21 +463,32 @@ def pad_clips(rows: list[dict[str, np.ndarray]], ticks: int | None = None) -> di
     """
     Arguments of `forward` for several clips, [T, ...] each, as one batch [B, T, ...], absent where a clip has none.
 
-    ticks: T; by default that of the longest row. Contacts are padded to a power of two, because torch.compile compiles
-    every size separately.
+    ticks: T; by default that of the longest row.
     """
     ticks = ticks or max(len(value) for row in rows for value in row.values())
-    batch = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        values = [row.get(name) for row in rows]
-        shape = np.max([value.shape[1:] for value in values if value is not None], axis=0).astype(int).tolist()
+    return place_clips([(row, 0, clip) for row, clip in enumerate(rows)], len(rows), ticks)
+
+
+def place_clips(
+    clips: list[tuple[int, int, dict[str, np.ndarray]]], rows: int, ticks: int, like: dict | None = None
+) -> dict[str, np.ndarray]:
+    """
+    A batch [rows, ticks, ...] of clips, each given as (its row, its first tick there, its arguments [T, ...]).
+
+    like: further arguments that the batch has, as arrays [0 or more, ...]: absent where no clip has them. Contacts are
+    padded to a power of two, because torch.compile compiles every size separately.
+    """
+    batch, like = {}, like or {}
+    for name in dict.fromkeys([*like, *(name for *_, clip in clips for name in clip)]):
+        values = [clip[name] for *_, clip in clips if name in clip] + ([like[name]] if name in like else [])
+        shape = np.max([value.shape[1:] for value in values], axis=0).astype(int).tolist()
         if name.startswith("touch_"):
             shape[0] = 1 << max(shape[0] - 1, 0).bit_length()
-        dtype = next(value.dtype for value in values if value is not None)
-        batch[name] = np.full((len(rows), ticks, *shape), ABSENT[name], dtype)
-        for row, value in enumerate(values):
-            if value is not None:
-                batch[name][(row, *map(slice, value.shape))] = value
+        batch[name] = np.full((rows, ticks, *shape), ABSENT[name], values[0].dtype)
+        for row, first, clip in clips:
+            if name in clip:
+                value = clip[name]
+                batch[name][(row, slice(first, first + len(value)), *map(slice, value.shape[1:]))] = value
     return batch
 
 

@@ -25,8 +25,6 @@ from creature.optimizer import MuonAdamW, parameter_groups, table_ids
 from creature.saving import CheckpointMixin, read_state, refuse_shards
 from streams_creature import STREAMS, count_targets
 
-# A batch of these can be split by rows; those of other senses hold one entry a present tick, not one a row.
-SPLITTABLE_INPUTS = {"input_ids", "labels", "position_ids", "cu_seq_lens_q"}
 _DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 LOG_HISTORY = 1000  # logs that stay in memory and in every trainer_state.json; metrics.jsonl has all of them
 
@@ -93,11 +91,12 @@ class CreatureTrainer(CheckpointMixin, Trainer):
         """float32 [7]: what the streams' losses are divided by, over all micro-batches and ranks of the step."""
         if not batch_samples:
             return None
-        samples = sum(len(batch["input_ids"]) for batch in batch_samples) * self.args.world_size
-        tokens = sum(batch["input_ids"].numel() for batch in batch_samples) * self.args.world_size
-        self.throughput.count(tokens, samples)
-        self.state.num_input_tokens_seen += tokens
-        self._recent.append((self.state.global_step + 1, [batch["input_ids"] for batch in batch_samples]))
+        shapes = [batch_shape(batch) for batch in batch_samples]
+        samples = sum(rows for rows, _ in shapes) * self.args.world_size
+        ticks = sum(rows * length for rows, length in shapes) * self.args.world_size
+        self.throughput.count(ticks, samples)
+        self.state.num_input_tokens_seen += ticks
+        self._recent.append((self.state.global_step + 1, [batch.get("input_ids") for batch in batch_samples]))
         self._micro_batch, self._micro_batches = 0, len(batch_samples)
         counts = torch.stack([count_targets(self.model.config, batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
@@ -143,7 +142,7 @@ class CreatureTrainer(CheckpointMixin, Trainer):
             return False
         if self.accelerator.distributed_type not in (DistributedType.NO, *_DDP):
             return False
-        return self._micro_batches > 1 or (len(inputs["input_ids"]) > 1 and inputs.keys() <= SPLITTABLE_INPUTS)
+        return self._micro_batches > 1 or batch_shape(inputs)[0] > 1
 
     def _update(self, model) -> None:
         """Update the weights in the middle of a step."""
@@ -167,7 +166,8 @@ class CreatureTrainer(CheckpointMixin, Trainer):
         if not self.args.torch_compile:
             return super().training_step(model, inputs, *args, **kwargs)
         inputs, undo = pad_batch(inputs, rows), None
-        shape, fresh = inputs["input_ids"].shape, contextlib.nullcontext()
+        shape = tuple((name, value.shape) for name, value in inputs.items())
+        fresh = contextlib.nullcontext()
         if self._compiled_shapes and shape not in self._compiled_shapes:
             # Compiling it must not count in tokens/s; the steps before it must.
             if self.args.device.type == "cuda":
@@ -213,9 +213,10 @@ class CreatureTrainer(CheckpointMixin, Trainer):
 
     def floating_point_ops(self, inputs: dict) -> int:
         """FLOPs of a micro-batch as the run counts them; the Trainer would look through all parameters each time."""
-        if self.throughput.flops_per_token is None or "input_ids" not in inputs:
+        if self.throughput.flops_per_token is None:
             return super().floating_point_ops(inputs)
-        return int(self.throughput.flops_per_token * inputs["input_ids"].numel())
+        rows, ticks = batch_shape(inputs)
+        return int(self.throughput.flops_per_token * rows * ticks)
 
     def get_train_dataloader(self):
         return _shield_workers(super().get_train_dataloader())
@@ -274,7 +275,7 @@ class CreatureTrainer(CheckpointMixin, Trainer):
     def _keep_batch(self, step: int) -> str:
         """Write the ids of this process's rows of a step, in their order, into the folder of the run."""
         batches = dict(self._recent).get(step, [])
-        rows = [row.cpu().numpy() for batch in batches for row in batch]
+        rows = [row.cpu().numpy() for batch in batches if batch is not None for row in batch]
         if not rows or len({len(row) for row in rows}) > 1:
             return ""
         path = Path(self.args.output_dir, f"stopped_at_step_{step}_process_{self.args.process_index}.npy")
@@ -355,13 +356,18 @@ class CreatureTrainer(CheckpointMixin, Trainer):
             ) from error
 
 
+def batch_shape(batch: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """(rows, ticks) of a batch, whichever senses are in it: all but the boundaries of documents is [B, T, ...]."""
+    return next(value.shape[:2] for name, value in batch.items() if name != "cu_seq_lens_q")
+
+
 def split_rows(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """The two halves of the rows of a batch of `SPLITTABLE_INPUTS`; the second is longer where the number is odd."""
-    rows = len(inputs["input_ids"]) // 2
-    halves = [{}, {}]
+    """The two halves of the rows of a batch; the second is longer where the number is odd."""
+    rows, ticks = batch_shape(inputs)
+    rows, halves = rows // 2, [{}, {}]
     for name, tensor in inputs.items():
         if name == "cu_seq_lens_q":  # positions in all rows joined; the documents of the other half become empty
-            end = rows * inputs["input_ids"].shape[1]
+            end = rows * ticks
             halves[0][name], halves[1][name] = tensor.clamp(max=end), (tensor - end).clamp(min=0)
         else:
             halves[0][name], halves[1][name] = tensor[:rows], tensor[rows:]

@@ -26,16 +26,21 @@ def collate_blocks(rows: list[dict], end_of_text: int | None = None) -> dict:
     input_ids = torch.from_numpy(ids)
     batch = {"input_ids": input_ids, "labels": input_ids}
     if end_of_text is not None:
-        ticks = np.arange(ids.shape[1])
-        begins = np.maximum.accumulate(np.where(ids == end_of_text, ticks, 0), axis=1)
-        positions = ticks - begins
-        batch["position_ids"] = torch.from_numpy(positions)
-        starts = np.flatnonzero(positions == 0)
-        # Powers of two, because torch.compile compiles every size separately.
-        boundaries = np.full(max(FEWEST_BOUNDARIES, 1 << len(starts).bit_length()), ids.size, np.int32)
-        boundaries[: len(starts)] = starts
-        batch["cu_seq_lens_q"] = torch.from_numpy(boundaries)
+        batch |= _keep_apart(ids == end_of_text)
     return batch
+
+
+def _keep_apart(begins: np.ndarray) -> dict:
+    """position_ids and cu_seq_lens_q of rows [B, T] in which something else begins wherever `begins` is true."""
+    import torch
+
+    ticks = np.arange(begins.shape[1])
+    positions = ticks - np.maximum.accumulate(np.where(begins, ticks, 0), axis=1)
+    starts = np.flatnonzero(positions == 0)
+    # Powers of two, because torch.compile compiles every size separately.
+    boundaries = np.full(max(FEWEST_BOUNDARIES, 1 << len(starts).bit_length()), begins.size, np.int32)
+    boundaries[: len(starts)] = starts
+    return {"position_ids": torch.from_numpy(positions), "cu_seq_lens_q": torch.from_numpy(boundaries)}
 
 
 def collate_clips(rows: list[dict], ticks: int | None = None) -> dict:
@@ -49,6 +54,33 @@ def collate_clips(rows: list[dict], ticks: int | None = None) -> dict:
 
     rows = [{name: row[name] for name in ABSENT if row.get(name) is not None} for row in rows]
     return {name: torch.from_numpy(widen(value)) for name, value in pad_clips(rows, ticks).items()}
+
+
+def collate_rows(rows: list[list[dict]], ticks: int, like: dict[str, np.ndarray]) -> dict:
+    """
+    A batch of rows of several clips, as `collate_clips` has them, one behind the other and kept apart as by
+    `collate_blocks`: no tick sees another clip, and the first tick of a clip is nobody's target.
+
+    ticks: T, at least that of the longest row; what is left is absent. like: every argument that some row of the run
+    has, as an array [0 or more, ...], so that all batches have the same arguments.
+    """
+    import torch
+
+    from processing_creature import ABSENT, TARGETS, place_clips, widen
+
+    begins, placed = np.zeros((len(rows), ticks), dtype=bool), []
+    for row, clips in enumerate(rows):
+        first = 0
+        for clip in clips:
+            begins[row, first] = True
+            placed.append((row, first, {name: value for name, value in clip.items() if name in ABSENT}))
+            first += max(map(len, placed[-1][2].values()))
+        if first < ticks:
+            begins[row, first] = True
+    batch = place_clips(placed, len(rows), ticks, like)
+    for name in TARGETS.keys() & batch.keys():
+        batch[name][begins] = TARGETS[name]
+    return {name: torch.from_numpy(widen(value)) for name, value in batch.items()} | _keep_apart(begins)
 
 
 def block_collator(tokenizer, separate_documents: bool) -> Callable[[list[dict]], dict]:

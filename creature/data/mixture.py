@@ -41,6 +41,8 @@ def mixture_pattern(shares: list[Fraction], count: int) -> np.ndarray:
     Each block comes from the part whose block is due first among those that are behind (Tijdeman 1980, "The chairman
     assignment problem").
     """
+    if len(shares) == 1:
+        return np.zeros(count, dtype=np.int64)
     period = math.lcm(*(share.denominator for share in shares))
     due = [int(share * period) for share in shares]
     slack = 2 * len(shares) - 2
