@@ -1,13 +1,15 @@
-"""Train a MultiModalCreature as a causal language model on its internal voice.
+"""Train a MultiModalCreature: round one its internal voice on text, later rounds senses and streams on recordings.
 
     accelerate launch run_clm_creature.py --max_steps 10           # dry run: ten steps with every check
     accelerate launch run_clm_creature.py --data corpus.bin        # the real run, into checkpoints/text_only
     accelerate launch run_clm_creature.py --data corpus.bin --resume
+    accelerate launch run_clm_creature.py --config configs/rounds/hear.yaml --init_from checkpoints/text_only \\
+        --data recordings/speech --text_data corpus.bin
 
-Settings come from a YAML file (--config, configs/text_only_config.yaml by default) with the sections model, data and
-training; any field of any section is also a flag, with dashes or underscores: --hidden_size 256 --learning-rate 1e-3.
---help lists them all. Ctrl+C or SIGTERM finishes the step, saves, and says how to resume; before the first step it ends
-the run at once.
+Settings come from a YAML file (--config, configs/text_only_config.yaml by default) with the sections model, data, round
+and training; any field of any section is also a flag, with dashes or underscores: --hidden_size 256 --learning-rate
+1e-3. --help lists them all. Ctrl+C or SIGTERM finishes the step, saves, and says how to resume; before the first step
+it ends the run at once.
 """
 
 from creature import checkpoints, launch
@@ -31,8 +33,8 @@ def main() -> int | None:
 
     # What the settings, this machine and the run to resume decide, before any work is done.
     resumed = resume.find_run(settings)
-    config = job.build_config(settings)
-    plan = plan_run(settings, config, resumed)
+    config, trained = job.build_config(settings, resumed)
+    plan = plan_run(settings, config, resumed, trained)
     args = job.build_arguments(settings, config, plan, resumed)
 
     launch.say_waiting("opening the data")
@@ -42,10 +44,10 @@ def main() -> int | None:
         resumed = resume.choose_checkpoint(resumed, settings, steps, decay_steps=schedule_steps(args, steps)[1])
 
     launch.say_waiting("building the model")
-    model = job.build_model(config, args.seed)
+    model, found = job.build_model(settings, config, trained, args.seed, resumed)
     fast.apply(model, float8=args.fp8_head)
-    notes = data.notes + ((f"resuming from {resumed.checkpoint.name}",) if resumed else ())
-    run = report.describe_run(settings, data.info, plan, args, model, steps, notes)
+    notes = data.notes + found + ((f"resuming from {resumed.checkpoint.name}",) if resumed else ())
+    run = report.describe_run(settings, data.info, plan, args, model, trained, steps, notes)
     if resumed:
         resume.check_same_run(resumed, run["must_match"], settings.accept_changes)
     job.open_folder(settings, args, run, resumed)
@@ -53,8 +55,8 @@ def main() -> int | None:
         print(report.format_run(run), flush=True)
 
     trainer = job.build_trainer(settings, data, run, args, model, resumed)
-    job.train(trainer, plan, resumed)
-    finalize.finish(trainer, settings, data.blocks["train"], run)
+    job.train(trainer, plan, trained, resumed)
+    finalize.finish(trainer, settings, data, run)
     trainer.accelerator.end_training()
     trainer.signals.restore()
     return 0

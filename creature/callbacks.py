@@ -19,6 +19,8 @@ from creature.errors import UserError
 from creature.launch import say_waiting, seconds_since_launch, set_handlers, was_interrupted
 from creature.terminal import give_terminal_back
 
+TIMINGS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
+
 
 class Throughput(TrainerCallback):
     """
@@ -396,7 +398,10 @@ class ConsoleLog(ProgressCallback):
 
 
 def log_line(step: int, max_steps: int, logs: dict, seconds_left: float = math.nan) -> str:
-    """One log as a line for the console: losses, gradient norm, learning rate, speed, time left; or an evaluation."""
+    """
+    One log as a line for the console: losses, gradient norm, learning rate, speed, time left; or an evaluation. Of a
+    round on recordings it is followed by a line for each stream, for the text, and for what the senses are worth.
+    """
     parts = [f"step {step:>6,}/{max_steps:,}"]
     streams = [key for key in logs if key.startswith("loss_")]
     shapes = {"loss": "{:.4f}"} | {key: "{:.4f}" for key in streams}
@@ -410,7 +415,25 @@ def log_line(step: int, max_steps: int, logs: dict, seconds_left: float = math.n
             parts.append(text if " " in shape else f"{key} {text}")
     if "loss" in logs and math.isfinite(seconds_left):
         parts.append(f"{format_seconds(seconds_left)} left")
-    return " | ".join(parts)
+    return "\n".join([" | ".join(parts), *_evaluation_lines({k: v for k, v in logs.items() if k not in shapes})])
+
+
+def _evaluation_lines(logs: dict) -> list[str]:
+    """What a round evaluates beside the loss, a line a subject."""
+    names = [name.removeprefix("eval_") for name in logs if name.startswith("eval_") and name not in TIMINGS]
+    lines: dict[str, list[str]] = {}
+    for name in names:
+        sense = name.partition("_")[2] if name.startswith(("drop_", "wrong_")) else None
+        subject = (
+            "senses"
+            if sense
+            else next((s for s in ("internal_text", "external_text", "audio") if name.startswith(s)), "")
+        )
+        subject = subject or ("text" if name.startswith("text_") else "animation")
+        how = {"drop": "without", "wrong": "wrong"}.get(name.partition("_")[0])
+        label = f"{how} {sense}" if sense else name.removeprefix(f"{subject}_")
+        lines.setdefault(subject, []).append(f"{label} {logs[f'eval_{name}']:.4g}")
+    return [f"  {subject}: {' | '.join(values)}" for subject, values in lines.items()]
 
 
 def format_seconds(seconds: float) -> str:

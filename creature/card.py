@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from creature.callbacks import format_seconds
+from creature.callbacks import TIMINGS, format_seconds
 from creature.checkpoints import read_metrics
 from creature.data.text.sources import is_hub_name
 from creature.files import replace_file
@@ -41,21 +41,9 @@ def card_text(folder: str | Path, run: dict, chat: bool = False) -> str:
     sections = [
         f"---\n{_metadata(folder.name, run, evaluated)}\n---",
         f"# {folder.name}",
-        "A MultiModalCreature: a small decoder-only transformer with six senses and four output streams. Only its "
-        "internal voice\nwas trained, on text, from scratch; the other senses and streams are untrained. It continues "
-        "text and was not trained to\nanswer people.",
+        _about(run),
         "## Results",
-        _table(
-            [
-                (label, form.format(evaluated[name]))
-                for name, _, label, form in EVALUATED
-                if math.isfinite(evaluated.get(name, math.nan))
-            ]
-        )
-        + f"\n\nOn {run['data'].get('validation_tokens') or 0:,} tokens of validation text, after "
-        f"{evaluated['step']:,} steps; every token weighs the same."
-        if evaluated
-        else "Nothing was evaluated.",
+        *(_results(run, evaluated) if evaluated else ["Nothing was evaluated."]),
         _plot(folder),
         *_samples(run),
         "## How to load it",
@@ -67,6 +55,48 @@ def card_text(folder: str | Path, run: dict, chat: bool = False) -> str:
         "knows\nvery little. It was not trained to be safe in conversation.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _about(run: dict) -> str:
+    """What the creature is, and what of it was trained."""
+    what = "A MultiModalCreature: a small decoder-only transformer with six senses and four output streams."
+    if not run.get("on_recordings"):
+        return (
+            f"{what} Only its internal voice\nwas trained, on text{'' if run.get('init_from') else ', from scratch'}; "
+            "the other senses and streams are untrained. It continues text and was not trained to\nanswer people."
+        )
+    trained = run["must_match"]["trained"]
+    start = f"from `{Path(run['init_from']).name}`" if run.get("init_from") else "from scratch"
+    senses, streams = (", ".join(name.replace("_", " ") for name in trained[kind]) for kind in ("senses", "streams"))
+    return (
+        f"{what} This round, {start},\ntrained on recordings: of the senses {senses}, of the streams {streams}"
+        f"{'' if trained['backbone'] else '; the backbone stayed as it was'}."
+    )
+
+
+def _results(run: dict, evaluated: dict) -> list[str]:
+    """The last evaluation as tables: of text one, of recordings one of the streams and one of the senses."""
+    found = {name: value for name, value in evaluated.items() if name.startswith("eval_") and math.isfinite(value)}
+    if not run.get("on_recordings"):
+        rows = [(label, form.format(found[name])) for name, _, label, form in EVALUATED if name in found]
+        return [
+            f"{_table(rows)}\n\nOn {run['data'].get('validation_tokens') or 0:,} tokens of validation text, after "
+            f"{evaluated['step']:,} steps; every token weighs the same."
+        ]
+    values = {name.removeprefix("eval_"): f"{value:.4f}" for name, value in found.items() if name not in TIMINGS}
+    senses = [name.removeprefix("drop_") for name in values if name.startswith("drop_")]
+    rows = [
+        f"| {sense.replace('_', ' ')} | {values[f'drop_{sense}']} | {values.get(f'wrong_{sense}', '')} |"
+        for sense in senses
+    ]
+    streams = [(name, value) for name, value in values.items() if not name.startswith(("drop_", "wrong_"))]
+    return [
+        _table(streams),
+        f"On {run['data'].get('validation_tokens') or 0:,} ticks of recordings that were held out, after "
+        f"{evaluated['step']:,} steps. docs/rounds.md says what each number is.",
+        "\n".join(["| sense | loss without it | loss with another clip's |", "|---|---|---|", *rows]),
+        "![the loss without each sense and with that of another clip](senses.png)",
+    ]
 
 
 def _metadata(name: str, run: dict, evaluated: dict) -> str:
@@ -113,6 +143,7 @@ def _samples(run: dict) -> list[str]:
 def _training_rows(run: dict, metrics: list[dict]) -> list[tuple[str, str]]:
     own, data, parameters, model = run["must_match"], run["data"], run["parameters"], run["must_match"]["model"]
     trained = next((entry for entry in reversed(metrics) if "loss" in entry), {})
+    unit = "ticks" if run.get("on_recordings") else "tokens"
     rows = [
         ("parameters", f"{parameters['total']:,}, of which {parameters['trainable']:,} were trained"),
         (
@@ -120,15 +151,17 @@ def _training_rows(run: dict, metrics: list[dict]) -> list[tuple[str, str]]:
             f"{model['num_hidden_layers']} layers x {model['hidden_size']}, {model['num_attention_heads']} heads, "
             f"context {model['max_position_embeddings']:,}",
         ),
-        ("data", f"{_source(run)}, {data['tokens']:,} tokens, sha256 {data['data_hash'][:16]}"),
+        ("data", f"{_source(run)}, {data['tokens']:,} {unit}, sha256 {data['data_hash'][:16]}"),
         ("tokenizer", f"{model['vocab_size']:,} rows, sha256 {data['tokenizer_hash'][:16]}"),
-        ("steps", f"{run.get('steps_done', run['steps']):,} of {own['tokens_per_step']:,} tokens"),
+        ("steps", f"{run.get('steps_done', run['steps']):,} of {own['tokens_per_step']:,} {unit}"),
     ]
     if "tokens" in trained:
         seen = trained["tokens"]
-        rows.append(("tokens seen", f"{seen:,}, {seen / max(data['tokens'], 1):.3g} times the data"))
+        rows.append((f"{unit} seen", f"{seen:,}, {run['epochs']:.3g} times the data"))
     if "loss" in trained:
-        rows.append(("training loss", f"{trained['loss']:.4f} nats per token"))
+        rows.append(
+            ("training loss", f"{trained['loss']:.4f}" + ("" if run.get("on_recordings") else " nats per token"))
+        )
     rows += [
         ("optimizer", f"{own['optimizer']}, {own['schedule']}, peak learning rate {own['learning_rate']:.3g}"),
         ("hardware", f"{own['world_size']} x {run['device']}, {run['precision']}"),
@@ -136,7 +169,7 @@ def _training_rows(run: dict, metrics: list[dict]) -> list[tuple[str, str]]:
     if metrics:
         rows.append(("time", format_seconds(max(entry.get("time", 0.0) for entry in metrics))))
     if "tokens_per_second" in trained:
-        rows.append(("speed", f"{trained['tokens_per_second']:,.0f} tokens/s"))
+        rows.append(("speed", f"{trained['tokens_per_second']:,.0f} {unit}/s"))
     if "peak_memory_bytes" in run:
         rows.append(("peak memory of a device", f"{run['peak_memory_bytes'] / 1e9:.2f} GB"))
     versions = run.get("versions", {})

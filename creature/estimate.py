@@ -13,7 +13,7 @@ from functools import lru_cache
 from types import SimpleNamespace
 
 from creature.errors import UserError
-from creature.estimate_senses import check_trained, tick_costs, train_only
+from creature.estimate_senses import check_trained, tick_costs
 from creature.hardware import CARDS, Device, card_name, triton_available
 
 OPTIMIZERS = ("muon", "adamw")
@@ -115,7 +115,7 @@ def _count_json(
     config = config_class(**values)
     with torch.device("meta"):
         model = MultiModalCreature(config)
-    train_only(model, senses, streams, backbone)
+    model.train_only(senses, streams, backbone)
 
     def total(parameters) -> int:
         return sum(parameter.numel() for parameter in parameters)

@@ -6,7 +6,6 @@ which follows what a tick costs. `creature.estimate` adds the backbone.
 
 import json
 import warnings
-from collections.abc import Iterable
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -51,15 +50,6 @@ def check_trained(config, senses: tuple[str, ...], streams: tuple[str, ...]) -> 
                 raise UserError(f"the {kind} {name} is not one of this creature's ({zeros} is 0): leave it out")
 
 
-def train_only(model, senses: Iterable[str], streams: Iterable[str], backbone: bool) -> None:
-    """Freeze what is not trained; without `backbone`, the token table, the layers and the head, too."""
-    model.train_only(tuple(senses), tuple(streams))
-    if not backbone:
-        body = model.model
-        for part in (body.embed_tokens, body.layers, body.embed_norm, body.norm, model.lm_head):
-            part.requires_grad_(False)
-
-
 def tick_costs(
     config, senses: tuple[str, ...], streams: tuple[str, ...], backbone: bool, precision: str
 ) -> SimpleNamespace:
@@ -87,7 +77,7 @@ def _tick_costs(
     with torch.device("meta"):  # no random numbers are drawn, and which ones it holds does not matter
         model = MultiModalCreature(config)
     model = model.to_empty(device="cpu").train()
-    train_only(model, senses, streams, backbone)
+    model.train_only(tuple(senses), tuple(streams), backbone)
     costs = []  # of the short and the long batch
     for ticks in (SHORT, LONG):
         voice = {"inputs_embeds": torch.zeros(ROWS, ticks, config.hidden_size, requires_grad=True)}

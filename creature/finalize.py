@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from creature import checkpoints
 from creature.card import write_card
-from creature.data import collate_blocks
 from creature.errors import UserError, first_line
 from creature.files import explain_write_errors
 from creature.loading import load_model
 from creature.saving import resume_hint
 from creature.settings import Settings
 from creature.trainer import CreatureTrainer
+from processing_creature import TARGETS
 
 SAMPLES = 3  # of the model card
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50}
@@ -42,7 +42,7 @@ def sample(model, tokenizer, prompt: str, max_new_tokens: int = 40, seed: int = 
     return " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
 
 
-def finish(trainer: CreatureTrainer, settings: Settings, train_blocks, run: dict) -> None:
+def finish(trainer: CreatureTrainer, settings: Settings, data, run: dict) -> None:
     """After training: the final model, plots and card, the checks of a dry run; or the command that resumes."""
     folder, step = Path(trainer.args.output_dir), trainer.state.global_step
     stopped = trainer.signals.stopped and step < trainer.state.max_steps
@@ -55,16 +55,19 @@ def finish(trainer: CreatureTrainer, settings: Settings, train_blocks, run: dict
     if not trainer.is_world_process_zero():
         return
     model = _plain_model(trainer, folder)
-    samples = [sample(model, trainer.processing_class, settings.data.prompt, 80, seed) for seed in range(SAMPLES)]
+    trained, samples = run["must_match"]["trained"], []
+    if "internal_voice" in trained["senses"] and "internal_text" in trained["streams"]:
+        samples = [sample(model, data.tokenizer, settings.data.prompt, 80, seed) for seed in range(SAMPLES)]
     if settings.dry_run:
-        check_saved(model, folder / f"checkpoint-{step}", train_blocks)
-        print(f"continuation after {step} steps, which teach no sense yet: {samples[0]}", flush=True)
+        check_saved(model, folder / f"checkpoint-{step}", data.collate([data.splits["train"][0]]))
+        if samples:
+            print(f"continuation after {step} steps, which teach no sense yet: {samples[0]}", flush=True)
     run = (checkpoints.read_run(folder) or run) | {"status": "finished", "steps_done": step, "samples": samples}
     run |= {"dry_run": "passed"} if settings.dry_run else {}
     if memory := max((entry.get("peak_memory_bytes", 0) for entry in checkpoints.read_metrics(folder)), default=0):
         run["peak_memory_bytes"] = memory
     _plot(folder)
-    write_card(folder, run, trainer.processing_class)
+    write_card(folder, run, data.tokenizer)
     checkpoints.write_run(folder, run)
     if trainer.args.push_to_hub:
         _push(trainer, folder)
@@ -113,13 +116,13 @@ def _plain_model(trainer: CreatureTrainer, folder: Path):
     return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
 
 
-def check_saved(model, checkpoint: Path, dataset) -> None:
+def check_saved(model, checkpoint: Path, batch: dict) -> None:
     """Read a checkpoint back from the disk and compare its logits with the model's, bit for bit, on the CPU."""
-    ids = collate_blocks([dataset[0]])["input_ids"][:, :256]
+    batch = {name: value[:, :256] for name, value in batch.items() if name not in (*TARGETS, "cu_seq_lens_q")}
     loaded = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     trained = (model if model.device.type == "cpu" else copy.deepcopy(model).cpu()).eval()
     with torch.no_grad():
-        same = torch.equal(trained(ids).logits.float(), loaded(ids).logits.float())
+        same = torch.equal(trained(**batch).logits.float(), loaded(**batch).logits.float())
     if not same:
         raise UserError(
             f"the model read back from {checkpoint} gives other logits than the trained one: report this bug"
@@ -127,11 +130,12 @@ def check_saved(model, checkpoint: Path, dataset) -> None:
 
 
 def _plot(folder: Path) -> None:
-    from creature.plots import plot_runs
+    from creature.plots import plot_runs, plot_senses
 
     try:
         plot_runs([folder], folder / "loss.png")
         plot_runs([folder], folder / "throughput.png", ("tokens_per_second", "mfu"))
+        plot_senses(folder, folder / "senses.png")
     except Exception as error:  # the run is finished, with or without plots
         print(f"no plots were drawn: {error}", flush=True)
 

@@ -4,7 +4,8 @@ import copy
 import functools
 import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ import transformers
 from accelerate import DistributedType
 from accelerate.utils import DynamoBackend
 from datasets import DatasetDict
-from transformers import PrinterCallback, ProgressCallback, get_scheduler, set_seed
+from transformers import PrinterCallback, ProgressCallback, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import trainer_log_levels
@@ -29,7 +30,8 @@ from creature.callbacks import (
     StopSignals,
     Throughput,
 )
-from creature.data import block_collator, load_data
+from creature.data import block_collator, collate_rows, load_data
+from creature.data.recordings.rows import open_rows
 from creature.data.text.tokenizer import gpt2_hash, load_tokenizer, special_ids, token_byte_lengths, tokenizer_hash
 from creature.errors import UserError, first_line, is_out_of_memory, raise_all
 from creature.estimate import fit_micro_batch
@@ -37,38 +39,65 @@ from creature.finalize import SAMPLING, sample
 from creature.launch import parent_to_watch
 from creature.plan import Plan, sharded, training_values
 from creature.resume import ResumedRun, set_aside_later
+from creature.round_trainer import RoundTrainer
+from creature.rounds import Trained, find_recordings, make_config, reset_unused_rows, round_config, start_model
 from creature.settings import DataArguments, Settings
 from creature.trainer import CreatureTrainer, schedule_arguments
 from creature.training_arguments import CreatureTrainingArguments
 from modeling_creature import MultiModalCreature
+from processing_creature import CreatureProcessor
 
 DRY_RUN_EVAL_BLOCKS = 2
+DRY_RUN_EVAL_CLIPS = 8
 
 
 @dataclass(frozen=True)
 class Data:
     """
-    What a run learns from: blocks to train on and perhaps to evaluate on, facts for run.json, the tokenizer, and notes.
+    What a run learns from.
+
+    Args:
+        splits: "train", perhaps "validation", and of a round on recordings perhaps "text", whose loss is watched.
+        info: facts for run.json.
+        tokenizer: of the text; saved with the model, in a round on recordings as a part of `processor`.
+        collate: rows of "train" -> a batch.
+        notes: what the user should know.
     """
 
-    blocks: DatasetDict
+    splits: dict
     info: dict
     tokenizer: transformers.PreTrainedTokenizerBase
+    collate: Callable[[list], dict]
     notes: tuple[str, ...]
+    processor: CreatureProcessor | None = None
 
 
-def build_config(settings: Settings) -> CreatureConfig:
-    """The model's configuration, with the ids of the tokenizer; UserError with every problem of its values."""
+def build_config(settings: Settings, resumed: ResumedRun | None) -> tuple[CreatureConfig, Trained]:
+    """
+    (the model's configuration, with the ids of the tokenizer, what of the model is trained); UserError with every
+    problem of its values.
+    """
     ids, name = {}, settings.data.tokenizer_name
     if name != "gpt2":
         tokenizer = load_tokenizer(name)
         ids = special_ids(tokenizer) if tokenizer_hash(tokenizer) != gpt2_hash() else {}
     ids = {field: value for field, value in ids.items() if field not in settings.given}
-    try:
-        return CreatureConfig(**settings.model | ids)
-    except (ValueError, TypeError) as error:
-        text = " ".join(str(error.__cause__ or error).split()).removeprefix("CreatureConfig: ")
-        raise UserError(f"the model section is not valid: {text}") from error
+    if settings.on_recordings:
+        return round_config(settings, find_recordings(settings), ids, resumed)
+    _check_round_of_text(settings)
+    config = make_config(settings.model | ids)
+    streams = tuple(name for name, weight in config.loss_weights.items() if weight)
+    return config, Trained(("internal_voice",), streams, settings.round.train_backbone)
+
+
+def _check_round_of_text(settings: Settings) -> None:
+    """UserError for settings that only a round on recordings follows."""
+    given = [name for name in ("train_senses", "train_streams", "sense_dropout") if getattr(settings.round, name)]
+    given += [name for name in ("text_data", "clip_ticks", "text_share") if name in settings.given]
+    if given:
+        raise UserError(
+            f"{', '.join(given)} is for recordings, and --data names text: leave it out, or name recordings"
+        )
 
 
 def build_arguments(
@@ -183,7 +212,9 @@ def _try_compiler(args, config: CreatureConfig) -> None:
 
 
 def open_data(settings: Settings, config: CreatureConfig, plan: Plan, args) -> Data:
-    """The data; a sample corpus is written first where none was named. The main process goes first."""
+    """The data; a sample is written first where none was named. The main process goes first."""
+    if settings.on_recordings:
+        return _open_recordings(settings, config, plan, args)
     asked, notes = settings.data, []
     with args.main_process_first(desc="data"):
         data = replace(asked, data=asked.data or _sample_corpus(asked))
@@ -192,7 +223,7 @@ def open_data(settings: Settings, config: CreatureConfig, plan: Plan, args) -> D
     tokenizer = load_tokenizer(data.tokenizer_name)
     tokenizer.model_max_length = config.max_position_embeddings  # saved with it, and what `truncation=True` means
     _check_tokenizer(tokenizer, info, config)
-    block_collator(tokenizer, data.separate_documents)  # UserError where documents cannot be kept apart
+    collate = block_collator(tokenizer, data.separate_documents)
     if not asked.data:
         notes.append(
             f"no --data given: training on the sample corpus {data.data}, which teaches little beyond its stories"
@@ -219,7 +250,55 @@ def open_data(settings: Settings, config: CreatureConfig, plan: Plan, args) -> D
         notes.append(f"evaluating on the first {limit} validation blocks")
     if data.separate_documents and not any(tokenizer.eos_token_id in row["input_ids"] for row in blocks["train"]):
         notes.append("separate_documents has no effect: nothing in the data ends with the tokenizer's end-of-text")
-    return Data(blocks, info | {"tokenizer_hash": tokenizer_hash(tokenizer)}, tokenizer, tuple(notes))
+    info |= {"tokenizer_hash": tokenizer_hash(tokenizer)}
+    return Data(dict(blocks), info, tokenizer, collate, tuple(notes))
+
+
+def _open_recordings(settings: Settings, config: CreatureConfig, plan: Plan, args) -> Data:
+    """The data of a round on recordings."""
+    data, notes = settings.data, []
+    tokenizer = load_tokenizer(data.tokenizer_name)
+    processor = CreatureProcessor.from_config(config, tokenizer)
+    count = args.max_steps * plan.tokens_per_step // plan.block_size if args.max_steps > 0 else None
+    with args.main_process_first(desc="data"):
+        splits, info, like = open_rows(data, find_recordings(settings), processor, count, args.data_seed)
+    _check_tokenizer(tokenizer, info, config)
+    if not settings.data_names:
+        notes.append(f"no --data given: training on a minute of recordings that were made up, in {info['path']}")
+    for folder, facts in info["clips"].items():
+        notes += [f"{folder}: {text}" for text in _about_clips(facts)]
+    if data.text_data:
+        notes.append(f"{info['text_rows']:.1%} of the rows are text, for {data.text_share:.0%} of the targets")
+    limit = data.max_eval_blocks or (DRY_RUN_EVAL_CLIPS if settings.dry_run else None)
+    for name in ("validation", "text"):
+        if limit and name in splits and limit < len(splits[name]):
+            splits[name] = splits[name].select(range(limit))
+            notes.append(f"evaluating on the first {limit} {'clips' if name == 'validation' else 'blocks of text'}")
+    if "validation" not in splits:
+        if args.metric_for_best_model is not None:
+            raise UserError(
+                "no recordings are held out, so no checkpoint is known to be the best: import them again "
+                "with --validation_fraction, or leave out --metric_for_best_model"
+            )
+        notes.append("no recordings are held out, so nothing is evaluated; import them with --validation_fraction")
+    info |= {"tokenizer_hash": tokenizer_hash(tokenizer)}
+    collate = functools.partial(collate_rows, ticks=data.clip_ticks, like=like)
+    return Data(splits, info, tokenizer, collate, tuple(notes), processor)
+
+
+def _about_clips(facts: dict) -> list[str]:
+    """What `make_clips` found, in words: recordings left out and cut, columns that are not used."""
+    lines = []
+    for split, counts in facts["splits"].items():
+        if left_out := counts["left_out"]:
+            recording, why = next(iter(left_out.items()))
+            lines.append(
+                f"{len(left_out)} of {len(left_out) + counts['recordings']} recordings of {split} left out; "
+                f"{recording}: {why}"
+            )
+        if counts["cut"]:
+            lines.append(f"{counts['cut']} recordings of {split} are longer than clip_ticks, and were cut")
+    return lines + [f"{column} is not used: {why}" for column, why in facts["unused"].items()]
 
 
 def _sample_corpus(data: DataArguments) -> str:
@@ -251,21 +330,29 @@ def total_steps(args, plan: Plan, data: Data) -> int:
     """Optimizer steps of the whole run, from max_steps or from the epochs."""
     if args.max_steps > 0:
         return args.max_steps
-    batches = math.ceil(len(data.blocks["train"]) / (plan.micro_batch * plan.world_size))
+    batches = math.ceil(len(data.splits["train"]) / (plan.micro_batch * plan.world_size))
     return max(1, math.ceil(args.num_train_epochs * max(1, math.ceil(batches / plan.accumulation))))
 
 
-def build_model(config: CreatureConfig, seed: int) -> MultiModalCreature:
-    """A fresh creature from the seed, with everything but the internal voice frozen."""
-    set_seed(seed)
-    model = MultiModalCreature(config)
-    streams = tuple(name for name, weight in config.loss_weights.items() if weight)
-    model.train_only(senses=("internal_voice",), streams=streams)
+def build_model(
+    settings: Settings, config: CreatureConfig, trained: Trained, seed: int, resumed: ResumedRun | None
+) -> tuple[MultiModalCreature, tuple[str, ...]]:
+    """
+    (the creature that the run begins with, notes): fresh from the seed, or that of `init_from`, with everything frozen
+    that the run does not train. A run that is resumed reads its weights later.
+    """
+    model, notes = start_model(config, None if resumed else settings.round.init_from, seed)
+    if settings.on_recordings and settings.round.init_from and not resumed:
+        if count := reset_unused_rows(model, len(load_tokenizer(settings.data.tokenizer_name))):
+            notes.append(
+                f"{count} rows of the token table that no text has used, silence among them, begin as the mean row"
+            )
+    model.train_only(trained.senses, trained.streams, trained.backbone)
     # Saved as generation_config.json: a small model repeats itself under greedy decoding, and servers use the
     # temperature of a request only where the model samples.
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = transformers.GenerationConfig(**ids, **SAMPLING)
-    return model
+    return model, tuple(notes)
 
 
 def open_folder(settings: Settings, args, run: dict, resumed: ResumedRun | None) -> None:
@@ -293,23 +380,31 @@ def build_trainer(
 ) -> CreatureTrainer:
     """The Trainer with everything that watches the run."""
     args = copy.copy(args)
-    if "validation" not in data.blocks:
+    if "validation" not in data.splits:
         args.eval_strategy = IntervalStrategy.NO
     if data.info["ordered"]:
         args.train_sampling_strategy = "sequential"
     throughput = Throughput(run["flops_per_token"], run["peak_flops"])
     signals = StopSignals(parent_to_watch()).install()
-    trainer = CreatureTrainer(
-        model=model,
-        args=args,
-        train_dataset=data.blocks["train"],
-        eval_dataset=data.blocks.get("validation"),
-        data_collator=block_collator(data.tokenizer, settings.data.separate_documents),
-        processing_class=data.tokenizer,
-        byte_lengths=token_byte_lengths(data.tokenizer, model.config.vocab_size),
-        throughput=throughput,
-        signals=signals,
-    )
+    common = {
+        "model": model,
+        "args": args,
+        "train_dataset": data.splits["train"],
+        "eval_dataset": data.splits.get("validation"),
+        "data_collator": data.collate,
+        "byte_lengths": token_byte_lengths(data.tokenizer, model.config.vocab_size),
+        "throughput": throughput,
+        "signals": signals,
+    }
+    if data.processor is None:
+        trainer = CreatureTrainer(**common, processing_class=data.tokenizer)
+    else:
+        trainer = RoundTrainer(
+            **common,
+            processing_class=data.processor,
+            text_dataset=data.splits.get("text"),
+            sense_dropout=settings.round.sense_dropout,
+        )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MetricsFile(args.output_dir, resumed.seconds_trained if resumed else 0.0))
@@ -326,7 +421,7 @@ def build_trainer(
     return trainer
 
 
-def train(trainer: CreatureTrainer, plan: Plan, resumed: ResumedRun | None) -> None:
+def train(trainer: CreatureTrainer, plan: Plan, trained: Trained, resumed: ResumedRun | None) -> None:
     """Train to the end or to a signal; out of memory ends in a UserError that names the batch that would fit."""
     try:
         if resumed and resumed.step >= trainer.args.max_steps > 0:
@@ -344,9 +439,8 @@ def train(trainer: CreatureTrainer, plan: Plan, resumed: ResumedRun | None) -> N
             ) from error
         if not is_out_of_memory(error):
             raise
-        fits = fit_micro_batch(
-            trainer.model.config, plan.block_size, plan.device, plan.precision, compiled=plan.compiled
-        )
+        form = {"compiled": plan.compiled, **asdict(trained)}
+        fits = fit_micro_batch(trainer.model.config, plan.block_size, plan.device, plan.precision, **form)
         divisors = [d for d in range(1, plan.micro_batch) if plan.micro_batch % d == 0]
         smaller = max((d for d in divisors if d <= max(fits, 1)), default=0)
         # transformers 5.17 calls it gradient checkpointing.

@@ -18,7 +18,7 @@ ZERO_OR_MORE = (
     "matrix_learning_rate", "max_grad_norm", "neftune_noise_alpha", "sample_steps", "save_total_limit", "warmup_steps",
     "weight_decay",
 )  # fmt: skip
-BELOW_ONE = ("adam_beta1", "adam_beta2", "validation_fraction")
+BELOW_ONE = ("adam_beta1", "adam_beta2", "text_share", "validation_fraction")
 SEEDS = ("data_seed", "seed")
 AT_MOST = {"cpu_threads": 1 << 16, "tokens_per_step": 1 << 40}
 FOR_WORKERS = ("dataloader_multiprocessing_context", "dataloader_persistent_workers", "dataloader_prefetch_factor")
@@ -50,6 +50,12 @@ def find_bad_values(values: dict[str, Any], mappings: Collection[str]) -> list[s
         problems.append("max_steps and num_train_epochs both say how long to train: give one of them")
     if steps == 0 or steps < -1:
         problems.append(f"max_steps must be greater than 0, not {steps}")
+    if values.get("clip_ticks", 2) < 2:
+        problems.append(f"clip_ticks must be at least 2, not {values['clip_ticks']}: a tick is predicted from the last")
+    chances = values.get("sense_dropout")
+    for name, chance in chances.items() if isinstance(chances, dict) else [("", chances or 0)]:
+        if not isinstance(chance, int | float) or not 0 <= chance < 1:
+            problems.append(f"sense_dropout {name} must be at least 0 and below 1, not {chance}".replace("  ", " "))
     block, context = values.get("block_size"), values.get("max_position_embeddings", 2048)
     if block is not None and 0 < context < block:
         problems.append(

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from creature.errors import UserError
@@ -12,6 +12,7 @@ from creature.hardware import Device, choose_precision, compiler_available, devi
 from creature.limits import METRICS
 from creature.optimizer import width_learning_rate
 from creature.resume import ResumedRun
+from creature.rounds import TEXT_ALONE, Trained
 from creature.settings import Settings
 
 # With shorter steps, a GPU waits for Python to launch its kernels where the host is slow (docs/experiments.md).
@@ -38,32 +39,33 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def plan_run(settings: Settings, config, resumed: ResumedRun | None = None) -> Plan:
+def plan_run(settings: Settings, config, resumed: ResumedRun | None = None, trained: Trained = TEXT_ALONE) -> Plan:
     """
     Choose device, precision, compiling, batch and learning rate from the settings and this machine.
 
     Args:
         config: the CreatureConfig.
         resumed: the run being resumed, whose micro-batch is kept unless a flag says otherwise.
+        trained: which parts of the creature learn.
 
     Raises UserError for a GPU that is not there and for batches that do not divide.
     """
     training = settings.training
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    block_size = settings.data.block_size or config.max_position_embeddings
+    block_size = settings.row_length or config.max_position_embeddings
     device = _find_device(training, world_size)
     precision, precision_reason = _find_precision(training, device)
     compiled, compile_reason, compiler_note = _find_compiler(training, device, settings.dry_run)
     tokens, micro, accumulation, batch_note = _plan_batch(
         settings, device, block_size, world_size, resumed,
-        fits=lambda: fit_micro_batch(config, block_size, device, precision, compiled=compiled),
+        fits=lambda: fit_micro_batch(config, block_size, device, precision, compiled=compiled, **asdict(trained)),
     )  # fmt: skip
     mode = training.get("torch_compile_mode")
     # transformers 5.17 says gradient_checkpointing, 5.23 activation_checkpointing.
     others = ("torch_compile_mode", "torch_compile_backend", "activation_checkpointing", "gradient_checkpointing")
     plain = compiled and world_size == 1 and not sharded(training) and not any(training.get(name) for name in others)
     form = (micro, block_size, accumulation, settings.data.separate_documents)
-    if plain and graphs_pay(config, device, precision, *form):
+    if plain and not settings.on_recordings and graphs_pay(config, device, precision, *form):
         mode, compile_reason = "reduce-overhead", f"{compile_reason}, steps recorded as CUDA graphs"
     threads, thread_note = _find_threads(training, device)
     muon = training.get("matrix_learning_rate") != 0

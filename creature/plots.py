@@ -101,6 +101,30 @@ def plot_progression(rows: list[dict], output: str | Path, title: str = "") -> P
     return _draw_panels(("loss", "bits_per_byte"), draw, output, title, "step")
 
 
+def plot_senses(folder: str | Path, output: str | Path) -> Path | None:
+    """
+    What each sense is worth, by the last evaluation of a round: the loss with all senses as a line, beside it bars of
+    the loss without each of them and with that of another clip. Returns None where nothing of the kind was evaluated.
+    """
+    _check_format(output)
+    entry = next((one for one in reversed(_read(folder)) if any(name.startswith("eval_drop_") for name in one)), None)
+    if entry is None:
+        return None
+    senses = [name.removeprefix("eval_drop_") for name in entry if name.startswith("eval_drop_")]
+
+    def draw(axes, name):
+        for place, (how, label) in enumerate((("drop", "without it"), ("wrong", "with another clip's"))):
+            bars = [entry.get(f"eval_{how}_{sense}", math.nan) for sense in senses]
+            at = [number + 0.36 * (place - 0.5) for number in range(len(senses))]
+            axes.bar(at, bars, width=0.34, color=COLORS[place], label=label, zorder=3)
+        axes.axhline(entry["eval_loss"], color=COLORS[6], linewidth=1.4, label=f"all senses ({entry['eval_loss']:.3f})")
+        axes.set_xticks(range(len(senses)), [sense.replace("_", " ") for sense in senses])
+
+    return _draw_panels(
+        ("validation loss",), draw, output, f"{Path(folder).resolve().name}: what each sense is worth", ""
+    )
+
+
 def plot_lengths(lengths, output: str | Path, title: str = "", block_size: int | None = None) -> Path:
     """A histogram of the lengths of documents; lengths: [documents], tokens; block_size: drawn as a line."""
     import numpy as np
@@ -155,7 +179,7 @@ def _draw_panels(names, draw, output: str | Path, title: str, x_label: str) -> P
                 axes.legend(loc="best", fontsize=9.5)
         grid[0].set_title(title)
         grid[-1].set_xlabel(x_label)
-        if not x_label.startswith("time"):  # of which it would write 500 m for half an hour
+        if x_label and not x_label.startswith("time"):  # of which it would write 500 m for half an hour
             grid[-1].xaxis.set_major_formatter(EngFormatter())
         figure.align_ylabels(grid)
         with replace_file(output) as file:

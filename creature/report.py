@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import time
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from creature.hardware import attention_kernel, peak_flops
 from creature.launch import own_command
 from creature.optimizer import MOMENTUM
 from creature.plan import Plan, sharded
+from creature.rounds import Trained
 from creature.settings import DRY_RUN_FOLDER, PROJECT, Settings
 from creature.trainer import batch_warmup_steps, schedule_steps
 
@@ -29,13 +31,16 @@ FIXED_OF_ARGS = (
 )  # fmt: skip
 
 
-def must_match(settings: Settings, plan: Plan, args, config, data_info: dict, steps: int) -> dict:
+def must_match(settings: Settings, plan: Plan, args, config, trained: Trained, data_info: dict, steps: int) -> dict:
     """What a resumed run must agree with, so that it goes on exactly as it began."""
     warmup, decay = schedule_steps(args, steps)
     fixed = {name: getattr(plan, name) for name in FIXED_OF_PLAN} | {
         name: getattr(args, name) for name in FIXED_OF_ARGS
     }
     return fixed | {
+        "trained": json.loads(json.dumps(asdict(trained))),
+        "sense_dropout": settings.round.sense_dropout,
+        "text_share": settings.data.text_share if settings.data.text_data else None,
         "separate_documents": settings.data.separate_documents,
         "fp8_head": args.fp8_head and plan.precision == "bf16" and _float8_head(plan, config),
         "data_hash": data_info["data_hash"],
@@ -65,16 +70,27 @@ def _float8_head(plan: Plan, config) -> bool:
 
 
 def describe_run(
-    settings: Settings, data_info: dict, plan: Plan, args, model, steps: int, notes: tuple[str, ...]
+    settings: Settings,
+    data_info: dict,
+    plan: Plan,
+    args,
+    model,
+    trained: Trained,
+    steps: int,
+    notes: tuple[str, ...],
 ) -> dict:
     """The content of run.json, which `format_run` shows; `notes` are those of data and resuming."""
     config, device, tokens = model.config, plan.device, steps * plan.tokens_per_step
     peak = peak_flops(device.name) if device.kind == "cuda" else None
-    speed = tokens_per_second(config, plan.block_size, device.name) if peak else None
-    fixed = must_match(settings, plan, args, config, data_info, steps)
+    # How much of the peak a round on recordings reaches is not known.
+    speed = tokens_per_second(config, plan.block_size, device.name) if peak and not settings.on_recordings else None
+    fixed = must_match(settings, plan, args, config, trained, data_info, steps)
     epochs = tokens / max(data_info["tokens"], 1)
+    if settings.on_recordings:
+        rows = steps * plan.tokens_per_step / plan.block_size
+        epochs = rows * (1 - data_info["text_rows"]) / data_info["rows_of_recordings"]
     notes = [*plan.notes, *notes]
-    if epochs > REPEATS and not settings.dry_run:
+    if epochs > REPEATS and not settings.dry_run and not settings.on_recordings:
         notes.append(
             f"the data will be seen {epochs:.1f} times, and a run that repeats its text more than {REPEATS} times "
             "overfits: watch eval_loss and stop where it rises, or give more text or fewer --max_steps"
@@ -84,11 +100,13 @@ def describe_run(
         device,
         plan.precision,
         attention,
-        masked=settings.data.separate_documents,
+        masked=settings.data.separate_documents or settings.on_recordings,
         windowed=(config.sliding_window or plan.block_size) < plan.block_size,
     )
     return {
         "kind": "dry_run" if settings.dry_run else "run",
+        "on_recordings": settings.on_recordings,
+        "init_from": settings.round.init_from,
         "status": "started",
         "command": own_command(),
         "config": settings.config,
@@ -98,9 +116,12 @@ def describe_run(
         "parameters": {
             "total": sum(p.numel() for p in model.parameters()),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "parts": {name: int(count) for name, count in count_parameters(config).items()},
+            "parts": {
+                name: int(count)
+                for name, count in count_parameters(config, trained.senses, trained.streams, trained.backbone).items()
+            },
         },
-        "flops_per_token": flops_per_token(config, plan.block_size),
+        "flops_per_token": flops_per_token(config, plan.block_size, **asdict(trained)),
         "precision": plan.precision,
         "precision_reason": plan.precision_reason,
         "attention_kernel": kernel,
@@ -133,6 +154,13 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
+def _trained_parts(run: dict) -> str:
+    """The senses, streams and the backbone that learn, in words."""
+    trained = run["must_match"]["trained"]
+    names = [name.replace("_", " ") for name in (*trained["senses"], *trained["streams"])]
+    return ", ".join([*names, "backbone" if trained["backbone"] else "not the backbone"])
+
+
 def _count(number: int, noun: str) -> str:
     """'1 step', '1,125 steps'."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
@@ -143,8 +171,9 @@ def format_run(run: dict) -> str:
     fixed, parameters, data = run["must_match"], run["parameters"], run["data"]
     sums = ("text_only", "trainable", "total")
     seconds, halved = run["expected_seconds"], fixed["batch_warmup_steps"]
+    unit, row = ("ticks", "row") if run["on_recordings"] else ("tokens", "block")
     batch = (
-        f"{fixed['tokens_per_step']:,} tokens a step = micro-batch {fixed['micro_batch']} x block "
+        f"{fixed['tokens_per_step']:,} {unit} a step = micro-batch {fixed['micro_batch']} x {row} "
         f"{fixed['block_size']} x accumulation {fixed['accumulation']} x {fixed['world_size']} process(es)"
     )
     schedule = (
@@ -157,7 +186,8 @@ def format_run(run: dict) -> str:
         ("parameters", f"{parameters['total']:,} total, {parameters['trainable']:,} trainable"),
         ("", ", ".join(f"{name} {count:,}" for name, count in parameters["parts"].items()
                        if count and name not in sums)),
-        ("FLOPs per token", f"{run['flops_per_token']:.4g} (forward and backward)"),
+        ("trained", _trained_parts(run)),
+        (f"FLOPs per {unit[:-1]}", f"{run['flops_per_token']:.4g} (forward and backward)"),
         ("device", run["device"] + (f", {_count(run['threads'], 'thread')}" if run["threads"] else "")
          + (f", {fixed['world_size']} processes" if fixed["world_size"] > 1 else "")),
         ("precision", f"{run['precision']} ({run['precision_reason']})"
@@ -165,9 +195,11 @@ def format_run(run: dict) -> str:
         ("attention", f"{run['attention_kernel']} ({run['attention_reason']})"),
         ("torch.compile", f"{'on' if run['compiled'] else 'off'} ({run['compile_reason']})"),
         ("batch", batch),
-        ("data", f"{data['path']}: {data['tokens']:,} tokens, {data.get('validation_tokens') or 0:,} for validation"
-         + (", documents kept apart" if fixed["separate_documents"] else "")),
-        ("length", f"{run['steps']:,} steps, {run['tokens']:,} tokens, {run['epochs']:.3g} epochs"),
+        ("data", f"{data['path']}: {data['tokens']:,} {unit}, {data.get('validation_tokens') or 0:,} for validation"
+         + (", documents kept apart" if fixed["separate_documents"] else "")
+         + (f", rows filled to {data['fill']:.0%}" if run["on_recordings"] else "")),
+        ("length", f"{run['steps']:,} steps, {run['tokens']:,} {unit}, {run['epochs']:.3g} epochs"
+         + (" of the recordings" if run["on_recordings"] else "")),
         ("schedule", schedule + (f"; at the start {_count(halved, 'step')} of two updates, each with half the batch"
                                 if halved else "")),
         ("expected time", f"{format_seconds(seconds)} (scripts/estimate.py says why)" if seconds else

@@ -1,4 +1,4 @@
-"""Settings of a run: a YAML file with the sections model, data and training first, flags on top.
+"""Settings of a run: a YAML file with the sections model, data, round and training first, flags on top.
 
 Reading them imports neither torch nor transformers, so that `--help` and a wrong flag answer at once: names, types and
 help texts are read from the source of the dataclasses. HfArgumentParser would have to import them, which takes 25 times
@@ -20,6 +20,7 @@ import yaml
 from creature.errors import UserError, raise_all, require_unicode
 from creature.files import user_path
 from creature.limits import find_bad_values
+from creature.round_arguments import RoundArguments
 from creature.yaml_file import load_yaml, parse_yaml
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -29,9 +30,10 @@ DEFAULT_CONFIG = CONFIGS / "text_only_config.yaml"
 DEFAULT_FOLDER = "checkpoints/text_only"
 DRY_RUN_FOLDER = "checkpoints/dry_run"
 DRY_RUN_STEPS = 10
-SECTIONS = ("model", "data", "training")
+SECTIONS = ("model", "data", "round", "training")
 # Fields of the training section that are paths, or may be: those of DataArguments expand themselves.
 PATHS = ("output_dir", "resume_from_checkpoint", "fsdp_config", "accelerator_config")
+RECORDINGS = "recordings.json"  # in every folder of recordings
 MOST_PROBLEMS = 20  # reported at once; a file with more is no configuration
 
 # Names of other libraries, where the nearest name here would be a wrong guess.
@@ -86,9 +88,9 @@ class DataArguments:
     data: None | str | list[str] = field(  # in the order that HfArgumentParser can read
         default=None,
         metadata={
-            "help": "Token file (.bin, .npy, .pt), Arrow folder, text file or folder, or Hub dataset "
-            "(owner/name:configuration:split); several make a mixture, with weights as in a.bin:0.7 b.bin:0.3. Without "
-            "it a small sample corpus is made under data/."
+            "help": "Token file (.bin, .npy, .pt), Arrow folder, text file or folder, Hub dataset "
+            "(owner/name:configuration:split), or folder of recordings; several make a mixture, with weights as in "
+            "a.bin:0.7 b.bin:0.3. Without it a small sample is made under data/."
         },
     )
     text_column: str = field(default="text", metadata={"help": "Where records of text data have their text."})
@@ -123,12 +125,20 @@ class DataArguments:
     sample_corpus_tokens: int = field(
         default=400_000, metadata={"help": "Size of the sample corpus that is made when no --data is given."}
     )
+    clip_ticks: int = field(
+        default=512, metadata={"help": "Ticks in a row of clips, and the longest clip; a tick is 80 ms."}
+    )
+    text_data: None | str | list[str] = field(
+        default=None,
+        metadata={"help": "Text that is trained beside recordings, named like --data, so that none is lost."},
+    )
+    text_share: float = field(default=0.5, metadata={"help": "Share of --text_data in the targets of all streams."})
     prompt: str = field(
         default="Once upon a time", metadata={"help": "What the samples of a run continue, in its log and its card."}
     )
 
     def __post_init__(self):
-        for name in ("data", "tokenizer_name", "cache_dir"):
+        for name in ("data", "text_data", "tokenizer_name", "cache_dir"):
             object.__setattr__(self, name, user_path(getattr(self, name)))
 
 
@@ -138,6 +148,7 @@ class Settings:
 
     model: dict[str, Any] = field(default_factory=dict)
     data: DataArguments = DataArguments()
+    round: RoundArguments = RoundArguments()
     training: dict[str, Any] = field(default_factory=dict)
     given: frozenset[str] = frozenset()
     config: str = ""
@@ -150,6 +161,31 @@ class Settings:
     def output_dir(self) -> str:
         """The folder of the run."""
         return self.training.get("output_dir") or DEFAULT_FOLDER
+
+    @property
+    def on_recordings(self) -> bool:
+        """Whether this is a round on recordings, which are named by `data` or made up for `train_senses`."""
+        found = [is_recordings(name) for name in self.data_names]
+        if any(found) and not all(found):
+            text = self.data_names[found.index(False)]
+            raise UserError(f"{text} is no folder of recordings, and the rest of --data is: name text by --text_data")
+        return any(found) or bool(self.round.train_senses and not found)
+
+    @property
+    def data_names(self) -> list[str]:
+        """What `data` names, each perhaps with a weight."""
+        names = self.data.data or []
+        return [names] if isinstance(names, str) else [str(name) for name in names]
+
+    @property
+    def row_length(self) -> int | None:
+        """Tokens or ticks of a row that is trained on; None for the model's whole context."""
+        return self.data.clip_ticks if self.on_recordings else self.data.block_size
+
+
+def is_recordings(name: str) -> bool:
+    """Whether a name in `data`, perhaps with a weight, is that of a folder of recordings."""
+    return any(Path(path, RECORDINGS).is_file() for path in (name, re.sub(r":[\d.]+$", "", name)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,15 +264,17 @@ class FieldInfo:
 
 
 def known_fields() -> dict[str, FieldInfo]:
-    """Every field of the three sections by name; no name occurs in two sections."""
+    """Every field of the four sections by name; no name occurs in two sections."""
     transformers = Path(importlib.util.find_spec("transformers").origin).parent
     model = _read_fields(PROJECT / "configuration_creature.py", "CreatureConfig", "model")
     data = _read_fields(Path(__file__), "DataArguments", "data")
+    round_ = _read_fields(Path(__file__).with_name("round_arguments.py"), "RoundArguments", "round")
     training = _read_fields(transformers / "training_args.py", "TrainingArguments", "training")
     training |= _read_fields(Path(__file__).with_name("training_arguments.py"), "CreatureTrainingArguments", "training")
     training.pop("use_cache")  # the model's field of this name is the one that counts
-    assert not (model.keys() & data.keys() | model.keys() & training.keys() | data.keys() & training.keys())
-    return model | data | training
+    fields = model | data | round_ | training
+    assert len(fields) == sum(map(len, (model, data, round_, training)))
+    return fields
 
 
 def _read_fields(path: Path, class_name: str, section: str) -> dict[str, FieldInfo]:
@@ -313,7 +351,7 @@ def _read_config(path: str, fields: dict[str, FieldInfo]) -> tuple[dict[str, Any
 # ---------------------------------------------------------------------------------------------------------------------
 
 JOB_FLAGS: dict[str, dict[str, Any]] = {
-    "config": {"help": f"YAML file with the sections model, data, training (default: configs/{DEFAULT_CONFIG.name})"},
+    "config": {"help": f"YAML file with the sections {', '.join(SECTIONS)} (default: configs/{DEFAULT_CONFIG.name})"},
     "dry_run": {
         "action": "store_true",
         "help": f"{DRY_RUN_STEPS} steps with every check, in {DRY_RUN_FOLDER}; so is --max_steps {DRY_RUN_STEPS} or "
@@ -350,14 +388,14 @@ def spellings(name: str) -> list[str]:
 
 
 def build_parser(fields: dict[str, FieldInfo]) -> argparse.ArgumentParser:
-    """The command line: the job's own flags, then every field of the three sections, as text."""
+    """The command line: the job's own flags, then every field of the four sections, as text."""
     parser = argparse.ArgumentParser(
         prog="run_clm_creature.py",
         usage="accelerate launch run_clm_creature.py [--config FILE] [--data DATA] [--dry_run] [--resume] [--FIELD X]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        description="Train a MultiModalCreature on text. Settings come from --config; any field is also a flag, with "
-        "dashes or underscores. See configs/ and docs/text_only_training.md.",
+        description="Train a MultiModalCreature, on text or on recordings. Settings come from --config; any field is "
+        "also a flag, with dashes or underscores. See configs/, docs/text_only_training.md and docs/rounds.md.",
     )
     job = parser.add_argument_group("job")
     for name, options in JOB_FLAGS.items():
@@ -365,7 +403,7 @@ def build_parser(fields: dict[str, FieldInfo]) -> argparse.ArgumentParser:
     groups = {section: parser.add_argument_group(f"{section} (the {section}: section)") for section in SECTIONS}
     for name, info in fields.items():
         # Of our own fields all of it; of those of transformers, some of which have a page, the first sentence.
-        sentence = info.help if info.section == "data" else re.split(r"(?<=\.)\s", info.help)[0]
+        sentence = info.help if info.section in ("data", "round") else re.split(r"(?<=\.)\s", info.help)[0]
         shown = f" (default: {info.default})".replace("%", "%%") if info.default not in ("", "None") else ""
         help_text = argparse.SUPPRESS if name in REFUSED else (sentence + shown).strip() or None
         extra = {"nargs": "+"} if "list" in info.kinds else {"nargs": "?", "const": "true"} if info.is_switch else {}
@@ -433,13 +471,15 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     if len(problems) == 1 and problems[0].startswith("unknown"):
         problems[0] += "; --help lists every field"
     raise_all(problems)
-    model, data, training = ({n: v for n, v in values.items() if fields[n].section == section} for section in SECTIONS)
+    model, data, round_, training = (
+        {name: value for name, value in values.items() if fields[name].section == section} for section in SECTIONS
+    )
     resume = job.get("resume") or training.pop("resume_from_checkpoint", None) or False
     dry_run = job.get("dry_run", False)
     if dry_run or (0 < training.get("max_steps", -1) <= DRY_RUN_STEPS and not resume and "output_dir" not in flags):
         dry_run, training = True, _dry_run_training(training, resume, set(flags))
     job |= {"config": path, "resume": resume, "dry_run": dry_run}
-    return Settings(model, DataArguments(**data), training, frozenset(flags), **job)
+    return Settings(model, DataArguments(**data), RoundArguments(**round_), training, frozenset(flags), **job)
 
 
 def _dry_run_training(training: dict[str, Any], resume: str | bool, given: set[str]) -> dict[str, Any]:

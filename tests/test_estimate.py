@@ -21,7 +21,7 @@ from creature.estimate import (
     memory_parts,
     tokens_per_second,
 )
-from creature.estimate_senses import made_up_batch, train_only
+from creature.estimate_senses import made_up_batch
 from creature.hardware import Device
 from creature.optimizer import MuonAdamW, parameter_groups
 from creature.settings import CONFIGS, parse_settings
@@ -260,7 +260,7 @@ def round_of(name, backbone):
     config = micro_config(loss_weights=dict.fromkeys(streams, 1.0))
     torch.manual_seed(0)
     model = MultiModalCreature(config).train()
-    train_only(model, senses, streams, backbone)
+    model.train_only(senses, streams, backbone)
     ids = torch.randint(0, config.vocab_size, (ROWS, TICKS))
     batch = {"input_ids": ids} | ({"labels": ids} if "internal_text" in streams else {})
     batch |= made_up_batch(config, senses, streams, TICKS, ROWS)

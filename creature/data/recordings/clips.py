@@ -5,6 +5,7 @@ folder. They are cut from the end of a recording backwards, so that a text that 
 sound before it. The first tick of a clip is nobody's target.
 """
 
+import collections
 import hashlib
 import io
 from functools import partial
@@ -33,8 +34,8 @@ ORGANS = {
     "joint_positions": ({"joint_positions"}, "num_joints"),
     "joint_rotations": ({"joint_rotations", "rotation_targets"}, "num_joints"),
     "body_state": ({"body_state"}, "body_state_size"),
-    "action": ({"action"}, "action_size"),
-    "touch": ({"touch_points"}, "num_touch_points"),
+    "action": ({"action", "action_targets"}, "action_size"),
+    "touch": ({"touch_points", "touch_surfaces", "touch_values"}, "num_touch_points"),
 }
 
 
@@ -51,6 +52,36 @@ def statistics(facts: dict) -> dict:
         fields |= {f"{name}_size": len(mean), f"{name}_mean": mean.tolist(), f"{name}_std": std.tolist()}
         fields[f"{name}_names"] = facts["names"][name]
     return fields
+
+
+def organs_of(recordings: "DatasetDict", facts: dict) -> dict:
+    """
+    The organs that recordings need, as fields of a configuration: as many cameras as most of them have; of those with a
+    body, joints, measured and commanded numbers (0 where there are none) with their `statistics`, and no face, which no
+    recording has.
+    """
+    organs, cameras = {}, collections.Counter()
+    for split in recordings.values():
+        cameras.update(len(row) for row in split.data.column("images").combine_chunks() if row.is_valid)
+    if cameras:
+        organs["num_cameras"] = cameras.most_common(1)[0][0]
+    if facts["names"]:
+        organs |= {"body_state_size": 0, "action_size": 0} | statistics(facts)
+        organs |= {"num_joints": len(facts["names"].get("joints", ())), "num_blend_shapes": 0}
+    return organs
+
+
+def fed_by(recordings: "DatasetDict", config) -> tuple[list[str], list[str]]:
+    """(the senses, the streams) of a creature that recordings feed, by the columns that any of them has."""
+    from processing_creature import TEXTS
+
+    arguments = set()
+    feeds = {column: arguments for column, (arguments, _) in ORGANS.items()}
+    feeds |= {column: set(names) - {None} for column, names in TEXTS.items()}
+    for column, names in feeds.items():
+        if any(split.data.column(column).null_count < len(split) for split in recordings.values()):
+            arguments |= names
+    return fed(arguments, config)
 
 
 def make_clips(
@@ -169,7 +200,7 @@ def _clips_of_split(
     kept = [row for row, why in enumerate(about["left_out"]) if not why]
     empty = [column for column in ABSENT if made.data.column(column).null_count == len(made)]
     clips = made if len(kept) == len(made) else made.select(kept)
-    clips = clips.remove_columns(["ticks", "left_out", *empty]).with_transform(_unpack_rows)
+    clips = clips.remove_columns(["left_out", *empty]).with_transform(unpack_rows)
     return clips, {
         "recordings": len(split) - len(left_out),
         "clips": len(kept),
@@ -213,7 +244,7 @@ def _pack(value: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _unpack_rows(rows: dict) -> dict:
+def unpack_rows(rows: dict) -> dict:
     return {
         name: [_unpack(value) if isinstance(value, bytes) else value for value in column]
         for name, column in rows.items()

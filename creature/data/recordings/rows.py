@@ -1,0 +1,259 @@
+"""Rows to train on and clips to evaluate on: recordings, and text beside them, as map-style data sets."""
+
+import hashlib
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from creature.data.loading import load_data
+from creature.data.mixture import mixture_rows
+from creature.data.recordings.clips import make_clips
+from creature.data.recordings.schema import load_recordings
+from processing_creature import ABSENT, TARGETS, pad_ticks
+from senses_creature import SENSE_TABLE
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from creature.settings import DataArguments
+    from processing_creature import CreatureProcessor
+
+OPEN_ROWS = 64  # that a clip may still be put into
+STEPS_OF_SHARE = 1000  # shares of a mixture are kept to a thousandth
+# The arguments in which each sense arrives, efference copies and masks included.
+ARGUMENTS = {"internal_voice": ("input_ids",)}
+ARGUMENTS |= {sense.name: (*sense.arguments, *([sense.mask] if sense.mask else [])) for sense in SENSE_TABLE}
+
+
+class PackedClips:
+    """Rows of several clips, which together have at most `ticks` ticks; item n is a list of clips."""
+
+    def __init__(self, clips: "Dataset", ticks: int, seed: int):
+        self.clips, self.ticks = clips, ticks
+        self.rows = pack(np.array(clips.data.column("ticks").to_numpy()), ticks, seed)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> list[dict]:
+        columns = self.clips[self.rows[number]]
+        clips = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [{name: value for name, value in clip.items() if value is not None} for clip in clips]
+
+
+class TextRows:
+    """Rows of one block of text each; item n is a list of one clip with the internal voice alone."""
+
+    def __init__(self, blocks: "Dataset"):
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, number: int) -> list[dict]:
+        ids = np.asarray(self.blocks[number]["input_ids"]).astype(np.int32)
+        return [{"input_ids": ids, "labels": ids}]
+
+
+class TrainingRows:
+    """The rows of all steps of a run, in their order; each part is shuffled anew whenever it begins again."""
+
+    def __init__(self, parts: list[PackedClips | TextRows], shares: list[Fraction], count: int, seed: int):
+        self.parts = parts
+        self.firsts = np.cumsum([0, *map(len, parts)])
+        self.order = mixture_rows([len(part) for part in parts], shares, count, seed)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, number: int) -> list[dict]:
+        row = self.order[number]
+        part = int(np.searchsorted(self.firsts, row, side="right")) - 1
+        return self.parts[part][int(row - self.firsts[part])]
+
+
+class EvaluationClips:
+    """
+    The clips of a validation split, one a row; perhaps without one sense, or with that of another clip.
+
+    The other clip lies half the split away, so that it is of another group where there are groups of some size. Of it,
+    as much is taken as the clip itself has of this sense.
+    """
+
+    def __init__(self, clips: "Dataset", without: str | None = None, wrong: str | None = None):
+        self.clips, self.without, self.wrong = clips, ARGUMENTS.get(without, ()), ARGUMENTS.get(wrong, ())
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, number: int) -> dict:
+        clip = {name: value for name, value in self.clips[number].items() if name in ABSENT and value is not None}
+        if self.wrong:
+            ticks, other = max(map(len, clip.values())), self.clips[(number + len(self) // 2) % len(self)]
+            for name in self.wrong:
+                own, theirs = clip.pop(name, None), other.get(name)
+                if own is not None and theirs is not None:
+                    clip[name] = pad_ticks(name, theirs[:ticks], ticks)
+                    if name.endswith("_mask") and own.shape == clip[name].shape:
+                        clip[name] = clip[name] & own
+        for name in self.without:
+            if name in clip:
+                clip[name] = np.full_like(clip[name], ABSENT[name])
+        return clip
+
+
+def pack(lengths: np.ndarray, ticks: int, seed: int) -> list[list[int]]:
+    """
+    Clips of these lengths as rows of at most `ticks` ticks: each, in a random order, goes into the fullest of the last
+    OPEN_ROWS rows that has room for it.
+    """
+    rows, room = [], []
+    for clip in np.random.default_rng(seed).permutation(len(lengths)).tolist():
+        first = max(0, len(rows) - OPEN_ROWS)
+        fits = [row for row in range(first, len(rows)) if room[row] >= lengths[clip]]
+        if not fits:
+            rows.append([])
+            room.append(ticks)
+            fits = [len(rows) - 1]
+        row = min(fits, key=room.__getitem__)
+        rows[row].append(clip)
+        room[row] -= lengths[clip]
+    return rows
+
+
+def open_rows(
+    data: "DataArguments",
+    recordings: list[tuple[str, Fraction | None]],
+    processor: "CreatureProcessor",
+    count: int | None,
+    seed: int,
+) -> tuple[dict, dict, dict]:
+    """
+    The data of a round: (its splits, facts about it, an example of every argument that its rows have).
+
+    Args:
+        data: clip_ticks, text_data, text_share, cache_dir.
+        recordings: folders, each with its share or None: then all clips of all of them are seen equally often.
+        count: rows of the run; None for each row once.
+        seed: of packing and order.
+
+    Returns:
+        The splits: "train" (`TrainingRows`), "validation" (clips) where any group was held out, "text" (blocks) where
+        there is `text_data` with a validation split. The facts are those of `load_data`, with `senses`, `streams`,
+        `clips` (of each folder what `make_clips` tells), `rows_of_recordings` and `fill`, the share of ticks in them
+        that are not padding.
+
+    Raises UserError as `make_clips` and `load_data`.
+    """
+    found = []
+    for folder, share in recordings:
+        splits, facts = load_recordings(folder)
+        found.append(
+            (folder, share, *make_clips(splits, facts, processor, data.clip_ticks, Path(data.cache_dir, "clips")))
+        )
+    shares = [share for _, share, _, _ in found]
+    train = [clips["train"] for *_, clips, _ in found]
+    if any(share is None for share in shares):
+        train, shares = [_concatenate(train)], [Fraction(1)]
+    parts = [PackedClips(clips, data.clip_ticks, seed) for clips in train]
+    used = sum(int(np.sum(part.clips.data.column("ticks").to_numpy())) for part in parts)
+    rows = sum(map(len, parts))
+    texts, text_facts = {}, None
+    if data.text_data:
+        texts, text_facts = _load_text(data, processor, count or rows, seed)
+        targets = float(
+            np.dot([float(share) for share in shares], [_targets_of_row(p, processor.config) for p in parts])
+        )
+        of_text = (
+            data.text_share * targets / (data.text_share * targets + (1 - data.text_share) * (data.clip_ticks - 1))
+        )
+        of_text = Fraction(round(of_text * STEPS_OF_SHARE), STEPS_OF_SHARE)
+        if of_text:
+            parts.append(TextRows(texts["train"]))
+            shares = [*(share * (1 - of_text) for share in shares), of_text]
+    ordered = TrainingRows(parts, shares, count or rows, seed)
+    splits = {"train": ordered}
+    held_out = [clips["validation"] for *_, clips, _ in found if "validation" in clips]
+    if held_out:
+        splits["validation"] = _concatenate(held_out)
+    if "validation" in texts:
+        splits["text"] = texts["validation"]
+    like = {name: value[:0] for part in parts for name, value in _example(part).items()}
+    about = [facts for *_, facts in found]
+    hashes = " ".join([*(facts["data_hash"] for facts in about), *([text_facts["data_hash"]] if text_facts else [])])
+    info = {
+        "path": " ".join(folder for folder, *_ in found),
+        "source": ", ".join(dict.fromkeys(source for facts in about for source in facts["sources"])),
+        "tokens": used,
+        "validation_tokens": sum(facts["splits"].get("validation", {}).get("ticks", 0) for facts in about),
+        "data_hash": hashlib.sha256(hashes.encode("ascii")).hexdigest(),
+        "tokenizer_hash": text_facts["tokenizer_hash"] if text_facts else None,
+        "ordered": True,
+        "parts": [],
+        "senses": _in_order(about, "senses"),
+        "streams": _in_order(about, "streams"),
+        "clips": {folder: facts for folder, _, _, facts in found},
+        "rows_of_recordings": rows,
+        "fill": round(used / (rows * data.clip_ticks), 4),
+        "text": text_facts,
+        "text_rows": round(float(shares[-1]), 4) if len(parts) > len(train) else 0.0,
+    }
+    return splits, info, like
+
+
+def _concatenate(clips: list["Dataset"]) -> "Dataset":
+    """The clips of all folders as one data set; a column that a folder lacks is None there."""
+    from datasets import concatenate_datasets
+
+    from creature.data.recordings.clips import unpack_rows
+
+    return clips[0] if len(clips) == 1 else concatenate_datasets(clips).with_transform(unpack_rows)
+
+
+def _load_text(data: "DataArguments", processor: "CreatureProcessor", count: int, seed: int) -> tuple[dict, dict]:
+    """`load_data` of text_data in blocks of a row's length."""
+    from dataclasses import replace
+
+    given = replace(data, data=data.text_data, block_size=None)
+    return load_data(given, data.clip_ticks, processor.config.vocab_size, mixture_blocks=count, seed=seed)
+
+
+def _targets_of_row(part: PackedClips, config) -> float:
+    """The mean number of targets in a row; a silence counts `null_loss_weight`, a motor command one a tick."""
+    columns = [
+        name
+        for name in TARGETS
+        if name in part.clips.column_names and name not in ("rotation_targets", "action_targets")
+    ]
+    total = 0.0
+    for clip in part.clips.select_columns(columns):
+        for name, value in clip.items():
+            if value is None:
+                continue
+            if name == "animation_target_mask":
+                total += value[1:].sum()
+            else:
+                known = value[1:] != TARGETS[name]
+                total += np.where(value[1:] == config.null_token_id, config.null_loss_weight, 1.0)[known].sum()
+    return total / len(part)
+
+
+def _example(part: PackedClips | TextRows) -> dict[str, np.ndarray]:
+    """One array of every argument that the rows of a part have, the widest of each."""
+    if isinstance(part, TextRows):
+        return {name: value for name, value in part[0][0].items()}
+    widest = {}
+    for name in [name for name in part.clips.column_names if name in ABSENT]:
+        for clip in part.clips.select_columns([name]):
+            value = clip[name]
+            if value is not None and (name not in widest or value.shape[1:] > widest[name].shape[1:]):
+                widest[name] = value[:0]
+            if not name.startswith("touch_") and name in widest:
+                break
+    return widest
+
+
+def _in_order(about: list[dict], key: str) -> list[str]:
+    return list(dict.fromkeys(name for facts in about for name in facts[key]))

@@ -1,0 +1,126 @@
+"""RoundTrainer: the trainer of rounds on recordings, with sense dropout and an evaluation of every stream and sense."""
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from creature.data import collate_blocks, collate_clips
+from creature.data.recordings.rows import ARGUMENTS, EvaluationClips
+from creature.errors import UserError
+from creature.stream_metrics import stream_metrics, stream_sums
+from creature.trainer import CreatureTrainer
+from losses_creature import IGNORE_INDEX
+from processing_creature import ABSENT, TARGETS
+from senses_creature import SENSE_TABLE
+
+TEXT_PREFIX = "text"  # of the metrics of text beside the recordings
+COPIES = {name for sense in SENSE_TABLE if sense.copy_of for name in ARGUMENTS[sense.name]}
+
+
+class RoundTrainer(CreatureTrainer):
+    """
+    A CreatureTrainer for rows of clips, see `creature.data.recordings.rows`.
+
+    What differs:
+        - `sense_dropout`: the chance that a clip is learned from without a sense, one for all or by name; efference
+          copies go by the names of `SENSE_TABLE` (own_text, own_voice, own_command, own_action). The random numbers
+          follow from seed, step and process alone, so that a resumed run draws the same;
+        - the evaluation reads one clip a row and gives the loss of every stream, its parts, and what each sense is
+          worth: `eval_drop_<sense>` is the loss without it, `eval_wrong_<sense>` that with another clip's;
+        - `text_dataset`: blocks of text whose loss is `eval_text_loss`, so that forgetting shows.
+    """
+
+    def __init__(self, *args, text_dataset=None, sense_dropout: float | dict | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.text_dataset = text_dataset
+        chances = sense_dropout if isinstance(sense_dropout, dict) else dict.fromkeys(ARGUMENTS, sense_dropout or 0.0)
+        if unknown := chances.keys() - ARGUMENTS.keys():
+            raise UserError(
+                f"sense_dropout names {', '.join(sorted(unknown))}: senses and efference copies are "
+                f"{', '.join(ARGUMENTS)}"
+            )
+        self.sense_dropout = {name: chance for name, chance in chances.items() if chance}
+        self.compute_metrics = None
+
+    def training_step(self, model, inputs, num_items_in_batch=None, **kwargs) -> torch.Tensor:
+        if self.sense_dropout:
+            place = (self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index)
+            inputs = drop_senses(inputs, self.sense_dropout, np.random.default_rng(place))
+        return super().training_step(model, inputs, num_items_in_batch, **kwargs)
+
+    # ---- Evaluation ----
+
+    def evaluation_loop(self, dataloader: DataLoader, description: str, *args, metric_key_prefix="eval", **kwargs):
+        """The Trainer's, once for the clips as they are, then without and with the wrong sense, then for the text."""
+        clips, batch_size = dataloader.dataset, self.args.per_device_eval_batch_size
+        output = self._streams_of(EvaluationClips(clips), batch_size, description)
+        metrics = output.metrics
+        present = [name for name, arguments in ARGUMENTS.items() if set(arguments) & set(clips.column_names)]
+        for sense in present:
+            for how in ("without", "wrong") if len(clips) > 1 else ("without",):
+                name = f"{'drop' if how == 'without' else 'wrong'}_{sense}"
+                found = self._streams_of(EvaluationClips(clips, **{how: sense}), batch_size, f"{description}: {name}")
+                metrics[name] = found.metrics["loss"]
+                if len(self._streams) > 1:
+                    metrics |= {
+                        f"{stream}_{name}": found.metrics[f"{stream}_loss"]
+                        for stream in self._streams
+                        if f"{stream}_loss" in found.metrics
+                    }
+        if self.text_dataset is not None:
+            metrics |= self._text_of(batch_size, description)
+        return output._replace(metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+
+    @property
+    def _streams(self) -> list[str]:
+        return [name for name, weight in self.model_config.loss_weights.items() if weight]
+
+    def _streams_of(self, clips: EvaluationClips, batch_size: int, description: str):
+        """The Trainer's loop over some clips; `metrics` without a prefix."""
+        loader = self.accelerator.prepare(DataLoader(clips, batch_size, collate_fn=collate_clips))
+        output = super().evaluation_loop(loader, description, prediction_loss_only=False, metric_key_prefix="")
+        return output._replace(metrics=stream_metrics(self.model_config, output.predictions))
+
+    def _text_of(self, batch_size: int, description: str) -> dict[str, float]:
+        """The loss of the text beside the recordings, in nats per token."""
+        loader = self.accelerator.prepare(DataLoader(self.text_dataset, batch_size, collate_fn=collate_blocks))
+        output = super().evaluation_loop(
+            loader, f"{description}: {TEXT_PREFIX}", prediction_loss_only=False, metric_key_prefix=""
+        )
+        nats, targets = output.predictions.sum(axis=0)
+        return {f"{TEXT_PREFIX}_loss": float(nats / targets)}
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """
+        (None, sums [B, K] of what `stream_metrics` computes metrics from, None), one row a clip; of text the sums of
+        its losses and targets [B, 2].
+        """
+        inputs = self._prepare_inputs(inputs)
+        # Not the compiled model, which would compile every length of a clip anew.
+        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if inputs.keys() == {"input_ids", "labels"}:
+                losses = model(**inputs, return_logits=False).token_losses.float()
+                return None, torch.stack((losses.sum(1), (inputs["labels"][:, 1:] != IGNORE_INDEX).sum(1)), 1), None
+            senses = {name: value for name, value in inputs.items() if name not in TARGETS}
+            hidden = model(**senses, logits_to_keep=1, use_cache=False).last_hidden_state
+            # The head knows the last command from the targets, also where the copy of it is missing or wrong.
+            return None, stream_sums(model, hidden, {n: value for n, value in inputs.items() if n not in COPIES}), None
+
+
+def drop_senses(batch: dict[str, torch.Tensor], chances: dict[str, float], rng: np.random.Generator) -> dict:
+    """
+    A batch of `collate_rows` in which each clip lacks each sense with its chance: there it is absent.
+
+    chances: by the names of `ARGUMENTS`.
+    """
+    clip = (batch["position_ids"] == 0).cumsum(dim=1) - 1  # [B, T], which clip of its row a tick belongs to
+    batch = dict(batch)
+    for sense, chance in chances.items():
+        gone = torch.from_numpy(rng.random(tuple(clip.shape)) < chance).to(clip.device).gather(1, clip)
+        for name in ARGUMENTS[sense]:
+            if name in batch and (name.endswith("mask") or ABSENT[name] == IGNORE_INDEX):
+                absent = False if name.endswith("mask") else IGNORE_INDEX
+                where = gone.view(*gone.shape, *[1] * (batch[name].dim() - 2))
+                batch[name] = batch[name].masked_fill(where, absent)
+    return batch

@@ -1,0 +1,207 @@
+"""Rows of clips to train on, clips to evaluate on, and what is computed from them."""
+
+from dataclasses import replace
+from fractions import Fraction
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from creatures import EVERY_WEIGHT, micro_model, random_batch
+
+from configuration_creature import CreatureConfig
+from creature.data import collate_clips, collate_rows
+from creature.data.recordings.made_up import write_made_up_recordings
+from creature.data.recordings.rows import ARGUMENTS, EvaluationClips, TrainingRows, open_rows, pack
+from creature.data.text.tokenizer import load_tokenizer
+from creature.errors import UserError
+from creature.round_trainer import COPIES, drop_senses
+from creature.settings import DataArguments
+from creature.stream_metrics import stream_metrics, stream_sums, sum_names
+from losses_creature import IGNORE_INDEX
+from processing_creature import TARGETS, CreatureProcessor
+
+BUILT = {"loss_weights": EVERY_WEIGHT, "body_state_size": 5, "action_size": 2}
+
+
+def clip_of(model, ticks: int, seed: int) -> dict:
+    """A clip with every sense and target, as `make_clips` gives it: arrays [T, ...]."""
+    batch = random_batch(model.config, rows=1, ticks=ticks, seed=seed)
+    arrays = {name: value[0].numpy() for name, value in batch.items()}
+    return {name: value.astype(np.int32) if value.dtype == np.int64 else value for name, value in arrays.items()}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return micro_model(**BUILT)
+
+
+@pytest.fixture(scope="module")
+def clips(model):
+    return [clip_of(model, ticks, seed) for seed, ticks in enumerate((5, 3, 7, 4))]
+
+
+def test_every_clip_is_in_one_row_and_no_row_is_too_long():
+    lengths = np.random.default_rng(0).integers(2, 100, 500)
+    rows = pack(lengths, 100, seed=0)
+    assert sorted(clip for row in rows for clip in row) == list(range(500))
+    used = [lengths[row].sum() for row in rows]
+    assert max(used) <= 100 and sum(used) / (100 * len(rows)) > 0.9
+    assert pack(lengths, 100, seed=0) == rows != pack(lengths, 100, seed=1)
+
+
+def test_a_row_of_several_clips_is_computed_as_each_of_them_alone(model, clips):
+    like = {name: value[:0] for name, value in clips[0].items()}
+    batch = collate_rows([clips[:2], clips[2:]], ticks=12, like=like)
+    assert batch["position_ids"].tolist() == [
+        [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3],
+        [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 0],
+    ]
+    assert batch["cu_seq_lens_q"][:7].tolist() == [0, 5, 8, 12, 19, 23, 24]
+    senses = {name: value for name, value in batch.items() if name not in TARGETS}
+    hidden = model(**senses).last_hidden_state
+    places = [(0, 0), (0, 5), (1, 0), (1, 7)]
+    for clip, (row, first) in zip(clips, places, strict=True):
+        alone = collate_clips([clip])
+        expected = model(**{name: value for name, value in alone.items() if name not in TARGETS}).last_hidden_state[0]
+        torch.testing.assert_close(hidden[row, first : first + len(expected)], expected, atol=1e-5, rtol=1e-4)
+        assert (batch["labels"][row, first] == IGNORE_INDEX).all() and not batch["animation_target_mask"][row, first]
+        assert torch.equal(batch["labels"][row, first + 1 : first + len(expected)], alone["labels"][0, 1:])
+    losses = [model(**collate_clips([clip])).losses["internal_text"] for clip in clips]
+    counts = [(clip["labels"][1:] != IGNORE_INDEX).sum() for clip in clips]
+    weighted = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    assert model.config.null_loss_weight != 1.0  # so only near
+    assert abs(model(**batch).losses["internal_text"] - weighted) < 0.2
+
+
+def test_a_row_of_text_has_no_other_sense(model, clips):
+    ids = np.arange(6, dtype=np.int32)
+    like = {name: value[:0] for name, value in clips[0].items()}
+    batch = collate_rows([[{"input_ids": ids, "labels": ids}]], ticks=6, like=like)
+    assert batch.keys() == like.keys() | {"position_ids", "cu_seq_lens_q"}
+    alone = model(input_ids=batch["input_ids"]).last_hidden_state
+    senses = {name: value for name, value in batch.items() if name not in TARGETS}
+    torch.testing.assert_close(model(**senses).last_hidden_state, alone, atol=1e-6, rtol=1e-5)
+
+
+def test_rows_come_in_their_shares_and_each_once_before_any_comes_again():
+    parts = [list(range(10)), list(range(100, 130))]
+    rows = TrainingRows(parts, [Fraction(1, 4), Fraction(3, 4)], 40, seed=0)
+    seen = [rows[number] for number in range(len(rows))]
+    assert sum(row < 100 for row in seen) == 10 and sorted(seen) == sorted(parts[0] + parts[1])
+    longer = TrainingRows(parts, [Fraction(1, 4), Fraction(3, 4)], 400, seed=0)
+    assert [longer[number] for number in range(40)] == seen  # the length of a run changes nothing
+    assert [longer[number] for number in range(40, 80)] != seen
+    single = TrainingRows(parts[:1], [Fraction(1)], 25, seed=0)
+    assert sorted(single[number] for number in range(20)) == sorted(2 * parts[0])
+
+
+class Clips(list):
+    """A list of clips with what a `datasets.Dataset` has beside."""
+
+    column_names = ()
+
+
+def test_an_evaluation_without_a_sense_or_with_that_of_another_clip(model, clips):
+    given = Clips(clips)
+    without = EvaluationClips(given, without="audio")[0]
+    assert not without["input_features_mask"].any() and np.array_equal(without["labels"], clips[0]["labels"])
+    for name in clips[0].keys() - set(ARGUMENTS["audio"]):
+        assert np.array_equal(without[name], clips[0][name])
+    wrong = EvaluationClips(given, wrong="audio")[0]  # of 5 ticks; the clip half the split away has 7
+    assert np.array_equal(wrong["input_features"], clips[2]["input_features"][:5])
+    expected = clips[2]["input_features_mask"][:5] & clips[0]["input_features_mask"]
+    assert np.array_equal(wrong["input_features_mask"], expected)
+    shorter = EvaluationClips(given, wrong="external_voice")[2]  # of 7 ticks; the other has 5
+    assert (shorter["external_voice_ids"][5:] == IGNORE_INDEX).all() and len(shorter["external_voice_ids"]) == 7
+
+
+def test_a_clip_lacks_a_sense_with_its_chance_and_the_same_numbers_drop_the_same(model, clips):
+    like = {name: value[:0] for name, value in clips[0].items()}
+    batch = collate_rows([clips[:2]] * 200, ticks=12, like=like)
+    dropped = drop_senses(batch, {"audio": 0.25, "internal_voice": 0.5, "touch": 0.9}, np.random.default_rng(1))
+    again = drop_senses(batch, {"audio": 0.25, "internal_voice": 0.5, "touch": 0.9}, np.random.default_rng(1))
+    assert all(torch.equal(dropped[name], again[name]) for name in batch)
+    changed = {name for name in batch if not torch.equal(dropped[name], batch[name])}
+    assert changed == {"input_features_mask", "input_ids", "touch_mask"}
+    voice = (dropped["input_ids"] >= 0) == (batch["input_ids"] >= 0)  # a clip loses all of its ticks, or none
+    for first, last in ((0, 5), (5, 8)):
+        lost = (dropped["input_ids"][:, first:last] < 0).all(dim=1)
+        assert 60 < lost.sum() < 140
+        assert (voice[:, first:last].all(dim=1) | lost).all()
+    ears = batch["input_features_mask"][:, :5].any() and (~dropped["input_features_mask"][:, :5].any(dim=1)).sum()
+    assert 20 < ears < 85
+    assert torch.equal(dropped["labels"], batch["labels"])
+
+
+def test_metrics_of_streams_are_those_of_the_model(model, clips):
+    batch = collate_clips(clips)
+    senses = {name: value for name, value in batch.items() if name not in TARGETS}
+    hidden = model(**senses).last_hidden_state
+    sums = stream_sums(model, hidden, batch)
+    assert sums.shape == (4, len(sum_names(model.config)))
+    metrics = stream_metrics(model.config, sums.numpy())
+    output = model(**batch)
+    for name, loss in output.losses.items():
+        assert metrics[f"{name}_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["loss"] == pytest.approx(output.loss.item(), rel=1e-4)
+    assert np.allclose(sums[1], stream_sums(model, model(**collate_clips(clips[1:2])).last_hidden_state,
+                                            collate_clips(clips[1:2]))[0], rtol=1e-3, atol=1e-4)  # fmt: skip
+    for name in ("rotation_degrees", "rotation_degrees_repeating", "action_error", "external_text_words_loss"):
+        assert metrics[name] > 0
+    assert 0 <= metrics["internal_text_silence"] <= 1 and 0 <= metrics["audio_repeating"] < 0.5
+
+
+def test_perfect_predictions_score_perfectly(model):
+    config = model.config
+    ticks, names = 6, sum_names(config)
+    batch = random_batch(config, rows=2, ticks=ticks, presence=1.0)
+    logits = torch.nn.functional.one_hot(batch["labels"][:, 1:], config.vocab_size).float() * 50
+
+    class Head(torch.nn.Module):
+        def forward(self, states):  # linear_token_losses gives it the states of all ticks at once
+            return logits.flatten(0, 1)
+
+    perfect = SimpleNamespace(config=config, streams=model.streams, model=model.model, _head=Head)
+    sums = stream_sums(perfect, torch.zeros(2, ticks, config.hidden_size), batch)
+    found = dict(zip(names, sums.sum(dim=0).tolist(), strict=True))
+    silent = (batch["labels"][:, 1:] == config.null_token_id).sum()
+    assert found["internal_text whole"] == found["internal_text clips"] == 2
+    assert found["internal_text words"] == found["internal_text right"] == 2 * (ticks - 1) - silent
+    assert found["internal_text silent"] == silent and found["internal_text nats"] < 1e-3
+
+
+def test_repeating_the_last_command_is_the_measure_of_commands(model):
+    batch = random_batch(model.config, rows=1, ticks=5, presence=1.0)
+    for name in ("action_targets", "rotation_targets"):
+        batch[name] = batch[name][:, :1, :1].expand_as(batch[name]).contiguous()
+    batch = {name: value for name, value in batch.items() if name not in COPIES}
+    sums = stream_sums(model, torch.ones(1, 5, model.config.hidden_size), batch)
+    found = stream_metrics(model.config, sums.numpy())
+    assert found["rotation_degrees_repeating"] == pytest.approx(0, abs=0.1)
+    assert found["action_error_repeating"] == pytest.approx(0, abs=1e-6) and found["rotation_degrees"] > 0.1
+
+
+def test_text_beside_recordings_counts_in_targets(tmp_path):
+    write_made_up_recordings(tmp_path / "touch", "touch")
+    np.random.default_rng(0).integers(0, 300, 5000).astype(np.uint16).tofile(tmp_path / "text.bin")
+    config = CreatureConfig()
+    processor = CreatureProcessor.from_config(config, load_tokenizer())
+    data = DataArguments(
+        text_data=str(tmp_path / "text.bin"), text_share=0.6, clip_ticks=64, cache_dir=str(tmp_path / "cache")
+    )
+    splits, info, like = open_rows(data, [(str(tmp_path / "touch"), None)], processor, 400, seed=0)
+    assert set(splits) == {"train", "validation", "text"} and info["streams"] == ["internal_text"]
+    assert 0.5 < info["fill"] <= 1 and len(splits["train"]) == 400
+    targets = {True: 0.0, False: 0.0}
+    for number in range(400):
+        for clip in splits["train"][number]:
+            known = clip["labels"][1:][clip["labels"][1:] != IGNORE_INDEX]
+            weights = np.where(known == config.null_token_id, config.null_loss_weight, 1.0)
+            targets["touch_mask" not in clip] += weights.sum()
+    assert targets[True] / sum(targets.values()) == pytest.approx(0.6, abs=0.02)
+    alone = DataArguments(clip_ticks=64, cache_dir=str(tmp_path / "cache"))
+    rows, facts, _ = open_rows(alone, [(str(tmp_path / "touch"), None)], processor, None, seed=0)
+    assert len(rows["train"]) == facts["rows_of_recordings"] and facts["data_hash"] != info["data_hash"]
+    with pytest.raises(UserError, match="clip_ticks is 1"):
+        open_rows(replace(alone, clip_ticks=1), [(str(tmp_path / "touch"), None)], processor, None, seed=0)
