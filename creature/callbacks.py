@@ -415,10 +415,10 @@ def log_line(step: int, max_steps: int, logs: dict, seconds_left: float = math.n
             parts.append(text if " " in shape else f"{key} {text}")
     if "loss" in logs and math.isfinite(seconds_left):
         parts.append(f"{format_seconds(seconds_left)} left")
-    return "\n".join([" | ".join(parts), *_evaluation_lines({k: v for k, v in logs.items() if k not in shapes})])
+    return "\n".join([" | ".join(parts), *evaluation_lines({k: v for k, v in logs.items() if k not in shapes})])
 
 
-def _evaluation_lines(logs: dict) -> list[str]:
+def evaluation_lines(logs: dict) -> list[str]:
     """What a round evaluates beside the loss, a line a subject."""
     names = [name.removeprefix("eval_") for name in logs if name.startswith("eval_") and name not in TIMINGS]
     lines: dict[str, list[str]] = {}

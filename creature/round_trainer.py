@@ -4,17 +4,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from creature.clip_evaluation import clip_sums, evaluate_clips
 from creature.data import collate_blocks, collate_clips
 from creature.data.recordings.rows import ARGUMENTS, EvaluationClips
 from creature.errors import UserError
-from creature.stream_metrics import stream_metrics, stream_sums
 from creature.trainer import CreatureTrainer
 from losses_creature import IGNORE_INDEX
-from processing_creature import ABSENT, TARGETS
-from senses_creature import SENSE_TABLE
+from processing_creature import ABSENT
 
 TEXT_PREFIX = "text"  # of the metrics of text beside the recordings
-COPIES = {name for sense in SENSE_TABLE if sense.copy_of for name in ARGUMENTS[sense.name]}
 
 
 class RoundTrainer(CreatureTrainer):
@@ -52,43 +50,23 @@ class RoundTrainer(CreatureTrainer):
 
     def evaluation_loop(self, dataloader: DataLoader, description: str, *args, metric_key_prefix="eval", **kwargs):
         """The Trainer's, once for the clips as they are, then without and with the wrong sense, then for the text."""
-        clips, batch_size = dataloader.dataset, self.args.per_device_eval_batch_size
-        output = self._streams_of(EvaluationClips(clips), batch_size, description)
-        metrics = output.metrics
-        present = [name for name, arguments in ARGUMENTS.items() if set(arguments) & set(clips.column_names)]
-        for sense in present:
-            for how in ("without", "wrong") if len(clips) > 1 else ("without",):
-                name = f"{'drop' if how == 'without' else 'wrong'}_{sense}"
-                found = self._streams_of(EvaluationClips(clips, **{how: sense}), batch_size, f"{description}: {name}")
-                metrics[name] = found.metrics["loss"]
-                if len(self._streams) > 1:
-                    metrics |= {
-                        f"{stream}_{name}": found.metrics[f"{stream}_loss"]
-                        for stream in self._streams
-                        if f"{stream}_loss" in found.metrics
-                    }
+        outputs = []
+
+        def sums_of(clips: EvaluationClips, name: str) -> np.ndarray:
+            outputs.append(self._loop(clips, collate_clips, f"{description}: {name}" if name else description))
+            return outputs[-1].predictions
+
+        metrics = evaluate_clips(self.model_config, dataloader.dataset, sums_of)
         if self.text_dataset is not None:
-            metrics |= self._text_of(batch_size, description)
-        return output._replace(metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+            found = self._loop(self.text_dataset, collate_blocks, f"{description}: {TEXT_PREFIX}")
+            nats, targets = found.predictions.sum(axis=0)
+            metrics[f"{TEXT_PREFIX}_loss"] = float(nats / targets)
+        return outputs[0]._replace(metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
 
-    @property
-    def _streams(self) -> list[str]:
-        return [name for name, weight in self.model_config.loss_weights.items() if weight]
-
-    def _streams_of(self, clips: EvaluationClips, batch_size: int, description: str):
-        """The Trainer's loop over some clips; `metrics` without a prefix."""
-        loader = self.accelerator.prepare(DataLoader(clips, batch_size, collate_fn=collate_clips))
-        output = super().evaluation_loop(loader, description, prediction_loss_only=False, metric_key_prefix="")
-        return output._replace(metrics=stream_metrics(self.model_config, output.predictions))
-
-    def _text_of(self, batch_size: int, description: str) -> dict[str, float]:
-        """The loss of the text beside the recordings, in nats per token."""
-        loader = self.accelerator.prepare(DataLoader(self.text_dataset, batch_size, collate_fn=collate_blocks))
-        output = super().evaluation_loop(
-            loader, f"{description}: {TEXT_PREFIX}", prediction_loss_only=False, metric_key_prefix=""
-        )
-        nats, targets = output.predictions.sum(axis=0)
-        return {f"{TEXT_PREFIX}_loss": float(nats / targets)}
+    def _loop(self, rows, collate, description: str):
+        """The Trainer's loop over some rows, with what `prediction_step` gives as `predictions`."""
+        loader = self.accelerator.prepare(DataLoader(rows, self.args.per_device_eval_batch_size, collate_fn=collate))
+        return super().evaluation_loop(loader, description, prediction_loss_only=False, metric_key_prefix="")
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """
@@ -102,10 +80,7 @@ class RoundTrainer(CreatureTrainer):
             if inputs.keys() == {"input_ids", "labels"}:
                 losses = model(**inputs, return_logits=False).token_losses.float()
                 return None, torch.stack((losses.sum(1), (inputs["labels"][:, 1:] != IGNORE_INDEX).sum(1)), 1), None
-            senses = {name: value for name, value in inputs.items() if name not in TARGETS}
-            hidden = model(**senses, logits_to_keep=1, use_cache=False).last_hidden_state
-            # The head knows the last command from the targets, also where the copy of it is missing or wrong.
-            return None, stream_sums(model, hidden, {n: value for n, value in inputs.items() if n not in COPIES}), None
+            return None, clip_sums(model, inputs), None
 
 
 def drop_senses(batch: dict[str, torch.Tensor], chances: dict[str, float], rng: np.random.Generator) -> dict:

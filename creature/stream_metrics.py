@@ -111,15 +111,19 @@ def _animation_sums(model, before: torch.Tensor, batch: dict) -> list:
     return [*columns, *(None if given is None else mask.sum(dim=1) for given in (turned, moved))]
 
 
+def degrees_between(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Rotation matrices [..., 3, 3] -> the angle of the rotation from one to the other, [...]."""
+    # Twice the arc sine of half the chord: exact for small angles too, unlike the arc cosine of the trace.
+    chord = (first - second).square().sum((-2, -1)).clamp(max=8.0).sqrt() / 8**0.5
+    return torch.rad2deg(2 * torch.arcsin(chord))
+
+
 def _degrees(found: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
     The mean angle between rotation matrices [B, T - 1, sub-frames, joints, 3, 3] and the quaternions of the targets,
     summed over ticks.
     """
-    true = matrix_from_6d(quaternion_to_6d(targets[:, 1:].float()))
-    # Twice the arc sine of half the chord: exact for small angles too, unlike the arc cosine of the trace.
-    chord = (found - true).square().sum((-2, -1)).clamp(max=8.0).sqrt() / 8**0.5
-    angle = torch.rad2deg(2 * torch.arcsin(chord)).mean((-2, -1))
+    angle = degrees_between(found, matrix_from_6d(quaternion_to_6d(targets[:, 1:].float()))).mean((-2, -1))
     return angle.masked_fill(~mask, 0.0).sum(dim=1)
 
 

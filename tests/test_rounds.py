@@ -1,5 +1,6 @@
 """A round on recordings, as a user runs it: from a text checkpoint, stopped and resumed, with every bad input."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -215,3 +216,16 @@ def test_every_round_file_reads(monkeypatch):
     for kind in KINDS:
         settings = parse_settings(["--config", str(CONFIGS / "rounds" / f"{kind}.yaml")])
         assert settings.on_recordings and settings.row_length == 512 and not settings.model
+
+
+def test_the_script_evaluates_as_the_run_did(place, monkeypatch, run_script):
+    write_made_up_recordings(place / "recordings", "move")
+    run(monkeypatch, "move", "--data", "recordings", "--max_steps", 4, "--output_dir", "run")
+    evaluated = checkpoints.read_metrics(place / "run")[-1]
+    code, _, err = run_script(
+        "evaluate_recordings", "--checkpoint", "run", "--data", "recordings", "--output", "a.json"
+    )
+    assert code == 0, err
+    found = json.loads((place / "a.json").read_text())
+    assert found["clip_ticks"] == 64 and {"drop_own_action", "action_error_repeating"} <= found["metrics"].keys()
+    assert all(evaluated[f"eval_{name}"] == pytest.approx(value, rel=1e-4) for name, value in found["metrics"].items())

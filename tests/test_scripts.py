@@ -29,6 +29,7 @@ TOOLS = (
     "generate_text",
     "demo",
     "evaluate_text",
+    "evaluate_recordings",
     "inspect_corpus",
     "import_recordings",
     "export",

@@ -1,10 +1,10 @@
 """Joint angles up to a second ahead, from recorded motion.
 
-From 2 s that are known, the poses after them (`rollouts.open_loop_starts`, every window of the validation split),
-without seeing anything more. An error is the angle between the rotation of a joint and that forecast, in its parent's
-frame (of the root: in the room's), the mean over joints and windows, in degrees. 80 ms ahead is the fourth sub-frame of
-20 ms after the last one that is known. "1 tick ratio" is the squared chordal distance divided by that of repeating the
-last pose, one tick ahead at every tick, as `motor_creature.command_errors` counts it.
+From 2 s that are known, the poses after them (`creature.open_loop.open_loop_starts`, every window of the validation
+split), without seeing anything more. An error is the angle between the rotation of a joint and that forecast, in its
+parent's frame (of the root: in the room's), the mean over joints and windows, in degrees. 80 ms ahead is the fourth
+sub-frame of 20 ms after the last one that is known. "1 tick ratio" is the squared chordal distance divided by that of
+repeating the last pose, one tick ahead at every tick, as `motor_creature.command_errors` counts it.
 
 Constant velocity goes on as over the last tick. The GRU sees the rotations as 6 numbers a joint, and its loss is the
 squared chordal distance; it ends where its error at 400 ms is lowest.
@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.baselines.common import open_clips, print_table
-from benchmarks.baselines.rollouts import AHEAD, measure_grus, open_loop_windows, present_ticks
+from benchmarks.baselines.rollouts import measure_grus, open_loop_windows
+from creature.open_loop import AHEAD, MILLISECONDS, angles_ahead, command_span
 from motor_creature import matrix_from_6d, quaternion_to_6d
 
-MILLISECONDS = (80, 160, 320, 400, 1000)
-SUBFRAME_MS = 20
 HEAD = [*(f"{ms} ms" for ms in MILLISECONDS), "1 tick ratio"]
 
 
@@ -47,8 +46,7 @@ def report(options: argparse.Namespace) -> None:
 
 def to_frames(clip: dict) -> torch.Tensor:
     """A recording as [T, sub-frames, joints * 6]: the first two columns of every rotation matrix."""
-    rotations = torch.from_numpy(present_ticks(clip["rotation_targets"], clip["animation_target_mask"]))
-    return quaternion_to_6d(rotations).flatten(-2)
+    return quaternion_to_6d(torch.from_numpy(clip["rotation_targets"][command_span(clip)])).flatten(-2)
 
 
 def matrices(frames: torch.Tensor) -> torch.Tensor:
@@ -66,20 +64,11 @@ def chordal(found: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (matrices(found) - matrices(target)).square().sum((-2, -1)).mean((-2, -1))
 
 
-def degrees_between(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Rotation matrices [..., 3, 3] -> the angle of the rotation from one to the other, [...]."""
-    distance = (first - second).square().sum((-2, -1)).sqrt()  # 2 sqrt(2) sin(angle / 2): exact for small angles, too
-    return torch.rad2deg(2 * torch.asin((distance / 8**0.5).clamp(max=1)))
-
-
 @torch.no_grad()
 def angles(open_loop, held_out: list[torch.Tensor]) -> dict[str, float]:
     """The errors in degrees; open_loop: known [B, BEFORE, sub-frames, joints * 6] -> the same of AHEAD ticks."""
     known, comes = open_loop_windows(held_out)
-    found, target = (matrices(frames.flatten(1, 2)) for frames in (open_loop(known), comes))
-    places = [ms // SUBFRAME_MS - 1 for ms in MILLISECONDS]
-    errors = degrees_between(found[:, places], target[:, places]).mean((0, 2))
-    return dict(zip(HEAD, errors.tolist(), strict=False))
+    return angles_ahead(matrices(open_loop(known)), matrices(comes), MILLISECONDS)
 
 
 def one_tick(model, held_out: list[torch.Tensor]) -> dict[str, float]:

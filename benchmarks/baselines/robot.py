@@ -1,9 +1,9 @@
 """The next action of a robot, and those of the next second, from what it measures and was commanded.
 
 One tick: at every tick but the first of a validation recording, from all ticks before it. Open loop: from 2 s that are
-known, the 13 ticks after them (`rollouts.open_loop_starts`), without seeing anything more. "error" is the mean absolute
-error in standard deviations of each number, over all sub-frames; "ratio" is the Huber loss divided by that of repeating
-the last command, both as `motor_creature.command_errors` counts them.
+known, the 13 ticks after them (`creature.open_loop.open_loop_starts`), without seeing anything more. "error" is the
+mean absolute error in standard deviations of each number, over all sub-frames; "ratio" is the Huber loss divided by
+that of repeating the last command, both as `motor_creature.command_errors` counts them.
 
 Ridge regression forecasts each of the 13 ticks directly; its strength is the best one on the validation split. The GRU
 forecasts state and action, and goes on from its own; it ends where its two ratios have the lowest sum.
@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.baselines.common import open_clips, print_table
-from benchmarks.baselines.rollouts import AHEAD, measure_grus, open_loop_windows, present_ticks
+from benchmarks.baselines.rollouts import measure_grus, open_loop_windows
 from creature.errors import UserError
+from creature.open_loop import AHEAD, action_errors, command_span
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)  # of ridge regression
 HEAD = ["1 tick error", "1 tick ratio", "1 s error", "1 s ratio"]
@@ -50,7 +51,7 @@ def report(options: argparse.Namespace) -> None:
 def to_frames(clip: dict) -> torch.Tensor:
     """A recording as [T, sub-frames, numbers]: the actions, then the state, both normalised."""
     both = np.concatenate((clip["action_targets"], clip["body_state"]), axis=-1)
-    return torch.from_numpy(present_ticks(both, clip["animation_target_mask"] & clip["body_mask"]))
+    return torch.from_numpy(both[command_span(clip)])
 
 
 def still(frames: torch.Tensor, ticks: int = -1) -> torch.Tensor:
@@ -76,11 +77,7 @@ def measure(one_tick, open_loop, held_out: list[torch.Tensor], size: int) -> dic
              for recording in held_out]  # fmt: skip
     one = [torch.cat([part[..., :size] for part in parts]) for parts in zip(*pairs, strict=True)]
     second = [part[..., :size] for part in (open_loop(known), comes, still(known[:, -1:], AHEAD))]
-    figures = []
-    for found, target, repeated in (one, second):
-        figures.append((found - target).abs().mean().item())
-        figures.append((huber(found, target).sum() / huber(repeated, target).sum()).item())
-    return dict(zip(HEAD, figures, strict=True))
+    return dict(zip(HEAD, (*action_errors(*one), *action_errors(*second)), strict=True))
 
 
 def measure_ridge(train: list, held_out: list, size: int, strength: float, residual: bool) -> dict[str, float]:

@@ -9,25 +9,10 @@ from torch import nn
 
 from benchmarks.baselines.common import count_parameters, fit, say
 from creature.errors import UserError
+from creature.open_loop import AHEAD, BEFORE, open_loop_starts
 
-BEFORE, AHEAD, STRIDE = 25, 13, 5  # ticks: 2 s, 1.04 s, 0.4 s
 WINDOW = BEFORE + AHEAD  # ticks of a training sample, as of those that are forecast
 BATCH = 32
-
-
-def open_loop_starts(ticks: int, before: int = BEFORE, after: int = AHEAD, stride: int = STRIDE) -> range:
-    """
-    The first tick that is forecast, of every window of a recording of `ticks` ticks.
-
-    `before` ticks and more are known, 0 to start - 1, and `after` ticks are forecast, start to start + after - 1.
-    """
-    return range(before, ticks - after + 1, stride)
-
-
-def present_ticks(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The ticks of one recording [T, ...] from the first to the last that is there."""
-    there = np.flatnonzero(mask)
-    return values[there[0] : there[-1] + 1] if len(there) else values[:0]
 
 
 def open_loop_windows(recordings: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

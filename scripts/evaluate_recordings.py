@@ -1,0 +1,160 @@
+"""What a creature makes of held-out recordings: every stream, what each sense is worth, commands a second ahead.
+
+examples:
+  python scripts/evaluate_recordings.py --checkpoint checkpoints/move --data recordings/motion
+  python scripts/evaluate_recordings.py --checkpoint checkpoints/hear --data recordings/speech --output hear.json
+  python scripts/evaluate_recordings.py --checkpoint checkpoints/move --data recordings/motion --ahead 80 1000
+
+First the metrics that the run evaluated, on the validation split. Then, of a creature that moves, its commands one tick
+ahead, and in open loop: it perceives a recording until a moment, and its own commands alone for 13 ticks after it. The
+moments and measures are those of `benchmarks/dedicated.py`, whose models stand beside it; docs/evaluation.md says more.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from creature.errors import UserError, run_main  # noqa: E402
+from creature.files import user_path  # noqa: E402
+
+WHOLE = 1 << 20  # ticks of a clip: no recording is cut
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--checkpoint", type=user_path, required=True, help="folder of a run, of a checkpoint or of a saved model"
+    )
+    parser.add_argument("--data", type=user_path, required=True, help="folder of recordings with a validation split")
+    parser.add_argument(
+        "--ahead", nargs="+", type=int, metavar="MS", help="of joint angles (default 80 160 320 400 1000; at most 1040)"
+    )
+    parser.add_argument("--output", type=user_path, help="JSON file for all figures")
+    parser.add_argument(
+        "--cache_dir", type=user_path, default="data", help="where clips are kept once they are made (default data)"
+    )
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: a GPU if there is one")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from creature.loading import find_model, load_config, load_saved_tokenizer
+
+    folder = find_model(arguments.checkpoint)
+    config = load_config(folder)
+    import torch
+    import transformers
+
+    from creature.callbacks import evaluation_lines
+    from creature.data.recordings.rows import EvaluationClips
+    from creature.files import replace_file, require_writable
+    from creature.hardware import device_info
+    from creature.loading import load_model
+    from creature.open_loop import MILLISECONDS, measure_open_loop
+    from processing_creature import CreatureProcessor
+
+    transformers.utils.logging.disable_progress_bar()
+    milliseconds = check_ahead(arguments.ahead or MILLISECONDS, config)
+    if arguments.output:
+        require_writable(Path(arguments.output).parent)
+    device = device_info(arguments.device)
+    processor = CreatureProcessor.from_config(config, load_saved_tokenizer(folder))
+    context = trained_ticks(folder, config)
+    clips, about = open_clips(arguments, processor, context)
+    if not set(about["streams"]) & {name for name, weight in config.loss_weights.items() if weight}:
+        raise UserError(
+            f"{arguments.data} feeds {', '.join(about['streams']) or 'no stream'}, which {folder} has not learned: "
+            "give recordings of what it has"
+        )
+    model = load_model(folder, device.kind, torch.float32)
+    print(f"evaluating {folder} on {device.name}: {len(clips)} clips of up to {context} ticks", file=sys.stderr)
+    moves = "animation" in about["streams"]
+    with torch.autocast(device.kind, dtype=torch.bfloat16, enabled=device.kind == "cuda" and device.bf16):
+        metrics = evaluate(model, clips, device.kind)
+        whole = EvaluationClips(open_clips(arguments, processor, WHOLE)[0]) if moves else []
+        commands = measure_open_loop(model, map(whole.__getitem__, range(len(whole))), context, milliseconds)
+    print(f"loss {metrics['loss']:.4f}")
+    print("\n".join(evaluation_lines({f"eval_{name}": value for name, value in metrics.items() if name != "loss"})))
+    for part, figures in commands.items():
+        print_commands(part, figures)
+    if arguments.output:
+        result = {"checkpoint": str(folder), "data": arguments.data, "clip_ticks": context, "clips": len(clips)}
+        result |= {"metrics": metrics, "commands": commands}
+        with replace_file(arguments.output, "w") as file:
+            file.write(json.dumps(result, indent=2) + "\n")
+
+
+def check_ahead(milliseconds: tuple[int, ...], config) -> tuple[int, ...]:
+    """The moments, in ms; UserError for one that is no end of a sub-frame, or is not forecast."""
+    from creature.open_loop import AHEAD, TICK_MS
+
+    longest, subframe = AHEAD * TICK_MS, TICK_MS / config.subframes_per_tick
+    for moment in milliseconds:
+        if not 0 < moment <= longest or moment % subframe:
+            raise UserError(f"--ahead {moment} is no multiple of {subframe:g} ms from {subframe:g} to {longest}")
+    return tuple(milliseconds)
+
+
+def trained_ticks(folder: Path, config) -> int:
+    """The most ticks of a clip in the run of a model, by its run.json; else the default, or the context if shorter."""
+    from creature.checkpoints import read_run
+    from creature.settings import DataArguments
+
+    run = read_run(folder) or read_run(folder.resolve().parent) or {}
+    usual = min(DataArguments.clip_ticks, config.max_position_embeddings)
+    return run["must_match"]["block_size"] if run.get("on_recordings") else usual
+
+
+def open_clips(arguments: argparse.Namespace, processor, ticks: int):
+    """(the clips of the validation split, cut to so many ticks; the facts of `make_clips`)."""
+    from creature.data.recordings.clips import make_clips
+    from creature.data.recordings.schema import load_recordings
+
+    recordings, facts = load_recordings(arguments.data)
+    if "validation" not in recordings:
+        raise UserError(
+            f"{arguments.data} has no validation split: import it again with --validation_fraction or "
+            "--validation_groups"
+        )
+    for split in [name for name in recordings if name != "validation"]:
+        del recordings[split]
+    clips, about = make_clips(recordings, facts, processor, ticks, Path(arguments.cache_dir, "clips"))
+    return clips["validation"], about
+
+
+def evaluate(model, clips, device: str) -> dict[str, float]:
+    """`evaluate_clips` in a plain loop."""
+    import numpy as np
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
+    from creature.clip_evaluation import clip_sums, evaluate_clips
+    from creature.data import collate_clips
+
+    def sums_of(given, name: str) -> np.ndarray:
+        batches = DataLoader(given, batch_size=16 if device == "cuda" else 2, collate_fn=collate_clips)
+        bar = tqdm(batches, desc=name or "all senses", unit="batch", file=sys.stderr, disable=None, leave=False)
+        sums = [clip_sums(model, {key: value.to(device) for key, value in batch.items()}) for batch in bar]
+        return np.concatenate([part.cpu().numpy() for part in sums])
+
+    return evaluate_clips(model.config, clips, sums_of)
+
+
+def print_commands(part: str, figures: dict) -> None:
+    """A table with a line for the creature, and one for repeating the last command."""
+    unit = "degrees" if part == "rotation" else "standard deviations"
+    names, digits = list(figures["creature"]), 3 if part == "rotation" else 4
+    print(f"\n{part} in {unit}, {figures['windows']} windows")
+    if not figures["windows"]:
+        print("no recording lasts 3.04 s, as a forecast of a second takes")
+    print(f"{'':<22}" + "".join(f"{name:>14}" for name in names))
+    for row, label in (("creature", "creature"), ("repeating", "repeating the last")):
+        print(f"{label:<22}" + "".join(f"{figures[row][name]:>14.{digits}f}" for name in names))
+
+
+if __name__ == "__main__":
+    run_main(main)
