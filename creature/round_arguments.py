@@ -31,7 +31,8 @@ class RoundArguments:
     sense_dropout: None | float | dict = field(
         default=None,
         metadata={
-            "help": "Chance that a clip is learned from without a sense, one for all or {audio: 0.1, own_action: 0.5}."
+            "help": "Chance that a clip is learned from without a sense, or without it from some tick on: one for all, "
+            "or by name as in {audio: 0.1, own_action: 0.5}."
         },
     )
 

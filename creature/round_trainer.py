@@ -85,14 +85,18 @@ class RoundTrainer(CreatureTrainer):
 
 def drop_senses(batch: dict[str, torch.Tensor], chances: dict[str, float], rng: np.random.Generator) -> dict:
     """
-    A batch of `collate_rows` in which each clip lacks each sense with its chance: there it is absent.
+    A batch of `collate_rows` in which each clip lacks each sense with its chance: half of them throughout, half from a
+    tick on that is drawn too, as a creature meets it whose camera fails, or that moves on without looking.
 
     chances: by the names of `ARGUMENTS`.
     """
-    clip = (batch["position_ids"] == 0).cumsum(dim=1) - 1  # [B, T], which clip of its row a tick belongs to
+    position = batch["position_ids"]  # [B, T], of a tick in its clip
+    clip = (position == 0).cumsum(dim=1) - 1  # which clip of its row a tick belongs to
+    lengths = torch.zeros_like(clip).scatter_reduce(1, clip, position + 1, "amax").gather(1, clip)
     batch = dict(batch)
     for sense, chance in chances.items():
-        gone = torch.from_numpy(rng.random(tuple(clip.shape)) < chance).to(clip.device).gather(1, clip)
+        chosen, since = (torch.from_numpy(rng.random(tuple(clip.shape))).to(clip.device).gather(1, clip) for _ in "ab")
+        gone = (chosen < chance) & (position >= (2 * since - 1) * lengths)
         for name in ARGUMENTS[sense]:
             if name in batch and (name.endswith("mask") or ABSENT[name] == IGNORE_INDEX):
                 absent = False if name.endswith("mask") else IGNORE_INDEX
