@@ -17,6 +17,7 @@ from creature.data.recordings.schema import load_recordings
 from creature.data.text.tokenizer import load_tokenizer
 from creature.open_loop import AHEAD, command_span, forecast, measure_open_loop, open_loop_starts, open_loop_windows
 from creature.stream_metrics import sum_names
+from motor_creature import quaternion_to_6d
 from processing_creature import TARGETS, CreatureProcessor
 
 WEIGHTS = {"internal_text": 0.0, "external_text": 0.0, "audio": 0.0, "animation": 1.0}
@@ -99,10 +100,11 @@ def test_own_commands_alone_are_perceived_afterwards(model, clips):
 
 
 def jointed(seed: int, ticks: int = 70) -> tuple:
-    """A creature with two joints, and a clip of it that has every sense but the body at its ends."""
+    """A creature with two joints, and a clip of it whose first two ticks and whose last have no command."""
     model = micro_model(num_joints=2, num_blend_shapes=4, subframes_per_tick=4, action_size=0, loss_weights=WEIGHTS)
     batch = random_batch(model.config, rows=1, ticks=ticks, seed=seed)
     clip = {name: value[0].numpy() for name, value in batch.items() if not name.startswith("action")}
+    clip["animation"][:, : 4 * 2 * 4] = clip["rotation_targets"].reshape(ticks, -1)  # the copy is the target
     clip["animation_target_mask"][:] = clip["animation_mask"][:] = True
     clip["animation_target_mask"][[0, 1, -1]] = clip["animation_mask"][[0, 1, -1]] = False
     return model, clip
@@ -110,20 +112,24 @@ def jointed(seed: int, ticks: int = 70) -> tuple:
 
 def test_joint_angles_are_measured_as_those_of_the_dedicated_models():
     model, clip = jointed(0)
-    measured = measure_open_loop(model, [clip], context=64)["rotation"]
-    known, _, _ = windows_of([clip], "rotation_targets", past=64 - AHEAD + 1)
-    rotations = forecast(model, known, "animation")[..., : 4 * 2 * 4].unflatten(-1, (4, 2, 4))
-    mask = np.ones(AHEAD, bool)
-    own = [motion.to_frames({"rotation_targets": one.numpy(), "animation_target_mask": mask}) for one in rotations]
-    frames = [motion.to_frames(clip)]
-    expected = motion.angles(lambda _: torch.stack(own), frames)
-    still = motion.angles(lambda known: known[:, -1:, -1:].expand(-1, AHEAD, 4, -1), frames)
-    assert measured["windows"] == len(own) == len(open_loop_starts(67)) and len(expected) == 5
-    for figures, reference in (("creature", expected), ("repeating", still)):
-        found = {name: value for name, value in measured[figures].items() if name != "1 tick ratio"}
-        assert found == pytest.approx(reference, rel=1e-3)
+    measured = measure_open_loop(model, [clip], context=70)["rotation"]
+    known, _, _ = windows_of([clip], "rotation_targets", past=70 - AHEAD + 1)
+    frames, own = [motion.to_frames(clip)], frames_of(forecast(model, known, "animation"))
+    expected = motion.angles(lambda _: own, frames)
+    senses = {name: value for name, value in collate_clips([clip]).items() if name not in TARGETS}
+    emitted = frames_of(model(**senses, output_streams=("animation",)).animation.detach())
+    expected |= motion.one_tick(lambda _: emitted[:, 2:68], frames)  # of the ticks 3 to 68
+    still = motion.angles(lambda known: known[:, -1:, -1:].expand(-1, AHEAD, 4, -1), frames) | {"1 tick ratio": 1.0}
+    assert measured["windows"] == len(own) == len(open_loop_starts(67))
+    assert measured["creature"] == pytest.approx(expected, rel=1e-4)
+    assert measured["repeating"] == pytest.approx(still, rel=1e-4)
     one = measure_open_loop(model, [clip], context=64, milliseconds=[20, 1040])["rotation"]["creature"]
     assert {"20 ms", "1040 ms", "1 tick ratio"} == one.keys()
+
+
+def frames_of(animation: torch.Tensor) -> torch.Tensor:
+    """What a creature with two joints emits [..., ticks, animation_size], as the dedicated models have it."""
+    return quaternion_to_6d(animation[..., : 4 * 2 * 4].unflatten(-1, (4, 2, 4))).flatten(-2)
 
 
 def test_actions_are_measured_as_those_of_the_dedicated_models(model, clips):
