@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import DistributedType
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, gather_object
 from datasets import DatasetDict
 from transformers import PrinterCallback, ProgressCallback, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
@@ -33,6 +33,7 @@ from creature.callbacks import (
 from creature.data import block_collator, collate_rows, load_data
 from creature.data.recordings.rows import open_rows
 from creature.data.text.tokenizer import gpt2_hash, load_tokenizer, special_ids, token_byte_lengths, tokenizer_hash
+from creature.data_parallel import LostProcess
 from creature.errors import UserError, first_line, is_out_of_memory, raise_all
 from creature.estimate import fit_micro_batch
 from creature.finalize import SAMPLING, sample
@@ -72,7 +73,7 @@ class Data:
     processor: CreatureProcessor | None = None
 
 
-def build_config(settings: Settings, resumed: ResumedRun | None) -> tuple[CreatureConfig, Trained]:
+def build_config(settings: Settings, resumed: ResumedRun | None = None) -> tuple[CreatureConfig, Trained]:
     """
     (the model's configuration, with the ids of the tokenizer, what of the model is trained); UserError with every
     problem of its values.
@@ -128,12 +129,24 @@ def build_arguments(
     ) as error:  # the last is accelerate's
         raise UserError(f"the training section is not valid: {error}") from error
     raise_all(_find_problems(args, config, sharded(training)))
+    if plan.world_size > 1:
+        _check_batches_agree(gather_object([(plan.micro_batch, plan.accumulation)]))
     if args.n_gpu > 1:
         args._n_gpu = 1  # else the Trainer uses nn.DataParallel, which counts the batch differently
     if plan.threads:
         torch.set_num_threads(plan.threads)
     transformers.utils.logging.disable_progress_bar()  # of writing and reading model files
     return args
+
+
+def _check_batches_agree(batches: list[tuple[int, int]]) -> None:
+    """UserError where the processes chose different (micro-batch, accumulation): they would wait for each other."""
+    if len(set(batches)) > 1:
+        sizes = [micro for micro, _ in batches]
+        raise UserError(
+            f"the GPUs have different free memory: micro-batches of {', '.join(map(str, sizes))} fit processes 0 to "
+            f"{len(sizes) - 1}; use --per_device_train_batch_size {min(sizes)}, or free the fuller ones"
+        )
 
 
 def _find_problems(args, config: CreatureConfig, is_sharded: bool) -> list[str]:
@@ -409,6 +422,8 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MetricsFile(args.output_dir, resumed.seconds_trained if resumed else 0.0))
     trainer.add_callback(FirstStep())
+    if args.world_size > 1:
+        trainer.add_callback(LostProcess())
     trainer.add_callback(ConsoleLog(throughput, bar=False if args.disable_tqdm else None))
     scaled_down = settings.dry_run and args.device.type == "cpu"  # too slow to judge its speed
     trainer.add_callback(HealthAdvice(min_samples_per_second=0.0 if scaled_down else 5.0))

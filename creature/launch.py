@@ -31,6 +31,7 @@ COMMAND = "CREATURE_COMMAND"
 LAUNCH_WORDS = ("launch", "accelerate-launch", "accelerate.commands.launch")
 # What gloo, NCCL and torch's store say when another process is gone.
 LOST_PROCESS = ("by peer", "Broken pipe", "remote process exited", "remote server shutdown")
+LOST_PROCESS_MESSAGE = "another process of this run has ended: see what it says, then --resume"
 
 _interrupted = False
 
@@ -234,5 +235,5 @@ def _run_until_interrupted(main: Callable[[], int | None]) -> int | None:
             return 0
         lost = isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PROCESS)
         if "WORLD_SIZE" in os.environ and lost:
-            raise UserError("another process of this run has ended: see what it says, then --resume") from error
+            raise UserError(LOST_PROCESS_MESSAGE) from error
         raise

@@ -8,10 +8,10 @@ from typing import Any
 
 CONFIGURATION = Path(__file__).resolve().parent.parent / "configuration_creature.py"
 ABOVE_ZERO = (
-    "adam_epsilon", "block_size", "cpu_threads", "dataloader_prefetch_factor", "ddp_bucket_cap_mb", "ddp_timeout",
-    "eval_accumulation_steps", "eval_steps", "gradient_accumulation_steps", "logging_steps", "max_eval_blocks",
-    "num_train_epochs", "per_device_eval_batch_size", "per_device_train_batch_size", "sample_corpus_tokens",
-    "save_steps", "tokens_per_step", "torch_empty_cache_steps", "train_tokens",
+    "adam_epsilon", "block_size", "cpu_threads", "dataloader_prefetch_factor", "ddp_timeout", "eval_accumulation_steps",
+    "eval_steps", "gradient_accumulation_steps", "logging_steps", "max_eval_blocks", "num_train_epochs",
+    "per_device_eval_batch_size", "per_device_train_batch_size", "sample_corpus_tokens", "save_steps",
+    "tokens_per_step", "torch_empty_cache_steps", "train_tokens",
 )  # fmt: skip
 ZERO_OR_MORE = (
     "batch_warmup_steps", "dataloader_num_workers", "decay_steps", "eval_delay", "learning_rate",

@@ -63,7 +63,7 @@ def plan_run(settings: Settings, config, resumed: ResumedRun | None = None, trai
     mode = training.get("torch_compile_mode")
     # transformers 5.17 says gradient_checkpointing, 5.23 activation_checkpointing.
     others = ("torch_compile_mode", "torch_compile_backend", "activation_checkpointing", "gradient_checkpointing")
-    plain = compiled and world_size == 1 and not sharded(training) and not any(training.get(name) for name in others)
+    plain = compiled and not sharded(training) and not any(training.get(name) for name in others)
     form = (micro, block_size, accumulation, settings.data.separate_documents)
     if plain and not settings.on_recordings and graphs_pay(config, device, precision, *form):
         mode, compile_reason = "reduce-overhead", f"{compile_reason}, steps recorded as CUDA graphs"
@@ -98,7 +98,6 @@ def training_values(settings: Settings, plan: Plan) -> dict[str, Any]:
     seed = settings.training.get("seed", 42)
     defaults = {
         "per_device_eval_batch_size": plan.micro_batch,
-        "ddp_find_unused_parameters": False,  # what is not trained is frozen
         "seed": seed,
         "data_seed": seed,
     }
@@ -206,8 +205,8 @@ def graphs_pay(
     separate_documents: bool = False,
 ) -> bool:
     """
-    Whether compiled steps of one process are worth recording as CUDA graphs (torch.compile's "reduce-overhead"): the
-    step is so short that the GPU would wait for a slow host, twice the memory is there, and nothing is accumulated.
+    Whether compiled steps are worth recording as CUDA graphs (torch.compile's "reduce-overhead"): a process's step is
+    so short that the GPU would wait for a slow host, twice the memory is there, and nothing is accumulated.
     """
     speed = tokens_per_second(config, block_size, device.name) if device.kind == "cuda" else None
     if speed is None or accumulation > 1 or separate_documents or micro_batch * block_size / speed >= RECORDED_SECONDS:

@@ -8,6 +8,9 @@ from creature import checkpoints
 from creature.errors import UserError
 from creature.settings import Settings
 
+# How the tokens of a step are spread over processes and micro-batches; their number is apart from it.
+DIVISION_OF_A_STEP = ("world_size ", "micro_batch ", "accumulation ")
+
 
 @dataclass(frozen=True)
 class ResumedRun:
@@ -94,10 +97,10 @@ def check_same_run(resumed: ResumedRun, must_match: dict, accept_changes: bool) 
     if model:
         raise UserError(f"the checkpoint is of another configuration: {'; '.join(model)}; resume it with its own")
     if found and not accept_changes:
-        raise UserError(
-            f"the settings differ from those of the run to resume: {'; '.join(found)}; --accept_changes goes on all "
-            "the same"
-        )
+        remedy = "--accept_changes goes on all the same"
+        if all(text.startswith(DIVISION_OF_A_STEP) for text in found):
+            remedy = "the batches stay the same, and all else but for rounding and random draws: --accept_changes"
+        raise UserError(f"the settings differ from those of the run to resume: {'; '.join(found)}; {remedy}")
     for text in found:
         print(f"accepted: {text}", flush=True)
 

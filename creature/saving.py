@@ -88,16 +88,22 @@ class CheckpointMixin:
             model.__class__ = sharded
 
     def _restore_window(self) -> None:
-        path = Path(self._resumed_from or "", f"log_window_{self.args.process_index}.json")
+        """Go on with the logging window of the checkpoint; that of another number of processes goes to the first."""
         self._stream_losses.zero_()
         self._stream_steps.zero_()
-        if self._resumed_from and path.is_file():
-            with _explain_read_errors(self._resumed_from):
-                window = json.loads(path.read_text(encoding="utf-8"))
-                self._globalstep_last_logged = int(window["since"])
-                self._tr_loss.fill_(window["loss"])
-                self._stream_losses.copy_(torch.tensor(window["stream_losses"]))
-                self._stream_steps.copy_(torch.tensor(window["stream_steps"]))
+        paths = sorted(Path(self._resumed_from).glob("log_window_*.json")) if self._resumed_from else []
+        if not paths:
+            return
+        with _explain_read_errors(self._resumed_from):
+            same = len(paths) == self.args.world_size
+            if same:
+                paths = [Path(self._resumed_from, f"log_window_{self.args.process_index}.json")]
+            windows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+            self._globalstep_last_logged = int(windows[0]["since"])
+            self._tr_loss.fill_(sum(window["loss"] for window in windows) / len(windows))
+            self._stream_steps.copy_(torch.tensor(windows[0]["stream_steps"]))
+            if same or self.args.process_index == 0:
+                self._stream_losses.copy_(torch.tensor([window["stream_losses"] for window in windows]).sum(0))
 
     def load_finished(self, checkpoint: Path) -> None:
         """Load weights and state from the checkpoint of the last step, after which nothing is left to train."""

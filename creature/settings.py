@@ -60,9 +60,14 @@ OTHER_NAMES = {
 REMOVED = ("use_value_embeddings", "per_layer_embedding_size")
 
 # Fields of TrainingArguments that this job would ignore, or that would make its numbers wrong.
+_NO_WRAPPER = "the job averages gradients itself, without DistributedDataParallel"
 REFUSED = {
     "auto_find_batch_size": "it changes the batch in the middle of a run; give --per_device_train_batch_size",
     "batch_eval_metrics": "the evaluation is token-weighted over the whole validation split",
+    "ddp_broadcast_buffers": _NO_WRAPPER,
+    "ddp_bucket_cap_mb": _NO_WRAPPER,
+    "ddp_find_unused_parameters": _NO_WRAPPER,
+    "ddp_static_graph": _NO_WRAPPER,
     "deepspeed": "the job shards a model with FSDP 2 (configs/accelerate/fsdp2.yaml), not with DeepSpeed",
     "do_eval": "evaluation is set by --eval_strategy",
     "do_predict": "this job only trains",

@@ -18,6 +18,7 @@ from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from creature import checkpoints
 from creature.callbacks import NanGuard, StopEvaluation, StopSignals, Throughput
 from creature.compiling import pad_batch, with_eager_fallback
+from creature.data_parallel import average_gradients, share_weights
 from creature.errors import UserError, first_line
 from creature.files import replace_file
 from creature.metrics import text_metrics
@@ -25,7 +26,8 @@ from creature.optimizer import MuonAdamW, parameter_groups, table_ids
 from creature.saving import CheckpointMixin, read_state, refuse_shards
 from streams_creature import STREAMS, count_targets
 
-_DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+_DATA_PARALLEL = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+_NOT_SHARDED = (DistributedType.NO, *_DATA_PARALLEL)
 LOG_HISTORY = 1000  # logs that stay in memory and in every trainer_state.json; metrics.jsonl has all of them
 
 
@@ -39,6 +41,7 @@ class CreatureTrainer(CheckpointMixin, Trainer):
         - evaluation is token-weighted and gives loss, perplexity, bits per byte and accuracy without holding logits;
         - Muon trains the matrices, Adam the tables and the rest, and only the matrices decay;
         - in the first `batch_warmup_steps` steps, the weights are updated after each half of the batch;
+        - several processes add up their gradients without DistributedDataParallel (data_parallel.py);
         - warmup_stable_decay needs no keyword arguments;
         - tokens/s, samples/s and MFU are of the last logging window and exclude evaluation, saving and compiling;
         - a checkpoint appears whole or not at all, and the run stops before a NaN reaches the weights.
@@ -67,12 +70,16 @@ class CreatureTrainer(CheckpointMixin, Trainer):
             plugin.mixed_precision_policy = dataclasses.replace(
                 plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
             )
+        self._data_parallel = self.accelerator.distributed_type in _DATA_PARALLEL
+        if self._data_parallel:  # what accelerate does for an evaluation is all but to wrap the model
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.throughput = throughput or Throughput()
         self.signals = signals or StopSignals()
         self.nan_guard = NanGuard(self._keep_batch)
         # input_ids of two steps: of a step on a GPU, the guard knows in the next one.
         self._recent: deque[tuple[int, list[torch.Tensor]]] = deque(maxlen=2)
-        for callback in (self.throughput, self.signals, _TrainBegin(self._restore_window, self._resume_evaluation)):
+        begin = _TrainBegin(self._share_weights, self._restore_window, self._resume_evaluation)
+        for callback in (self.throughput, self.signals, begin):
             self.add_callback(callback)
         self.compute_metrics = self.compute_metrics or self._text_metrics
         self._byte_lengths = np.ones(model.config.vocab_size, np.int64) if byte_lengths is None else byte_lengths
@@ -114,10 +121,18 @@ class CreatureTrainer(CheckpointMixin, Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None, **kwargs) -> torch.Tensor:
         """The Trainer's step; during the batch warm-up, the weights are updated after each half of the batch."""
         self._micro_batch += 1
-        rows = self.args.per_device_train_batch_size
         if num_items_in_batch is None or not self._in_batch_warmup(inputs):
-            return self._forward_and_backward(model, inputs, rows, num_items_in_batch, **kwargs)
+            rows = self.args.per_device_train_batch_size
+            loss = self._forward_and_backward(model, inputs, rows, num_items_in_batch, **kwargs)
+        else:
+            loss = self._training_step_in_halves(model, inputs, num_items_in_batch, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._average_gradients()
+        return loss
+
+    def _training_step_in_halves(self, model, inputs, num_items_in_batch, **kwargs) -> torch.Tensor:
         # A half is divided by half the targets of the batch, and is half of the loss that is logged.
+        rows = self.args.per_device_train_batch_size
         self._loss_share, items = 0.5, num_items_in_batch / 2
         try:
             if self._micro_batches > 1:
@@ -140,17 +155,25 @@ class CreatureTrainer(CheckpointMixin, Trainer):
             return False
         if self.accelerator.scaler is not None:  # it expects one update a step
             return False
-        if self.accelerator.distributed_type not in (DistributedType.NO, *_DDP):
+        if self.accelerator.distributed_type not in _NOT_SHARDED:
             return False
         return self._micro_batches > 1 or batch_shape(inputs)[0] > 1
 
+    def _average_gradients(self) -> None:
+        """Give all processes the mean of their gradients; FSDP does that by itself."""
+        if self._data_parallel:
+            average_gradients(self._trained_parameters())
+
+    def _trained_parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _share_weights(self) -> None:
+        if self._data_parallel:
+            share_weights(self.model)
+
     def _update(self, model) -> None:
         """Update the weights in the middle of a step."""
-        if self.args.world_size > 1 and not self.accelerator.sync_gradients:
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    torch.distributed.all_reduce(parameter.grad)
-                    parameter.grad /= self.args.world_size
+        self._average_gradients()
         self._get_grad_norm(model, self._clip_grad_norm(model) if self.args.max_grad_norm else None)
         # Not accelerate's wrapper, which skips all updates but the one after the last micro-batch.
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
@@ -258,10 +281,9 @@ class CreatureTrainer(CheckpointMixin, Trainer):
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
         """The Trainer's; of plain gradients only what is trained, for to go through all modules takes milliseconds."""
-        if self.accelerator.scaler is not None or self.accelerator.distributed_type not in (DistributedType.NO, *_DDP):
+        if self.accelerator.scaler is not None or self.accelerator.distributed_type not in _NOT_SHARDED:
             return super()._clip_grad_norm(model)
-        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        return torch.nn.utils.clip_grad_norm_(trained, self.args.max_grad_norm)
+        return torch.nn.utils.clip_grad_norm_(self._trained_parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)

@@ -168,7 +168,7 @@ def check_configuration(arguments: argparse.Namespace, rest: list[str]) -> tuple
     from creature.estimate import count_parameters
     from creature.job import build_config
 
-    config = build_config(settings)
+    config, _ = build_config(settings)
     counts = count_parameters(config)
     name = arguments.config or "configs/text_only_config.yaml"
     return (settings, config), f"{name}, {counts['total']:,} parameters, {counts['trainable']:,} of them trained"

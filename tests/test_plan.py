@@ -75,6 +75,17 @@ def test_steps_that_a_host_would_hold_up_are_recorded_as_cuda_graphs(monkeypatch
     assert ("CUDA graphs" in plan.compile_reason) == recorded
 
 
+@pytest.mark.parametrize(("sharded", "recorded"), [("false", True), ("true", False)])
+def test_steps_of_two_processes_are_recorded_too_unless_they_are_sharded(monkeypatch, sharded, recorded):
+    monkeypatch.setattr("creature.plan._find_device", lambda *arguments: H100)
+    monkeypatch.setattr("creature.plan.compiler_available", lambda device: (True, "it is there"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
+    plan = plan_run(Settings(training={"max_steps": 50, "tokens_per_step": 131072}), CreatureConfig())
+    assert (plan.micro_batch, plan.accumulation) == (32, 1)
+    assert ("CUDA graphs" in plan.compile_reason) == recorded
+
+
 @pytest.mark.parametrize(
     ("flags", "works", "compiled", "said"),
     [
