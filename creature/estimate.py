@@ -26,6 +26,10 @@ PRECISION_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 MEASURED_MFU = {"H100 SXM": 0.48, "H200": 0.5}
 ASSUMED_MFU = 0.36  # of any other card: an assumption, three quarters of what was measured
 ASSUMED_SHARE_OF_MATMUL = 0.5  # of a matrix product timed here, where the card is unknown: an assumption, too
+# Bytes a second that a card sends to others of its machine, in one direction, by NVIDIA's data sheets: NVLink, or 16
+# lanes of PCIe 4.0 where there is none. How much of it an all-reduce reaches is not measured here.
+LINK_BYTES = {"V100 SXM": 150e9, "A100": 300e9, "H100 SXM": 450e9, "H200": 450e9, "B200": 900e9}
+PCIE_BYTES = 32e9
 # A CPU gains nothing from larger batches, and a dry run should leave room on a small machine.
 CPU_TOKEN_LIMIT = 4096
 CPU_MEMORY_LIMIT = 3e9
@@ -338,6 +342,30 @@ def tokens_per_second(
         return None
     flops = flops_per_token(config, block_size, senses, streams, backbone)
     return CARDS[card].peak_flops * expected_mfu(card)[0] / flops
+
+
+def card_link(card: str) -> tuple[float, str]:
+    """(bytes a second in one direction between cards of `hardware.CARDS` in one machine, the name of the link)."""
+    return (LINK_BYTES[card], "NVLink") if card in LINK_BYTES else (PCIE_BYTES, "PCIe 4.0")
+
+
+def all_reduce_seconds(trainable: int, cards: int, link: float) -> float:
+    """
+    The time to average the fp32 gradients of so many weights over cards, at the full rate of the link.
+
+    In a ring, each card sends 2 (N - 1) / N times what is added up, half of it to add up and half to spread the sum.
+    """
+    return 2 * (cards - 1) / cards * 4 * trainable / link
+
+
+def data_parallel_speed(speed: float, step_tokens: int, cards: int, reduce_seconds: float) -> float:
+    """
+    Tokens/s of several cards that divide the tokens of a step, where one has `speed`.
+
+    The gradients are averaged after the backward pass and nothing overlaps it. That a card is less busy with a smaller
+    share is not counted, nor the second averaging of a step in the batch warm-up.
+    """
+    return step_tokens / (step_tokens / cards / speed + reduce_seconds)
 
 
 def matmul_flops(kind: str, precision: str, seconds: float = 0.3) -> float:

@@ -4,6 +4,7 @@ examples:
   python scripts/estimate.py --config configs/text_only_config.yaml
   python scripts/estimate.py --config configs/1b_config.yaml --micro_batch 4 --activation_checkpointing
   python scripts/estimate.py --hidden_size 768 --num_hidden_layers 12 --tokens 1e9 --card "RTX 4090"
+  python scripts/estimate.py --cards 8 --card H200 --tokens_per_step 524288
   python scripts/estimate.py --senses audio vision --streams internal_text animation --block_size 512 --tokens 1e7
 
 With other senses or streams than the internal ones, a token is a tick of a recording and a block is a clip; up to 10
@@ -47,7 +48,7 @@ MEMORY = {
 
 
 class Row(NamedTuple):
-    """A device to estimate for, with its training speed in tokens/s and where that figure is from."""
+    """A device, or several alike, to estimate for, with their tokens/s and where that figure is from."""
 
     name: str
     device: Any
@@ -65,6 +66,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--micro_batch", type=int, help="blocks computed at once (default: what fits, on each card)")
     parser.add_argument("--tokens", type=float, help="tokens of the run (default: max_steps x tokens_per_step)")
     parser.add_argument("--card", action="append", help="a GPU by name, in place of the list; may be repeated")
+    parser.add_argument("--cards", type=int, default=1, help="cards of one machine that share a run (default 1)")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="default muon")
     parser.add_argument(
         "--precision", choices=("bf16", "fp16", "fp32"), help="default bf16 on cards, this machine's own"
@@ -78,7 +80,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         "--streams", nargs="+", metavar="STREAM", help="streams that are trained, by name (default internal_text)"
     )
     arguments, rest = parser.parse_known_args()
-    for name in ("micro_batch", "tokens"):
+    for name in ("micro_batch", "tokens", "cards"):
         value = getattr(arguments, name)
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"--{name} must be greater than 0")
@@ -93,7 +95,7 @@ def main() -> None:
     from creature import estimate
     from creature.job import build_config
 
-    config = build_config(settings)
+    config, _ = build_config(settings)
     training = settings.training
     block = settings.data.block_size or config.max_position_embeddings
     step_tokens = training.get("tokens_per_step", 65536)
@@ -104,7 +106,10 @@ def main() -> None:
     unit, group = ("tick", "clip") if beside_text else ("token", "block")
     counts = estimate.count_parameters(config, trained["senses"], streams if arguments.streams else None)
     rows = [_card_row(name, config, block, arguments, trained) for name in arguments.card or CARDS_SHOWN]
-    rows.append(_own_row(config, block, arguments, trained))
+    if arguments.cards > 1:
+        rows = [_many(row, arguments.cards, step_tokens, block, counts["trainable"]) for row in rows]
+    else:
+        rows.append(_own_row(config, block, arguments, trained))
 
     flops = estimate.flops_per_token(config, block, **trained)
     name = arguments.config or "configs/text_only_config.yaml"
@@ -122,7 +127,7 @@ def main() -> None:
 
     def memory(row: Row) -> tuple[int, dict[str, int]]:
         """(the micro-batch given or the one that fits, 0 for none; the memory of a step with it, or with 1)."""
-        batch, limit = arguments.micro_batch, max(1, step_tokens // block)
+        batch, limit = arguments.micro_batch, max(1, step_tokens // block // arguments.cards)
         options = form | {"compiled": row.compiled}
         if batch is None:
             batch = estimate.fit_micro_batch(config, block, row.device, row.precision, limit=limit, **options)
@@ -135,6 +140,10 @@ def main() -> None:
     if beside_text:
         print("That MFU is text's. With senses and streams it was not measured; small matrices make it lower.")
         print("Memory of senses and streams is that of an uncompiled step with each of them at every tick.")
+    if arguments.cards > 1:
+        print(f"{arguments.cards} cards share a step of {step_tokens:,} tokens, and each holds the whole model (DDP).")
+        print("Memory and micro-batch are those of one card. The time for the gradients, once a step, is computed")
+        print("from the rate of the link in its data sheet, as if it were reached.")
     print("Memory is what torch allocates; a batch fits when it leaves a tenth of the device's memory free.")
     if arguments.activation_checkpointing:
         print("Recomputing activations makes a step up to a third longer, which the hours do not include.")
@@ -154,6 +163,22 @@ def _card_row(name: str, config, block: int, arguments, trained: dict) -> Row:
     device = hardware.Device("cuda", card, memory, memory, 8, bf16, 1, capability)
     precision = arguments.precision or hardware.choose_precision(device)[0]
     return Row(card, device, precision, not arguments.eager, *_expected_speed(config, block, card, trained))
+
+
+def _many(row: Row, cards: int, step_tokens: int, block: int, trainable: int) -> Row:
+    """So many cards of a row in one machine, each with the whole model and its share of a step."""
+    from creature import estimate
+
+    if step_tokens % (cards * block):
+        raise UserError(
+            f"a step of {step_tokens:,} tokens does not divide into blocks of {block:,} for {cards} "
+            f"cards: use --tokens_per_step {max(1, round(step_tokens / (cards * block))) * cards * block}"
+        )
+    link, kind = estimate.card_link(row.name)
+    seconds = estimate.all_reduce_seconds(trainable, cards, link)
+    speed = estimate.data_parallel_speed(row.speed, step_tokens, cards, seconds)
+    gradients = f"{4 * trainable / 1e9:.2g} GB of gradients in {1000 * seconds:.2g} ms, {kind} {link / 1e9:.0f} GB/s"
+    return row._replace(name=f"{cards} x {row.name}", speed=speed, source=f"{row.source}; {gradients}")
 
 
 def _own_row(config, block: int, arguments, trained: dict) -> Row:
@@ -213,6 +238,8 @@ def print_table(rows: list[Row], memories: list[tuple[int, dict[str, int]]], tok
 
 
 def _billions(number: float) -> str:
+    if number >= 1e12:
+        return f"{number / 1e12:.3g} T"
     return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.3g} M"
 
 

@@ -13,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from configuration_creature import SENSES, STREAMS, CreatureConfig
 from creature.errors import UserError
 from creature.estimate import (
+    all_reduce_seconds,
     count_parameters,
+    data_parallel_speed,
     expected_mfu,
     fit_micro_batch,
     flops_per_token,
@@ -364,3 +366,13 @@ def test_frozen_parts_have_no_gradients():
 def test_senses_that_are_not_there_are_refused(trained, message):
     with pytest.raises(UserError, match=message):
         flops_per_token(micro_config(num_cameras=0), 64, **trained)
+
+
+def test_several_cards_divide_a_step_and_wait_for_their_gradients():
+    gradients = 4e9  # bytes: of 1e9 weights
+    assert all_reduce_seconds(10**9, 1, link=1e9) == 0
+    assert all_reduce_seconds(10**9, 2, link=1e9) == pytest.approx(gradients / 1e9)
+    assert all_reduce_seconds(10**9, 8, link=1e9) == pytest.approx(1.75 * gradients / 1e9)
+    # 1,000 tokens at 100 a second on each of two cards take 5 s, and the gradients 3 s.
+    assert data_parallel_speed(100.0, 1000, cards=2, reduce_seconds=3.0) == pytest.approx(1000 / 8)
+    assert data_parallel_speed(100.0, 1000, cards=2, reduce_seconds=0.0) == pytest.approx(200.0)

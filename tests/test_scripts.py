@@ -190,6 +190,20 @@ def test_estimate_takes_the_runs_fields_and_cards(tool):
     assert hours[4] > hours[2]
 
 
+def test_estimate_of_two_cards_says_what_it_assumes(tool):
+    flags = ("--tokens_per_step", 131072, "--card", "H200")
+    found = []
+    for cards in (1, 2):
+        code, out, _ = tool("estimate", *flags, "--cards", cards)
+        assert code == 0
+        found.append(float(re.search(r"([\d,]+)  +[\d.]+ [BT]  .*MFU", out).group(1).replace(",", "")))
+    assert 1.8 < found[1] / found[0] < 2
+    assert "2 x H200" in out and "NVLink 450 GB/s" in out and "micro-batch 32 x 2,048" in out
+    assert "this machine" not in out and "as if it were reached" in out
+    code, _, err = tool("estimate", "--cards", 3)
+    assert code == 1 and "blocks of 2,048 for 3 cards: use --tokens_per_step 67584" in err
+
+
 def test_estimate_refuses_in_words(tool):
     code, _, err = tool("estimate", "--card", "GTX 9")
     assert code == 1 and "unknown card 'GTX 9': use one of" in err
