@@ -408,6 +408,7 @@ def build_trainer(
         "byte_lengths": token_byte_lengths(data.tokenizer, model.config.vocab_size),
         "throughput": throughput,
         "signals": signals,
+        "backbone_rate": settings.round.backbone_rate,
     }
     if data.processor is None:
         trainer = CreatureTrainer(**common, processing_class=data.tokenizer)

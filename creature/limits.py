@@ -14,7 +14,7 @@ ABOVE_ZERO = (
     "tokens_per_step", "torch_empty_cache_steps", "train_tokens",
 )  # fmt: skip
 ZERO_OR_MORE = (
-    "batch_warmup_steps", "dataloader_num_workers", "decay_steps", "eval_delay", "learning_rate",
+    "backbone_rate", "batch_warmup_steps", "dataloader_num_workers", "decay_steps", "eval_delay", "learning_rate",
     "matrix_learning_rate", "max_grad_norm", "neftune_noise_alpha", "sample_steps", "save_total_limit", "warmup_steps",
     "weight_decay",
 )  # fmt: skip

@@ -328,6 +328,7 @@ def parameter_groups(
     weight_decay: float,
     betas: tuple[float, float] = (0.8, 0.98),
     eps: float = 1e-10,
+    backbone_rate: float = 1.0,
 ) -> list[dict]:
     """
     The trainable parameters of a creature in groups, by what each of them is: the tables, for Adam by rows; all other
@@ -337,17 +338,26 @@ def parameter_groups(
         learning_rate, betas, eps: of the tables; norms, biases and scales learn SCALE_RATE times as fast.
         matrix_learning_rate: of the matrices.
         weight_decay: of the matrices; nothing else decays.
+        backbone_rate: the rates of the token table, the layers and the norms, as a share of those of senses and
+            streams, which then have groups of their own.
     """
-    tables = table_ids(model)
-    kinds: dict[str, list[torch.Tensor]] = {"others": [], "tables": [], "matrices": []}
-    for param in model.parameters():
-        if param.requires_grad:
-            kinds["tables" if id(param) in tables else "matrices" if param.dim() == 2 else "others"].append(param)
-    adam = {"lr": learning_rate, "weight_decay": 0.0, "muon": False, "betas": betas, "eps": eps}
-    groups = [
-        # First, so that the rate that the Trainer logs is `learning_rate`.
-        {"params": kinds["tables"], **adam, "by_row": True},
-        {"params": kinds["others"], **adam, "lr": SCALE_RATE * learning_rate},
-        {"params": kinds["matrices"], "lr": matrix_learning_rate, "weight_decay": weight_decay, "muon": True},
-    ]
+    tables, adam = table_ids(model), {"weight_decay": 0.0, "muon": False, "betas": betas, "eps": eps}
+    parts = {id(param) for name, param in model.named_parameters() if ".senses." in name or ".streams." in f".{name}"}
+    groups = []
+    for rate, inside in ((1.0, None),) if backbone_rate == 1 else ((backbone_rate, False), (1.0, True)):
+        kinds: dict[str, list[torch.Tensor]] = {"others": [], "tables": [], "matrices": []}
+        for param in model.parameters():
+            if param.requires_grad and (inside is None or inside == (id(param) in parts)):
+                kinds["tables" if id(param) in tables else "matrices" if param.dim() == 2 else "others"].append(param)
+        groups += [
+            # First, so that the rate that the Trainer logs is `learning_rate`, or that of the backbone.
+            {"params": kinds["tables"], **adam, "lr": rate * learning_rate, "by_row": True},
+            {"params": kinds["others"], **adam, "lr": rate * SCALE_RATE * learning_rate},
+            {
+                "params": kinds["matrices"],
+                "lr": rate * matrix_learning_rate,
+                "weight_decay": weight_decay,
+                "muon": True,
+            },
+        ]
     return [group for group in groups if group["params"]]

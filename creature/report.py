@@ -39,6 +39,7 @@ def must_match(settings: Settings, plan: Plan, args, config, trained: Trained, d
     }
     return fixed | {
         "trained": json.loads(json.dumps(asdict(trained))),
+        "backbone_rate": settings.round.backbone_rate,
         "sense_dropout": settings.round.sense_dropout,
         "text_share": settings.data.text_share if settings.data.text_data else None,
         "separate_documents": settings.data.separate_documents,
@@ -158,7 +159,9 @@ def _trained_parts(run: dict) -> str:
     """The senses, streams and the backbone that learn, in words."""
     trained = run["must_match"]["trained"]
     names = [name.replace("_", " ") for name in (*trained["senses"], *trained["streams"])]
-    return ", ".join([*names, "backbone" if trained["backbone"] else "not the backbone"])
+    rate = run["must_match"]["backbone_rate"]
+    backbone = "backbone" if rate == 1 else f"backbone at {rate:g} times the rates"
+    return ", ".join([*names, backbone if trained["backbone"] else "not the backbone"])
 
 
 def _count(number: int, noun: str) -> str:

@@ -28,6 +28,13 @@ class RoundArguments:
     train_backbone: bool = field(
         default=True, metadata={"help": "Whether the token table and the layers between senses and streams learn too."}
     )
+    backbone_rate: float = field(
+        default=1.0,
+        metadata={
+            "help": "Learning rates of the token table and the layers, as a share of those of senses and streams: what "
+            "was learned before stays where it is small."
+        },
+    )
     sense_dropout: None | float | dict = field(
         default=None,
         metadata={

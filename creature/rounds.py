@@ -223,16 +223,16 @@ def _find_trained(settings: Settings, fed_senses: list[str], fed_streams: list[s
     """
     [the senses, the streams] that a round trains: those that the settings name, or all that the recordings feed.
 
-    With text beside the recordings, the internal voice and text are fed as well.
+    Text beside the recordings always trains the internal voice and text.
     """
     chosen = []
-    also = ("internal_voice", "internal_text") if settings.data.text_data else ()
+    texts = {"internal_voice", "internal_text"} if settings.data.text_data else set()
     for kind, asked, fed, known in (
         ("senses", settings.round.train_senses, fed_senses, SENSES),
         ("streams", settings.round.train_streams, fed_streams, STREAMS),
     ):
-        fed = [name for name in known if name in fed or name in also]
-        asked = fed if asked is None else [asked] if isinstance(asked, str) else asked
+        fed = [name for name in known if name in fed or name in texts]
+        asked = fed if asked is None else [*([asked] if isinstance(asked, str) else asked), *texts.intersection(known)]
         for name in asked:
             if name not in known:
                 raise UserError(f"train_{kind} names {name!r}: the {kind} are {', '.join(known)}")

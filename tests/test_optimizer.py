@@ -244,3 +244,14 @@ def test_every_neuron_takes_a_step_of_the_same_length():
     assert plain.min() < 0.8 * plain.max()
     assert lengths.min() > 0.99 * lengths.max()
     assert lengths.norm() == pytest.approx(plain.norm().item(), rel=0.05)
+
+
+def test_the_backbone_learns_at_a_share_of_the_rates():
+    model = micro_model()
+    parts = {id(p) for part in (model.model.senses, model.streams) for p in part.parameters()}
+    plain = {id(p): group["lr"] for group in parameter_groups(model, 1.0, 10.0, 0.1) for p in group["params"]}
+    scaled = parameter_groups(model, 1.0, 10.0, 0.1, backbone_rate=0.25)
+    rates = {id(p): group["lr"] for group in scaled for p in group["params"]}
+    assert rates.keys() == plain.keys() and len(scaled) == 6
+    for key, rate in rates.items():
+        assert rate == pytest.approx(plain[key] * (1 if key in parts else 0.25))

@@ -99,6 +99,7 @@ def test_a_stopped_round_resumes_to_the_same_weights(place, start, monkeypatch, 
     run(monkeypatch, "hear", *flags, "--output_dir", "stopped", "--resume")
     first, second = weights(place / "whole"), weights(place / "stopped")
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "internal text, backbone at 0.1 times the rates" in output
     for entry in checkpoints.read_metrics(place / "whole"):
         if "eval_loss" in entry:
             assert entry["eval_text_loss"] > 0 and entry["eval_drop_audio"] > 0
@@ -229,3 +230,11 @@ def test_the_script_evaluates_as_the_run_did(place, monkeypatch, run_script):
     found = json.loads((place / "a.json").read_text())
     assert found["clip_ticks"] == 64 and {"drop_own_action", "action_error_repeating"} <= found["metrics"].keys()
     assert all(evaluated[f"eval_{name}"] == pytest.approx(value, rel=1e-4) for name, value in found["metrics"].items())
+
+
+def test_text_beside_recordings_is_learned_in_every_round(place, start, monkeypatch, capsys):
+    run(monkeypatch, "move", "--init_from", start, "--text_data", "text.bin", "--max_steps", 3)
+    output = capsys.readouterr().out
+    assert "internal voice, proprioception, internal text, animation" in output and "loss_internal_text" in output
+    weights = CreatureConfig.from_pretrained(place / "checkpoints" / "dry_run").loss_weights
+    assert weights["internal_text"] == weights["animation"] == 1
