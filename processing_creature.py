@@ -146,7 +146,8 @@ class CreatureProcessor(ProcessorMixin):
             rows = [self.encode(row) for row in (recording if isinstance(recording, list) else [recording])]
         else:
             arguments = self.encode(self._recording_of(parts, sampling_rate))
-            rows = [{name: value for name, value in arguments.items() if name not in TARGETS}]
+            silent = {"input_ids"} if "text" not in parts else set()
+            rows = [{name: value for name, value in arguments.items() if name not in {*TARGETS, *silent}}]
         batch = {name: widen(value) for name, value in pad_clips(rows).items()}
         return BatchFeature(batch, tensor_type=return_tensors)
 
@@ -155,7 +156,8 @@ class CreatureProcessor(ProcessorMixin):
         The arguments of `forward` for one recording, [T, ...] each: int32, pictures uint8, masks bool, float32.
 
         T is the ticks of the recording, and those of a text without times, which begins where the recording ends and
-        closes with end-of-text. ValueError as for a call.
+        closes with end-of-text. Of a recording without internal_text, the inner voice is silent, and no target: a
+        creature always has one, and its layers begin at what it says. ValueError as for a call.
         """
         duration = recording.get("duration")
         if duration is None or not 0 <= duration < float("inf"):
@@ -165,6 +167,8 @@ class CreatureProcessor(ProcessorMixin):
         for organ in (self._ears, self._eyes, self._body, self._skin, self._commands, self._texts):
             arguments |= organ(recording, ticks)
         length = max(map(len, arguments.values()), default=0)
+        if arguments and "input_ids" not in arguments and self.config.null_token_id is not None:
+            arguments["input_ids"] = np.full(length, self.config.null_token_id, np.int32)
         return {name: pad_ticks(name, value, length) for name, value in arguments.items()}
 
     # ----------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,10 @@ def encode_present(encode, mask: torch.Tensor | None, *inputs: torch.Tensor) -> 
             return value.masked_fill(~mask.view(*mask.shape, *[1] * (value.dim() - mask.dim())), 0)
 
         return encode(*map(fill, inputs)).masked_fill(~mask[..., None], 0)
-    vectors = encode(*(value[mask] for value in inputs))  # [N, size]
+    given = [value[mask] for value in inputs]
+    if not len(given[0]):  # torch 2.11 has no attention over no rows on a GPU; the one in their place is not used
+        given = [value.new_zeros(1, *value.shape[1:]) for value in given]
+    vectors = encode(*given)  # [N, size]
     return scatter_present(mask, vectors)
 
 

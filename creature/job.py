@@ -38,6 +38,7 @@ from creature.errors import UserError, first_line, is_out_of_memory, raise_all
 from creature.estimate import fit_micro_batch
 from creature.finalize import SAMPLING, sample
 from creature.launch import parent_to_watch
+from creature.loading import ids_without_text
 from creature.plan import Plan, sharded, training_values
 from creature.resume import ResumedRun, set_aside_later
 from creature.round_trainer import RoundTrainer
@@ -408,7 +409,8 @@ def build_trainer(
         "byte_lengths": token_byte_lengths(data.tokenizer, model.config.vocab_size),
         "throughput": throughput,
         "signals": signals,
-        "backbone_rate": settings.round.backbone_rate,
+        "backbone_rate": settings.backbone_rate,
+        "other_rows": ids_without_text(model.config, data.tokenizer),
     }
     if data.processor is None:
         trainer = CreatureTrainer(**common, processing_class=data.tokenizer)

@@ -77,12 +77,16 @@ def forecast(model, windows: list[dict[str, np.ndarray]], command: str, ahead: i
 
     Args:
         model: a MultiModalCreature in evaluation mode; autocast, where wanted, is the caller's.
-        windows: what is known before, the senses of `forward`, [T, ...] each; afterwards all of them are absent.
+        windows: what is known before, the senses of `forward`, [T, ...] each; afterwards the inner voice is silent, and
+            all others are absent.
         command: "animation" or "action", which the senses have to hold: what is emitted, and fed back as its copy.
     """
     last = torch.tensor([max(map(len, window.values())) - 1 for window in windows], device=model.device)
     batch = collate_clips(windows, ticks=int(last.max()) + ahead)
     batch = {name: value.to(model.device) for name, value in batch.items()}
+    if "input_ids" in batch and model.config.null_token_id is not None:  # the inner voice goes on, and says nothing
+        ahead_of = torch.arange(batch["input_ids"].shape[1], device=model.device) > last[:, None]
+        batch["input_ids"] = batch["input_ids"].masked_fill(ahead_of, model.config.null_token_id)
     rows, found = torch.arange(len(windows), device=model.device), []
     for now in last + torch.arange(ahead, device=model.device)[:, None]:  # [windows] ticks
         if found:

@@ -3,6 +3,7 @@
 One object, so that the scheduler, gradient clipping, the checkpoint and accelerate see an ordinary optimizer.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -25,6 +26,7 @@ MOMENTUM = 0.9  # of Muon
 # Matrices in one compiled step of Muon, as many as the tiny creature has of one shape: the time to compile it grows
 # faster than their number (docs/experiments.md).
 LARGEST_STACK = 24
+MOST_SHAPES = 64  # of matrices, which torch.compile would otherwise give up at 8
 _CACHED = 2**18  # numbers of a table that a CPU's core keeps near while it steps them
 # Peak learning rates at width 512: of the token table beside Muon, of everything under AdamW (docs/experiments.md).
 _RATE_BESIDE_MUON, _RATE_ALONE, _RATE_WIDTH = 8e-3, 2e-3, 512
@@ -154,6 +156,14 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _like(rates: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """One number a row [rows, 1], on the device of a parameter and of the rows that this process holds."""
+    rates = rates.to(param.device)
+    if not isinstance(param, DTensor):
+        return rates
+    return distribute_tensor(rates, param.device_mesh, param.placements, src_data_rank=None).to_local()
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """
     Muon (Jordan et al. 2024) where `group["muon"]` is true, Adam by rows where `group["by_row"]` is, AdamW (Loshchilov
@@ -162,6 +172,8 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon replaces the momentum of a matrix by the nearest orthogonal matrix, so that every direction of the matrix
     learns at the same rate; it keeps one state per weight where AdamW keeps two. The update is then divided by each
     neuron's running mean square (Li et al. 2025, "NorMuon"): 0.019 nats on 73.7 M tokens (docs/experiments.md).
+
+    A table may have `group["row_rates"]` [rows, 1], a factor of the learning rate for each row.
 
     Adam by rows keeps one second moment for each row of a table (Zhang et al. 2024, "Adam-mini"), because gradients of
     a table differ by how often a token occurs: 0.006 nats, and half the memory.
@@ -187,6 +199,7 @@ class MuonAdamW(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "muon": False,
             "by_row": False,
+            "row_rates": None,
             "momentum": MOMENTUM,
             "beta2": 0.95,
             "betas": (0.8, 0.98),
@@ -199,6 +212,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 if (group["muon"] or group["by_row"]) and param.dim() != 2:
                     what = "Muon updates matrices" if group["muon"] else "Rows are those of matrices"
                     raise ValueError(f"{what}; a parameter of shape {tuple(param.shape)} goes to AdamW.")
+        if compiled:  # each shape of matrices is compiled by itself, and a creature with all senses has a dozen
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
         self._muon_step, self._row_step = (
             partial(with_eager_fallback, torch.compile(step, dynamic=False, fullgraph=True)) if compiled else step
             for step in (_muon_step, _row_step)
@@ -269,8 +284,12 @@ class MuonAdamW(torch.optim.Optimizer):
             # in the cache. Detached, because torch.compile refuses to change a view of a parameter in place.
             tensors = [_own(x).detach() for x in (param, param.grad, state["exp_avg"], state["mean_square"])]
             rows = len(tensors[0]) if param.is_cuda else max(1, _CACHED // param.shape[1])
-            for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
-                self._row_step(*parts, state["step"], lr, found_inf, *group["betas"], group["eps"])
+            parts = list(zip(*(tensor.split(rows) for tensor in tensors), strict=True))
+            rates = (
+                [lr] * len(parts) if group["row_rates"] is None else (lr * _like(group["row_rates"], param)).split(rows)
+            )
+            for part, rate in zip(parts, rates, strict=True):
+                self._row_step(*part, state["step"], rate, found_inf, *group["betas"], group["eps"])
 
     def _step_adamw(self, group: dict, params: list[torch.Tensor]) -> None:
         for param in params:
@@ -329,6 +348,7 @@ def parameter_groups(
     betas: tuple[float, float] = (0.8, 0.98),
     eps: float = 1e-10,
     backbone_rate: float = 1.0,
+    other_rows: Sequence[int] = (),
 ) -> list[dict]:
     """
     The trainable parameters of a creature in groups, by what each of them is: the tables, for Adam by rows; all other
@@ -340,6 +360,7 @@ def parameter_groups(
         weight_decay: of the matrices; nothing else decays.
         backbone_rate: the rates of the token table, the layers and the norms, as a share of those of senses and
             streams, which then have groups of their own.
+        other_rows: rows of the token table that stand for no text, such as NULL, which learn at the full rates.
     """
     tables, adam = table_ids(model), {"weight_decay": 0.0, "muon": False, "betas": betas, "eps": eps}
     parts = {id(param) for name, param in model.named_parameters() if ".senses." in name or ".streams." in f".{name}"}
@@ -351,7 +372,7 @@ def parameter_groups(
                 kinds["tables" if id(param) in tables else "matrices" if param.dim() == 2 else "others"].append(param)
         groups += [
             # First, so that the rate that the Trainer logs is `learning_rate`, or that of the backbone.
-            {"params": kinds["tables"], **adam, "lr": rate * learning_rate, "by_row": True},
+            {"params": kinds["tables"], **adam, "lr": rate * learning_rate, "by_row": True, "row_rates": None},
             {"params": kinds["others"], **adam, "lr": rate * SCALE_RATE * learning_rate},
             {
                 "params": kinds["matrices"],
@@ -360,4 +381,7 @@ def parameter_groups(
                 "muon": True,
             },
         ]
+    if len(other_rows) and 0 < backbone_rate < 1 and groups[0]["params"]:
+        groups[0]["row_rates"] = torch.ones(len(groups[0]["params"][0]), 1)
+        groups[0]["row_rates"][list(other_rows)] = 1 / backbone_rate
     return [group for group in groups if group["params"]]

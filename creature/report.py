@@ -39,7 +39,7 @@ def must_match(settings: Settings, plan: Plan, args, config, trained: Trained, d
     }
     return fixed | {
         "trained": json.loads(json.dumps(asdict(trained))),
-        "backbone_rate": settings.round.backbone_rate,
+        "backbone_rate": settings.backbone_rate,
         "sense_dropout": settings.round.sense_dropout,
         "text_share": settings.data.text_share if settings.data.text_data else None,
         "separate_documents": settings.data.separate_documents,

@@ -28,11 +28,11 @@ class RoundArguments:
     train_backbone: bool = field(
         default=True, metadata={"help": "Whether the token table and the layers between senses and streams learn too."}
     )
-    backbone_rate: float = field(
-        default=1.0,
+    backbone_rate: float | None = field(
+        default=None,
         metadata={
             "help": "Learning rates of the token table and the layers, as a share of those of senses and streams: what "
-            "was learned before stays where it is small."
+            "was learned before stays where it is small. By default 0.03 from --init_from on recordings, else 1."
         },
     )
     sense_dropout: None | float | dict = field(

@@ -34,6 +34,7 @@ SECTIONS = ("model", "data", "round", "training")
 # Fields of the training section that are paths, or may be: those of DataArguments expand themselves.
 PATHS = ("output_dir", "resume_from_checkpoint", "fsdp_config", "accelerator_config")
 RECORDINGS = "recordings.json"  # in every folder of recordings
+BACKBONE_RATE = 0.03  # with it text loses 0.01 to 0.02 nats in a round, with 0.1 0.03 to 0.07 (docs/experiments.md)
 MOST_PROBLEMS = 20  # reported at once; a file with more is no configuration
 
 # Names of other libraries, where the nearest name here would be a wrong guess.
@@ -175,6 +176,13 @@ class Settings:
             text = self.data_names[found.index(False)]
             raise UserError(f"{text} is no folder of recordings, and the rest of --data is: name text by --text_data")
         return any(found) or bool(self.round.train_senses and not found)
+
+    @property
+    def backbone_rate(self) -> float:
+        """The rates of the backbone as a share of those of senses and streams."""
+        if self.round.backbone_rate is not None:
+            return self.round.backbone_rate
+        return BACKBONE_RATE if self.on_recordings and self.round.init_from else 1.0
 
     @property
     def data_names(self) -> list[str]:

@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,18 +55,19 @@ class CreatureTrainer(CheckpointMixin, Trainer):
         throughput: Throughput | None = None,
         signals: StopSignals | None = None,
         backbone_rate: float = 1.0,
+        other_rows: Sequence[int] = (),
         **kwargs,
     ):
         """
         byte_lengths [vocab_size]: bytes each id decodes to, for bits per byte; without it every id counts as one.
-        backbone_rate: see `creature.optimizer.parameter_groups`.
+        backbone_rate, other_rows: see `creature.optimizer.parameter_groups`.
         """
         # A batch and its half are compiled as two static shapes, not as one dynamic shape.
         os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
         model = kwargs.get("model") or args[0]
         use_cache = model.config.use_cache
         self._model_class = type(model)
-        self.backbone_rate = backbone_rate
+        self.backbone_rate, self.other_rows = backbone_rate, other_rows
         super().__init__(*args, **kwargs)
         model.config.use_cache = use_cache  # the Trainer turns it off, and that would land in every checkpoint
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -271,6 +273,7 @@ class CreatureTrainer(CheckpointMixin, Trainer):
             (args.adam_beta1, args.adam_beta2),
             args.adam_epsilon,
             self.backbone_rate,
+            self.other_rows,
         )
         # Every group has a rate of its own; schedules with a smallest rate set it in proportion to this one.
         self.optimizer = MuonAdamW(groups, args.learning_rate, compiled=args.torch_compile)

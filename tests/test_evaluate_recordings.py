@@ -81,7 +81,7 @@ def test_the_future_of_a_recording_does_not_matter(model, clips):
         lived = clip
         if changed is not None:
             lived = {name: value.copy() for name, value in clip.items()}
-            for name in lived.keys() - {"animation_target_mask", "action_mask", "body_mask"}:
+            for name in lived.keys() - {"animation_target_mask", "action_mask", "body_mask", "input_ids"}:
                 lived[name][changed:] += 3.0
         outcomes.append(forecast(model, windows_of([lived])[0][:1], "action"))
     assert torch.equal(outcomes[0], outcomes[1]) and not torch.allclose(outcomes[0], outcomes[2])
@@ -96,7 +96,8 @@ def test_own_commands_alone_are_perceived_afterwards(model, clips):
         for tick in range(AHEAD):
             emitted = model.step(cache, output_streams=("animation",), **senses)
             torch.testing.assert_close(found[place, tick], emitted.action[0], atol=1e-4, rtol=1e-4)
-            senses, cache = {"action": emitted.action[:, None]}, emitted.past_key_values
+            silent = torch.full((1, 1), model.config.null_token_id)
+            senses, cache = {"input_ids": silent, "action": emitted.action[:, None]}, emitted.past_key_values
 
 
 def jointed(seed: int, ticks: int = 70) -> tuple:

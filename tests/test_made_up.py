@@ -22,7 +22,7 @@ FED = {
     "hear": (["internal_voice", "audio"], ["internal_text"]),
     "see": (["internal_voice", "vision"], ["internal_text"]),
     "touch": (["internal_voice", "touch"], ["internal_text"]),
-    "move": (["proprioception"], ["animation"]),
+    "move": (["internal_voice", "proprioception"], ["animation"]),
 }
 
 

@@ -255,3 +255,30 @@ def test_the_backbone_learns_at_a_share_of_the_rates():
     assert rates.keys() == plain.keys() and len(scaled) == 6
     for key, rate in rates.items():
         assert rate == pytest.approx(plain[key] * (1 if key in parts else 0.25))
+
+
+def test_rows_that_stand_for_no_text_learn_at_the_full_rate():
+    model = micro_model()
+    groups = parameter_groups(model, 0.01, 0.01, 0.0, backbone_rate=0.1, other_rows=[126, 127])
+    table = model.model.embed_tokens.weight
+    before = table.detach().clone()
+    optimizer = MuonAdamW(groups)
+    table.grad = torch.ones_like(table)
+    optimizer.step()
+    moved = (before - table.detach()).mean(dim=1)
+    torch.testing.assert_close(moved[126:], torch.full((2,), 0.01), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(moved[:126], torch.full((126,), 0.001), atol=1e-5, rtol=1e-3)
+
+
+def test_more_shapes_than_torch_compiles_by_default(monkeypatch):
+    compile_with_inductor = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda step, **how: compile_with_inductor(step, **how, backend="eager"))
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    matrices = [torch.nn.Parameter(torch.randn(2 + size, 3)) for size in range(12)]
+    optimizer = MuonAdamW([{"params": matrices, "muon": True, "lr": 0.1}], compiled=True)
+    before = [matrix.detach().clone() for matrix in matrices]
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix)
+    optimizer.step()
+    assert all(not torch.equal(old, matrix) for old, matrix in zip(before, matrices, strict=True))

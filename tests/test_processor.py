@@ -248,3 +248,12 @@ def test_saved_and_loaded_it_gives_the_same(processor, life, tmp_path):
     assert type(loaded) is CreatureProcessor and loaded.organs == processor.organs
     for name, value in processor(life).items():
         assert torch.equal(loaded(life)[name], value), name
+
+
+def test_the_inner_voice_of_a_recording_without_one_is_silent(processor):
+    recording = make_recording(1.0)
+    del recording["internal_text"]
+    arguments = processor.encode(recording)
+    assert (arguments["input_ids"] == processor.config.null_token_id).all() and "labels" not in arguments
+    assert "input_ids" not in processor(external_voice="a word")
+    assert processor(external_voice="a word", text="")["input_ids"][0, 0] == processor.config.null_token_id

@@ -99,7 +99,7 @@ def test_a_stopped_round_resumes_to_the_same_weights(place, start, monkeypatch, 
     run(monkeypatch, "hear", *flags, "--output_dir", "stopped", "--resume")
     first, second = weights(place / "whole"), weights(place / "stopped")
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert "internal text, backbone at 0.1 times the rates" in output
+    assert "internal text, backbone at 0.03 times the rates" in output
     for entry in checkpoints.read_metrics(place / "whole"):
         if "eval_loss" in entry:
             assert entry["eval_text_loss"] > 0 and entry["eval_drop_audio"] > 0

@@ -81,7 +81,7 @@ def fed_by(recordings: "DatasetDict", config) -> tuple[list[str], list[str]]:
     for column, names in feeds.items():
         if any(split.data.column(column).null_count < len(split) for split in recordings.values()):
             arguments |= names
-    return fed(arguments, config)
+    return fed(arguments | ({"input_ids"} if config.null_token_id is not None else set()), config)
 
 
 def make_clips(
