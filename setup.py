@@ -56,6 +56,7 @@ setup(
         "creature.data.recordings",
         "creature.data.text",
         "creature.fast",
+        "creature.rounds",
         "creature.configs",
         "creature_scripts",
     ],

@@ -41,8 +41,8 @@ from creature.launch import parent_to_watch
 from creature.loading import ids_without_text
 from creature.plan import Plan, sharded, training_values
 from creature.resume import ResumedRun, set_aside_later
-from creature.round_trainer import RoundTrainer
-from creature.rounds import Trained, find_recordings, make_config, reset_unused_rows, round_config, start_model
+from creature.rounds.start import Trained, find_recordings, make_config, reset_unused_rows, round_config, start_model
+from creature.rounds.trainer import RoundTrainer
 from creature.settings import DataArguments, Settings
 from creature.trainer import CreatureTrainer, schedule_arguments
 from creature.training_arguments import CreatureTrainingArguments

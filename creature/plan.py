@@ -12,7 +12,7 @@ from creature.hardware import Device, choose_precision, compiler_available, devi
 from creature.limits import METRICS
 from creature.optimizer import width_learning_rate
 from creature.resume import ResumedRun
-from creature.rounds import TEXT_ALONE, Trained
+from creature.rounds.start import TEXT_ALONE, Trained
 from creature.settings import Settings
 
 # With shorter steps, a GPU waits for Python to launch its kernels where the host is slow (docs/experiments.md).

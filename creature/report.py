@@ -17,7 +17,7 @@ from creature.hardware import attention_kernel, peak_flops
 from creature.launch import own_command
 from creature.optimizer import MOMENTUM
 from creature.plan import Plan, sharded
-from creature.rounds import Trained
+from creature.rounds.start import Trained
 from creature.settings import DRY_RUN_FOLDER, PROJECT, Settings
 from creature.trainer import batch_warmup_steps, schedule_steps
 

@@ -20,7 +20,7 @@ import yaml
 from creature.errors import UserError, raise_all, require_unicode
 from creature.files import user_path
 from creature.limits import find_bad_values
-from creature.round_arguments import RoundArguments
+from creature.rounds.arguments import RoundArguments
 from creature.yaml_file import load_yaml, parse_yaml
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -281,7 +281,7 @@ def known_fields() -> dict[str, FieldInfo]:
     transformers = Path(importlib.util.find_spec("transformers").origin).parent
     model = _read_fields(PROJECT / "configuration_creature.py", "CreatureConfig", "model")
     data = _read_fields(Path(__file__), "DataArguments", "data")
-    round_ = _read_fields(Path(__file__).with_name("round_arguments.py"), "RoundArguments", "round")
+    round_ = _read_fields(Path(__file__).with_name("rounds") / "arguments.py", "RoundArguments", "round")
     training = _read_fields(transformers / "training_args.py", "TrainingArguments", "training")
     training |= _read_fields(Path(__file__).with_name("training_arguments.py"), "CreatureTrainingArguments", "training")
     training.pop("use_cache")  # the model's field of this name is the one that counts

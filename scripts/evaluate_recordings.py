@@ -54,7 +54,7 @@ def main() -> None:
     from creature.files import replace_file, require_writable
     from creature.hardware import device_info
     from creature.loading import load_model
-    from creature.open_loop import MILLISECONDS, measure_open_loop
+    from creature.rounds.open_loop import MILLISECONDS, measure_open_loop
     from processing_creature import CreatureProcessor
 
     transformers.utils.logging.disable_progress_bar()
@@ -90,7 +90,7 @@ def main() -> None:
 
 def check_ahead(milliseconds: tuple[int, ...], config) -> tuple[int, ...]:
     """The moments, in ms; UserError for one that is no end of a sub-frame, or is not forecast."""
-    from creature.open_loop import AHEAD, TICK_MS
+    from creature.rounds.open_loop import AHEAD, TICK_MS
 
     longest, subframe = AHEAD * TICK_MS, TICK_MS / config.subframes_per_tick
     for moment in milliseconds:
@@ -132,8 +132,8 @@ def evaluate(model, clips, device: str) -> dict[str, float]:
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
-    from creature.clip_evaluation import clip_sums, evaluate_clips
     from creature.data import collate_clips
+    from creature.rounds.evaluation import clip_sums, evaluate_clips
 
     def sums_of(given, name: str) -> np.ndarray:
         batches = DataLoader(given, batch_size=16 if device == "cuda" else 2, collate_fn=collate_clips)

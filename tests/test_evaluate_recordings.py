@@ -8,15 +8,22 @@ import torch
 from creatures import micro_model, random_batch
 
 from benchmarks.baselines import motion, robot
-from creature.clip_evaluation import clip_sums
 from creature.data import collate_clips
 from creature.data.recordings.clips import make_clips, statistics
 from creature.data.recordings.made_up import write_made_up_recordings
 from creature.data.recordings.rows import EvaluationClips
 from creature.data.recordings.schema import load_recordings
 from creature.data.text.tokenizer import load_tokenizer
-from creature.open_loop import AHEAD, command_span, forecast, measure_open_loop, open_loop_starts, open_loop_windows
-from creature.stream_metrics import sum_names
+from creature.rounds.evaluation import clip_sums
+from creature.rounds.metrics import sum_names
+from creature.rounds.open_loop import (
+    AHEAD,
+    command_span,
+    forecast,
+    measure_open_loop,
+    open_loop_starts,
+    open_loop_windows,
+)
 from motor_creature import quaternion_to_6d
 from processing_creature import TARGETS, CreatureProcessor
 

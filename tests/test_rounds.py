@@ -16,7 +16,7 @@ from configuration_creature import CreatureConfig
 from creature import checkpoints
 from creature.data.recordings.made_up import write_made_up_recordings
 from creature.errors import UserError
-from creature.rounds import reset_unused_rows, start_model, trained_senses
+from creature.rounds.start import reset_unused_rows, start_model, trained_senses
 from creature.settings import CONFIGS, parse_settings
 from creature.trainer import CreatureTrainer
 from modeling_creature import MultiModalCreature

@@ -10,15 +10,15 @@ import torch
 from creatures import EVERY_WEIGHT, micro_model, random_batch
 
 from configuration_creature import CreatureConfig
-from creature.clip_evaluation import COPIES
 from creature.data import collate_clips, collate_rows
 from creature.data.recordings.made_up import write_made_up_recordings
 from creature.data.recordings.rows import ARGUMENTS, EvaluationClips, TrainingRows, open_rows, pack
 from creature.data.text.tokenizer import load_tokenizer
 from creature.errors import UserError
-from creature.round_trainer import drop_senses
+from creature.rounds.evaluation import COPIES
+from creature.rounds.metrics import stream_metrics, stream_sums, sum_names
+from creature.rounds.trainer import drop_senses
 from creature.settings import DataArguments
-from creature.stream_metrics import stream_metrics, stream_sums, sum_names
 from losses_creature import IGNORE_INDEX
 from processing_creature import TARGETS, CreatureProcessor
 

@@ -1,10 +1,10 @@
 """Joint angles up to a second ahead, from recorded motion.
 
-From 2 s that are known, the poses after them (`creature.open_loop.open_loop_starts`, every window of the validation
-split), without seeing anything more. An error is the angle between the rotation of a joint and that forecast, in its
-parent's frame (of the root: in the room's), the mean over joints and windows, in degrees. 80 ms ahead is the fourth
-sub-frame of 20 ms after the last one that is known. "1 tick ratio" is the squared chordal distance divided by that of
-repeating the last pose, one tick ahead at every tick, as `motor_creature.command_errors` counts it.
+From 2 s that are known, the poses after them (`creature.rounds.open_loop.open_loop_starts`, every window of the
+validation split), without seeing anything more. An error is the angle between the rotation of a joint and that
+forecast, in its parent's frame (of the root: in the room's), the mean over joints and windows, in degrees. 80 ms ahead
+is the fourth sub-frame of 20 ms after the last one that is known. "1 tick ratio" is the squared chordal distance
+divided by that of repeating the last pose, one tick ahead at every tick, as `motor_creature.command_errors` counts it.
 
 Constant velocity goes on as over the last tick. The GRU sees the rotations as 6 numbers a joint, and its loss is the
 squared chordal distance; it ends where its error at 400 ms is lowest.
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from benchmarks.baselines.common import open_clips, print_table
 from benchmarks.baselines.rollouts import measure_grus, open_loop_windows
-from creature.open_loop import AHEAD, MILLISECONDS, angles_ahead, command_span
+from creature.rounds.open_loop import AHEAD, MILLISECONDS, angles_ahead, command_span
 from motor_creature import matrix_from_6d, quaternion_to_6d
 
 HEAD = [*(f"{ms} ms" for ms in MILLISECONDS), "1 tick ratio"]

@@ -1,8 +1,8 @@
 """The next action of a robot, and those of the next second, from what it measures and was commanded.
 
 One tick: at every tick but the first of a validation recording, from all ticks before it. Open loop: from 2 s that are
-known, the 13 ticks after them (`creature.open_loop.open_loop_starts`), without seeing anything more. "error" is the
-mean absolute error in standard deviations of each number, over all sub-frames; "ratio" is the Huber loss divided by
+known, the 13 ticks after them (`creature.rounds.open_loop.open_loop_starts`), without seeing anything more. "error" is
+the mean absolute error in standard deviations of each number, over all sub-frames; "ratio" is the Huber loss divided by
 that of repeating the last command, both as `motor_creature.command_errors` counts them.
 
 Ridge regression forecasts each of the 13 ticks directly; its strength is the best one on the validation split. The GRU
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from benchmarks.baselines.common import open_clips, print_table
 from benchmarks.baselines.rollouts import measure_grus, open_loop_windows
 from creature.errors import UserError
-from creature.open_loop import AHEAD, action_errors, command_span
+from creature.rounds.open_loop import AHEAD, action_errors, command_span
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)  # of ridge regression
 HEAD = ["1 tick error", "1 tick ratio", "1 s error", "1 s ratio"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.baselines.common import count_parameters, fit, say
 from creature.errors import UserError
-from creature.open_loop import AHEAD, BEFORE, open_loop_starts
+from creature.rounds.open_loop import AHEAD, BEFORE, open_loop_starts
 
 WINDOW = BEFORE + AHEAD  # ticks of a training sample, as of those that are forecast
 BATCH = 32

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from creature.clip_evaluation import clip_sums, evaluate_clips
 from creature.data import collate_blocks, collate_clips
 from creature.data.recordings.rows import ARGUMENTS, EvaluationClips
 from creature.errors import UserError
+from creature.rounds.evaluation import clip_sums, evaluate_clips
 from creature.trainer import CreatureTrainer
 from losses_creature import IGNORE_INDEX
 from processing_creature import ABSENT

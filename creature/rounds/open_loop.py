@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from creature.data import collate_clips
-from creature.stream_metrics import degrees_between, stream_metrics, stream_sums
+from creature.rounds.metrics import degrees_between, stream_metrics, stream_sums
 from motor_creature import matrix_from_6d, quaternion_to_6d, unpack_animation
 from processing_creature import TARGETS
 

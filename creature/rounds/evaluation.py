@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from creature.data.recordings.rows import ARGUMENTS, EvaluationClips
-from creature.stream_metrics import stream_metrics, stream_sums
+from creature.rounds.metrics import stream_metrics, stream_sums
 from processing_creature import TARGETS
 from senses_creature import SENSE_TABLE
 

@@ -1,0 +1,1 @@
+"""Rounds on recordings: what they start from, how senses and streams are trained, and how they are evaluated."""
