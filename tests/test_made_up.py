@@ -12,6 +12,7 @@ from PIL import Image
 from creature.data.recordings.clips import make_clips, statistics
 from creature.data.recordings.made_up import KINDS, write_made_up_recordings
 from creature.data.recordings.schema import load_recordings
+from creature.data.recordings.sheet import picture_of
 from creature.data.text.tokenizer import load_tokenizer
 from creature.errors import UserError
 from processing_creature import CreatureProcessor
@@ -164,6 +165,17 @@ def test_the_base_install_hears_the_tones(made_up, monkeypatch):
         np.testing.assert_array_equal(value, expected[name])
     with pytest.raises(ImportError, match="pip install soundfile"):
         processor.encode(row | {"audio": {"bytes": b"fLaC", "path": None}})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_base_install_draws_them(made_up, monkeypatch, kind):
+    for name in ("soundfile", "av"):
+        monkeypatch.setitem(sys.modules, name, None)
+    row = made_up[kind][0]["train"][0]
+    drawn = picture_of([row])
+    assert Image.open(io.BytesIO(drawn)).size[0] > 500
+    column = next(name for name in ("audio", "images", "touch", "body_state") if row[name])
+    assert picture_of([row | {column: None}]) != drawn
 
 
 def test_another_kind_and_a_folder_that_is_not_empty_are_refused(tmp_path):

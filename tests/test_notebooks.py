@@ -16,8 +16,10 @@ from creatures import MICRO
 nbformat = pytest.importorskip("nbformat")
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-NAMES = ("01_first_run", "02_generate", "03_compare_runs", "04_look_inside")
+NAMES = ("01_first_run", "02_generate", "03_compare_runs", "04_look_inside", "05_recordings")
 FIGURES = {"01_first_run": 1, "02_generate": 2, "03_compare_runs": 5, "04_look_inside": 3}
+FIGURES |= {"05_recordings hear": 3, "05_recordings move": 3}
+ORGANS = ("num_joints", "num_blend_shapes")  # which follow the recordings
 
 
 def read(name):
@@ -44,7 +46,10 @@ def test_a_notebook_is_committed_valid_small_and_without_outputs(name):
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """Every notebook after its execution: the first trains the run that the others look at."""
+    """
+    Every notebook after its execution: the first trains the run that the others look at, and the last is executed for
+    two kinds of recordings.
+    """
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     folder = tmp_path_factory.mktemp("notebooks")
@@ -54,11 +59,14 @@ def executed(tmp_path_factory):
     ids = np.random.default_rng(0).integers(0, 40, 4000).cumsum() % 300
     ids.astype(np.uint16).tofile(folder / "corpus.bin")
     runs = folder / "first", folder / "second"
+    small = {name: value for name, value in MICRO["model"].items() if name not in ORGANS} | MICRO["training"]
+    small |= {"max_position_embeddings": 64, "clip_ticks": 64, "max_steps": 12, "cache_dir": folder / "data"}
     environment = {
         "CREATURE_RUN": str(runs[0]),
         "CREATURE_RUNS": os.pathsep.join(map(str, runs)),
         "CREATURE_FLAGS": f"--config {folder / 'micro.yaml'} --data {folder / 'corpus.bin'} --max_steps 12",
         "CREATURE_NEW_TOKENS": "20",
+        "CREATURE_ROUND_FLAGS": " ".join(f"--{name} {value}" for name, value in small.items()),
         "PYTHONPATH": os.pathsep.join([str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH", "")]),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(folder / "hf"),
@@ -67,8 +75,11 @@ def executed(tmp_path_factory):
     }
 
     def execute(name):
+        name, _, kind = name.partition(" ")
         notebook, place = read(name), {"metadata": {"path": str(NOTEBOOKS)}}
-        nbclient.NotebookClient(notebook, timeout=180, resources=place).execute()
+        of_kind = {"CREATURE_KIND": kind, "CREATURE_RECORDINGS": str(folder / "recordings" / kind)}
+        of_kind |= {"CREATURE_CHECKPOINT": str(folder / f"round_{kind}")}
+        nbclient.NotebookClient(notebook, timeout=180, resources=place).execute(env=os.environ | of_kind)
         return notebook
 
     with pytest.MonkeyPatch.context() as patch:
@@ -77,7 +88,8 @@ def executed(tmp_path_factory):
         done = {NAMES[0]: execute(NAMES[0])}
         copy_run(*runs)
         with ThreadPoolExecutor(2) as pool:
-            done |= dict(zip(NAMES[1:], pool.map(execute, NAMES[1:]), strict=True))
+            others = [name for name in FIGURES if name != NAMES[0]]
+            done |= dict(zip(others, pool.map(execute, others), strict=True))
     if keep := os.environ.get("CREATURE_KEEP_NOTEBOOKS"):  # to look at them
         for name, notebook in done.items():
             nbformat.write(notebook, Path(keep) / f"{name}.ipynb")
@@ -103,7 +115,7 @@ def outputs(notebook, kind):
     return [output.data[kind] for output in shown if kind in output.get("data", {})]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FIGURES)
 def test_a_notebook_runs_and_its_figures_show_something(executed, name):
     from matplotlib import image
 
@@ -136,3 +148,13 @@ def test_a_silent_sense_does_nothing_and_surprise_has_a_color(executed):
     assert "absent: 0, heard by a sense that is not trained: 0" in outputs(executed["04_look_inside"], "text")
     (colored,) = outputs(executed["04_look_inside"], "text/html")
     assert colored.count("background:rgb") > 20 and "nats" in colored
+
+
+def test_a_round_shows_its_arguments_and_what_is_thought_beside_the_true_words(executed):
+    heard, moved = executed["05_recordings hear"], executed["05_recordings move"]
+    assert "making up recordings" in outputs(heard, "text") and "without audio" in outputs(heard, "text")
+    assert re.search(r"input_features +float32 +\[1, \d+, 512\]", outputs(heard, "text"))
+    assert re.search(r"action_targets +float32 +\[1, \d+, 4, 2\]", outputs(moved, "text"))
+    (table,) = outputs(heard, "text/html")
+    assert "thought" in table and re.search(r"(low|middle|high) \(\d\.\d\d s\)", table)
+    assert not outputs(moved, "text/html")

@@ -7,6 +7,7 @@ import numpy as np
 
 from creature.data.recordings.schema import NAMED, TEXTS, load_recordings
 from creature.files import replace_file
+from feature_extraction_creature import read_sound, to_mono
 
 FRAMES = 10  # of a camera
 LINES = 12  # of a track
@@ -15,34 +16,38 @@ TEXT_COLORS = {"external_voice": "#D55E00", "internal_text": "#0072B2", "externa
 
 def draw_recordings(folder: str | Path, count: int = 3, seconds: float = 30.0) -> Path:
     """Draw the first `seconds` of `count` recordings of the training split into FOLDER/recordings.png; returns that."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    splits, facts = load_recordings(folder)
+    splits, _ = load_recordings(folder)
     dataset = next(iter(splits.values()))
     rows = [dataset[int(at)] for at in np.linspace(0, len(dataset) - 1, min(count, len(dataset)))]
+    output = Path(folder) / "recordings.png"
+    with replace_file(output) as file:
+        file.write(picture_of(rows, seconds))
+    return output
+
+
+def picture_of(rows: list[dict], seconds: float = 30.0) -> bytes:
+    """A PNG of the first `seconds` of some recordings below each other, each on one time line."""
+    from matplotlib.figure import Figure
+
     panels = [(row, kind, value) for row in rows for kind, value in _panels(row)]
     heights = [{"images": 1.2, "texts": 0.7}.get(kind, 1.0) for _, kind, _ in panels]
-    figure, axes = plt.subplots(len(panels), figsize=(12, 1.3 * sum(heights) + 0.5), squeeze=False,
-                                gridspec_kw={"height_ratios": heights}, layout="constrained")  # fmt: skip
+    figure = Figure(figsize=(12, 1.3 * sum(heights) + 0.5), layout="constrained")
+    axes = figure.subplots(len(panels), squeeze=False, gridspec_kw={"height_ratios": heights})
     titled = set()
     for axis, (row, kind, value) in zip(axes[:, 0], panels, strict=True):
         end = min(seconds, max(row["duration"], 1e-3))
-        {"images": _draw_frames, "audio": _draw_mel, "texts": _draw_words}.get(kind, _draw_lines)(axis, value, end)
+        DRAW.get(kind, _draw_lines)(axis, value, end)
         axis.set_xlim(0, end)
+        axis.grid(False)
         label = f"{value['name']}" if kind == "images" else "words" if kind == "texts" else kind
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
         axis.tick_params(labelsize=7)
         if row["recording_id"] not in titled:
             titled.add(row["recording_id"])
             axis.set_title(f"{row['recording_id']}  ({row['duration']:.2f} s, group {row['split_group']})", fontsize=9)
-    output = Path(folder) / "recordings.png"
-    with replace_file(output) as file:
-        figure.savefig(file, format="png", dpi=90)
-    plt.close(figure)
-    return output
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=90)
+    return png.getvalue()
 
 
 def _panels(row: dict) -> list[tuple[str, object]]:
@@ -76,11 +81,10 @@ def _draw_frames(axis, camera: dict, end: float) -> None:
 
 
 def _draw_mel(axis, sound: dict, end: float) -> None:
-    import soundfile
     from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-    samples, rate = soundfile.read(io.BytesIO(sound["bytes"]), dtype="float32", always_2d=True)
-    samples = samples[: int(end * rate), 0]
+    samples, rate = read_sound(sound)
+    samples = to_mono(samples)[: int(end * rate)]
     if len(samples) < 400:
         return
     mel = spectrogram(samples, window_function(400, "hann"), 400, 160, power=2.0, log_mel="log10",
@@ -113,3 +117,6 @@ def _draw_lines(axis, track: dict, end: float) -> None:
         chosen = np.argsort(-np.nanstd(values, axis=0), kind="stable")[:LINES]
         axis.plot(times[shown], values[:, np.sort(chosen)], linewidth=0.8)
     axis.margins(y=0.1)
+
+
+DRAW = {"images": _draw_frames, "audio": _draw_mel, "voice": _draw_mel, "texts": _draw_words}
