@@ -469,6 +469,7 @@ def archive(kind: str) -> bytes:
         ("a.ds", b"\0\1", "collect_shards"),
         ("a.idx", b"MMIDIDX", "name the .bin beside it"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "data",  # the bytes hold the time, and workers compare ids
 )
 def test_what_is_no_text_is_named(name, data, words, tmp_path):
     for work in (
