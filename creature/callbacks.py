@@ -419,20 +419,21 @@ def log_line(step: int, max_steps: int, logs: dict, seconds_left: float = math.n
 
 
 def evaluation_lines(logs: dict) -> list[str]:
-    """What a round evaluates beside the loss, a line a subject."""
-    names = [name.removeprefix("eval_") for name in logs if name.startswith("eval_") and name not in TIMINGS]
+    """What a round evaluates beside the loss: a line for each stream, for the text, and for the senses."""
     lines: dict[str, list[str]] = {}
-    for name in names:
-        sense = name.partition("_")[2] if name.startswith(("drop_", "wrong_")) else None
-        subject = (
-            "senses"
-            if sense
-            else next((s for s in ("internal_text", "external_text", "audio") if name.startswith(s)), "")
-        )
-        subject = subject or ("text" if name.startswith("text_") else "animation")
-        how = {"drop": "without", "wrong": "wrong"}.get(name.partition("_")[0])
-        label = f"{how} {sense}" if sense else name.removeprefix(f"{subject}_")
-        lines.setdefault(subject, []).append(f"{label} {logs[f'eval_{name}']:.4g}")
+    for key, value in logs.items():
+        if not key.startswith("eval_") or key in TIMINGS:
+            continue
+        name, subject = key.removeprefix("eval_"), "animation"  # whose parts have names of their own
+        how, _, sense = name.partition("_")
+        if how in ("drop", "wrong"):
+            subject, label = "senses", f"{'without' if how == 'drop' else how} {sense}"
+        else:
+            subject = next(
+                (s for s in ("internal_text", "external_text", "audio", "text") if name.startswith(s)), subject
+            )
+            label = name.removeprefix(f"{subject}_")
+        lines.setdefault(subject, []).append(f"{label} {value:.4g}")
     return [f"  {subject}: {' | '.join(values)}" for subject, values in lines.items()]
 
 

@@ -212,7 +212,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 if (group["muon"] or group["by_row"]) and param.dim() != 2:
                     what = "Muon updates matrices" if group["muon"] else "Rows are those of matrices"
                     raise ValueError(f"{what}; a parameter of shape {tuple(param.shape)} goes to AdamW.")
-        if compiled:  # each shape of matrices is compiled by itself, and a creature with all senses has a dozen
+        if compiled:  # each shape of matrices is compiled by itself, and tiny with all senses has 17
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
         self._muon_step, self._row_step = (
             partial(with_eager_fallback, torch.compile(step, dynamic=False, fullgraph=True)) if compiled else step

@@ -20,8 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from creature.errors import UserError, run_main  # noqa: E402
 from creature.files import user_path  # noqa: E402
 
-WHOLE = 1 << 20  # ticks of a clip: no recording is cut
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,6 +48,7 @@ def main() -> None:
     import transformers
 
     from creature.callbacks import evaluation_lines
+    from creature.data.recordings.clips import WHOLE
     from creature.data.recordings.rows import EvaluationClips
     from creature.files import replace_file, require_writable
     from creature.hardware import device_info

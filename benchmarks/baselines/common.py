@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from configuration_creature import CreatureConfig
-from creature.data.recordings.clips import make_clips, statistics
+from creature.data.recordings.clips import WHOLE, make_clips, organs_of
 from creature.data.recordings.schema import load_recordings
 from creature.data.text.tokenizer import load_tokenizer
 from creature.errors import UserError
 from processing_creature import CreatureProcessor
 
-WHOLE = 1 << 20  # ticks of a clip: no recording is cut
 EVALUATIONS = 20  # of a training run
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 
@@ -28,8 +27,7 @@ def open_clips(folder: str, cache_dir: str, needs: str) -> tuple[dict[str, list[
     needs: the argument that the task is about; recordings without it are left out. UserError where a split has none.
     """
     recordings, facts = load_recordings(folder)
-    organs = {"num_joints": len(facts["names"].get("joints", ())), "num_cameras": 0, "num_blend_shapes": 0}
-    config = CreatureConfig(**organs, **statistics(facts))
+    config = CreatureConfig(**organs_of(recordings, facts) | {"num_cameras": 0})
     processor = CreatureProcessor.from_config(config, load_tokenizer())
     clips, _ = make_clips(recordings, facts, processor, WHOLE, cache_dir)
     splits = {name: [clip for clip in split if clip.get(needs) is not None] for name, split in clips.items()}

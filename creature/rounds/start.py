@@ -232,7 +232,7 @@ def _find_trained(settings: Settings, fed_senses: list[str], fed_streams: list[s
         ("streams", settings.round.train_streams, fed_streams, STREAMS),
     ):
         fed = [name for name in known if name in fed or name in texts]
-        asked = fed if asked is None else [*([asked] if isinstance(asked, str) else asked), *texts.intersection(known)]
+        asked = fed if asked is None else [*asked, *texts.intersection(known)]
         for name in asked:
             if name not in known:
                 raise UserError(f"train_{kind} names {name!r}: the {kind} are {', '.join(known)}")

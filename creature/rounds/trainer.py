@@ -12,8 +12,6 @@ from creature.trainer import CreatureTrainer
 from losses_creature import IGNORE_INDEX
 from processing_creature import ABSENT
 
-TEXT_PREFIX = "text"  # of the metrics of text beside the recordings
-
 
 class RoundTrainer(CreatureTrainer):
     """
@@ -58,9 +56,9 @@ class RoundTrainer(CreatureTrainer):
 
         metrics = evaluate_clips(self.model_config, dataloader.dataset, sums_of)
         if self.text_dataset is not None:
-            found = self._loop(self.text_dataset, collate_blocks, f"{description}: {TEXT_PREFIX}")
+            found = self._loop(self.text_dataset, collate_blocks, f"{description}: text")
             nats, targets = found.predictions.sum(axis=0)
-            metrics[f"{TEXT_PREFIX}_loss"] = float(nats / targets)
+            metrics["text_loss"] = float(nats / targets)
         return outputs[0]._replace(metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
 
     def _loop(self, rows, collate, description: str):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from processing_creature import CreatureProcessor
 
 BATCH_SECONDS, MOST_ROWS = 60.0, 64  # of the recordings that are held in memory at a time
+WHOLE = 1 << 20  # ticks of a clip that no recording is as long as
 FEWEST_TICKS = 2  # of a clip: from the first tick, the second is predicted
 ABOUT = ("recording_id", "split_group", "source", "license", "duration")  # columns that hold no life
 ABOUT_CLIP = {"recording_id": "string", "first_tick": "int32", "ticks": "int32", "left_out": "string"}
@@ -60,9 +61,11 @@ def organs_of(recordings: "DatasetDict", facts: dict) -> dict:
     body, joints, measured and commanded numbers (0 where there are none) with their `statistics`, and no face, which no
     recording has.
     """
+    from pyarrow.compute import list_value_length
+
     organs, cameras = {}, collections.Counter()
-    for split in recordings.values():
-        cameras.update(len(row) for row in split.data.column("images").combine_chunks() if row.is_valid)
+    for split in recordings.values():  # the lengths alone: the pictures of a data set are more than memory holds
+        cameras.update(list_value_length(split.data.column("images")).drop_null().to_pylist())
     if cameras:
         organs["num_cameras"] = cameras.most_common(1)[0][0]
     if facts["names"]:

@@ -1,6 +1,7 @@
 """Rows to train on and clips to evaluate on: recordings, and text beside them, as map-style data sets."""
 
 import hashlib
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ import numpy as np
 
 from creature.data.loading import load_data
 from creature.data.mixture import mixture_rows
-from creature.data.recordings.clips import make_clips
+from creature.data.recordings.clips import make_clips, unpack_rows
 from creature.data.recordings.schema import load_recordings
 from processing_creature import ABSENT, TARGETS, pad_ticks
 from senses_creature import SENSE_TABLE
@@ -141,9 +142,9 @@ def open_rows(
 
     Returns:
         The splits: "train" (`TrainingRows`), "validation" (clips) where any group was held out, "text" (blocks) where
-        there is `text_data` with a validation split. The facts are those of `load_data`, with `senses`, `streams`,
-        `clips` (of each folder what `make_clips` tells), `rows_of_recordings` and `fill`, the share of ticks in them
-        that are not padding.
+        there is `text_data` with a validation split. The facts are those of `load_data`, with `clips` (of each
+        folder what `make_clips` tells), `rows_of_recordings` and `fill`, the share of ticks in them that are not
+        padding, `text` (the facts of the text) and `text_rows`, its share of the rows.
 
     Raises UserError as `make_clips` and `load_data`.
     """
@@ -191,9 +192,6 @@ def open_rows(
         "data_hash": hashlib.sha256(hashes.encode("ascii")).hexdigest(),
         "tokenizer_hash": text_facts["tokenizer_hash"] if text_facts else None,
         "ordered": True,
-        "parts": [],
-        "senses": _in_order(about, "senses"),
-        "streams": _in_order(about, "streams"),
         "clips": {folder: facts for folder, _, _, facts in found},
         "rows_of_recordings": rows,
         "fill": round(used / (rows * data.clip_ticks), 4),
@@ -207,15 +205,11 @@ def _concatenate(clips: list["Dataset"]) -> "Dataset":
     """The clips of all folders as one data set; a column that a folder lacks is None there."""
     from datasets import concatenate_datasets
 
-    from creature.data.recordings.clips import unpack_rows
-
     return clips[0] if len(clips) == 1 else concatenate_datasets(clips).with_transform(unpack_rows)
 
 
 def _load_text(data: "DataArguments", processor: "CreatureProcessor", count: int, seed: int) -> tuple[dict, dict]:
     """`load_data` of text_data in blocks of a row's length."""
-    from dataclasses import replace
-
     given = replace(data, data=data.text_data, block_size=None)
     return load_data(given, data.clip_ticks, processor.config.vocab_size, mixture_blocks=count, seed=seed)
 
@@ -243,7 +237,7 @@ def _targets_of_row(part: PackedClips, config) -> float:
 def _example(part: PackedClips | TextRows) -> dict[str, np.ndarray]:
     """One array of every argument that the rows of a part have, the widest of each."""
     if isinstance(part, TextRows):
-        return {name: value for name, value in part[0][0].items()}
+        return part[0][0]
     widest = {}
     for name in [name for name in part.clips.column_names if name in ABSENT]:
         for clip in part.clips.select_columns([name]):
@@ -253,7 +247,3 @@ def _example(part: PackedClips | TextRows) -> dict[str, np.ndarray]:
             if not name.startswith("touch_") and name in widest:
                 break
     return widest
-
-
-def _in_order(about: list[dict], key: str) -> list[str]:
-    return list(dict.fromkeys(name for facts in about for name in facts[key]))
