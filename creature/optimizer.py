@@ -156,14 +156,6 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _like(rates: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """One number a row [rows, 1], on the device of a parameter and of the rows that this process holds."""
-    rates = rates.to(param.device)
-    if not isinstance(param, DTensor):
-        return rates
-    return distribute_tensor(rates, param.device_mesh, param.placements, src_data_rank=None).to_local()
-
-
 class MuonAdamW(torch.optim.Optimizer):
     """
     Muon (Jordan et al. 2024) where `group["muon"]` is true, Adam by rows where `group["by_row"]` is, AdamW (Loshchilov
@@ -285,9 +277,10 @@ class MuonAdamW(torch.optim.Optimizer):
             tensors = [_own(x).detach() for x in (param, param.grad, state["exp_avg"], state["mean_square"])]
             rows = len(tensors[0]) if param.is_cuda else max(1, _CACHED // param.shape[1])
             parts = list(zip(*(tensor.split(rows) for tensor in tensors), strict=True))
-            rates = (
-                [lr] * len(parts) if group["row_rates"] is None else (lr * _like(group["row_rates"], param)).split(rows)
-            )
+            rates = group["row_rates"]
+            if isinstance(param, DTensor) and rates is not None:
+                rates = distribute_tensor(rates, param.device_mesh, param.placements, src_data_rank=None).to_local()
+            rates = [lr] * len(parts) if rates is None else (lr * rates).split(rows)
             for part, rate in zip(parts, rates, strict=True):
                 self._row_step(*part, state["step"], rate, found_inf, *group["betas"], group["eps"])
 
@@ -382,6 +375,7 @@ def parameter_groups(
             },
         ]
     if len(other_rows) and 0 < backbone_rate < 1 and groups[0]["params"]:
-        groups[0]["row_rates"] = torch.ones(len(groups[0]["params"][0]), 1)
+        table = groups[0]["params"][0]
+        groups[0]["row_rates"] = torch.ones(len(table), 1, device=table.device)
         groups[0]["row_rates"][list(other_rows)] = 1 / backbone_rate
     return [group for group in groups if group["params"]]
