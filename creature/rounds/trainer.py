@@ -83,8 +83,8 @@ class RoundTrainer(CreatureTrainer):
 
 def drop_senses(batch: dict[str, torch.Tensor], chances: dict[str, float], rng: np.random.Generator) -> dict:
     """
-    A batch of `collate_rows` in which each clip lacks each sense with its chance: half of them throughout, half from a
-    tick on that is drawn too, as a creature meets it whose camera fails, or that moves on without looking.
+    A batch of `collate_rows` in which each clip lacks each sense with its chance: half of these clips at every tick,
+    the other half from a random tick on, as when a camera fails.
 
     chances: by the names of `ARGUMENTS`.
     """
@@ -93,7 +93,9 @@ def drop_senses(batch: dict[str, torch.Tensor], chances: dict[str, float], rng: 
     lengths = torch.zeros_like(clip).scatter_reduce(1, clip, position + 1, "amax").gather(1, clip)
     batch = dict(batch)
     for sense, chance in chances.items():
-        chosen, since = (torch.from_numpy(rng.random(tuple(clip.shape))).to(clip.device).gather(1, clip) for _ in "ab")
+        chosen, since = (
+            torch.from_numpy(rng.random(tuple(clip.shape))).to(clip.device).gather(1, clip) for _ in range(2)
+        )
         gone = (chosen < chance) & (position >= (2 * since - 1) * lengths)
         for name in ARGUMENTS[sense]:
             if name in batch and (name.endswith("mask") or ABSENT[name] == IGNORE_INDEX):
