@@ -159,15 +159,12 @@ def start_cpu_processes() -> int | None:
             if process.poll() is None:
                 process.send_signal(number)
 
-    try:
-        for rank in range(count):
-            settings = {key: str(value) for key, value in world.items()} | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen([sys.executable, *sys.argv], env=os.environ | settings))
-        set_handlers(pass_on)
-    except KeyboardInterrupt:
-        for process in ranks:
-            process.kill()
-        raise
+    _block_signals(True)  # the ranks inherit this: a signal waits until they, and this process, can handle it
+    for rank in range(count):
+        settings = {key: str(value) for key, value in world.items()} | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(subprocess.Popen([sys.executable, *sys.argv], env=os.environ | settings))
+    set_handlers(pass_on)
+    _block_signals(False)
     launcher_runs = True
     while any(process.poll() is None for process in ranks):
         if any(process.poll() for process in ranks):
@@ -192,6 +189,11 @@ def set_handlers(handler: Callable | int) -> dict[int, object]:
 def interrupt_on_signals() -> None:
     """Let the first Ctrl+C or SIGTERM raise KeyboardInterrupt and ignore further ones, until StopSignals takes over."""
     set_handlers(_interrupt)
+
+
+def _block_signals(block: bool) -> None:
+    if hasattr(signal, "pthread_sigmask"):  # Windows has none
+        signal.pthread_sigmask(signal.SIG_BLOCK if block else signal.SIG_UNBLOCK, SIGNALS)
 
 
 def was_interrupted() -> bool:
@@ -227,6 +229,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 def _run_until_interrupted(main: Callable[[], int | None]) -> int | None:
     try:
+        _block_signals(False)  # start_cpu_processes starts its ranks with them blocked; one that waits is raised here
         return main()
     except (KeyboardInterrupt, Exception) as error:
         if isinstance(error, KeyboardInterrupt) or _interrupted:

@@ -61,8 +61,10 @@ def test_the_first_signal_ends_it(where, number, tmp_path):
 def test_a_run_that_is_stopped_while_it_starts_leaves_nothing(place, processes):  # noqa: F811
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--quiet"]
     run = start("--max_steps", 5000, "--output_dir", "run", launcher=launcher if processes == 2 else ())
+    # Of two processes, before they can handle a signal: it waits for them.
+    awaited = "loading torch" if processes == 1 else "starting 2 processes"
     for line in run.stdout:
-        if "loading torch" in line:
+        if awaited in line:
             break
     script = run.pid if processes == 1 else psutil.Process(run.pid).children()[0].pid
     os.kill(script, signal.SIGTERM)
