@@ -53,6 +53,7 @@ def main() -> None:
     from creature.files import replace_file, require_writable
     from creature.hardware import device_info
     from creature.loading import load_model
+    from creature.rounds.evaluation import sense_sizes
     from creature.rounds.open_loop import MILLISECONDS, measure_open_loop
     from processing_creature import CreatureProcessor
 
@@ -73,16 +74,17 @@ def main() -> None:
     print(f"evaluating {folder} on {device.name}: {len(clips)} clips of up to {context} ticks", file=sys.stderr)
     moves = "animation" in about["streams"]
     with torch.autocast(device.kind, dtype=torch.bfloat16, enabled=device.kind == "cuda" and device.bf16):
-        metrics = evaluate(model, clips, device.kind)
+        metrics, sizes = evaluate(model, clips, device.kind), sense_sizes(model, EvaluationClips(clips))
         whole = EvaluationClips(open_clips(arguments, processor, WHOLE)[0]) if moves else []
         commands = measure_open_loop(model, map(whole.__getitem__, range(len(whole))), context, milliseconds)
     print(f"loss {metrics['loss']:.4f}")
     print("\n".join(evaluation_lines({f"eval_{name}": value for name, value in metrics.items() if name != "loss"})))
+    print("  size beside the token table: " + " | ".join(f"{name} {size:.3g}" for name, size in sizes.items()))
     for part, figures in commands.items():
         print_commands(part, figures)
     if arguments.output:
         result = {"checkpoint": str(folder), "data": arguments.data, "clip_ticks": context, "clips": len(clips)}
-        result |= {"metrics": metrics, "commands": commands}
+        result |= {"metrics": metrics, "sizes": sizes, "commands": commands}
         with replace_file(arguments.output, "w") as file:
             file.write(json.dumps(result, indent=2) + "\n")
 

@@ -14,7 +14,7 @@ from creature.data.recordings.made_up import write_made_up_recordings
 from creature.data.recordings.rows import EvaluationClips
 from creature.data.recordings.schema import load_recordings
 from creature.data.text.tokenizer import load_tokenizer
-from creature.rounds.evaluation import clip_sums
+from creature.rounds.evaluation import clip_sums, sense_sizes
 from creature.rounds.metrics import sum_names
 from creature.rounds.open_loop import (
     AHEAD,
@@ -54,6 +54,18 @@ def clips(recordings, model, tmp_path_factory):
         make_clips(splits, facts, processor, WHOLE, tmp_path_factory.mktemp("clips"))[0]["validation"]
     )
     return [made[number] for number in range(len(made))]
+
+
+def test_the_size_of_a_sense_is_that_of_what_it_adds(model, clips):
+    body = model.model.senses.proprioception.proj.weight
+    before, size = body.detach().clone(), sense_sizes(model, clips)["proprioception"]
+    assert set(sense_sizes(model, clips)) == {"proprioception", "own_action"} and size > 0
+    with torch.no_grad():
+        body.mul_(2)
+        assert sense_sizes(model, clips)["proprioception"] == pytest.approx(2 * size)
+        body.zero_()  # as it is connected
+        assert sense_sizes(model, clips)["proprioception"] == 0
+        body.copy_(before)
 
 
 def windows_of(clips, name="action_targets", past=128):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from creature.data import collate_clips
 from creature.data.recordings.rows import ARGUMENTS, EvaluationClips
 from creature.rounds.metrics import stream_metrics, stream_sums
 from processing_creature import TARGETS
@@ -14,6 +15,7 @@ from senses_creature import SENSE_TABLE
 if TYPE_CHECKING:
     from datasets import Dataset
 
+SIZED = 4  # clips whose vectors are measured
 COPIES = {name for sense in SENSE_TABLE if sense.copy_of for name in ARGUMENTS[sense.name]}
 
 
@@ -48,3 +50,21 @@ def clip_sums(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     hidden = model(**senses, logits_to_keep=1, use_cache=False).last_hidden_state
     # The head knows the last command from the targets, also where the copy of it is missing or wrong.
     return stream_sums(model, hidden, {name: value for name, value in batch.items() if name not in COPIES})
+
+
+@torch.no_grad()
+def sense_sizes(model, clips: EvaluationClips) -> dict[str, float]:
+    """
+    The root mean square of the vectors that each sense adds, beside the internal voice, divided by that of the token
+    table, over the first clips that have it: 0 before training, and far above 1 where a sense drowns the voice.
+    """
+    table, sizes = model.model.embed_tokens.weight.float().square().mean(), {}
+    for sense in SENSE_TABLE:
+        having = [clip for clip in map(clips.__getitem__, range(len(clips))) if set(clip) & set(sense.arguments)]
+        if having:
+            batch = collate_clips(having[:SIZED])
+            given = {name: batch[name].to(model.device) for name in ARGUMENTS[sense.name] if name in batch}
+            for vectors in model.model.senses(given, model.model.embed_tokens):
+                felt = vectors[vectors.abs().amax(-1) > 0].float()
+                sizes[sense.name] = (felt.square().mean() / table).sqrt().item() if len(felt) else 0.0
+    return sizes
