@@ -55,7 +55,7 @@ def main() -> int | None:
         print(report.format_run(run), flush=True)
 
     trainer = job.build_trainer(settings, data, run, args, model, resumed)
-    job.train(trainer, plan, trained, resumed)
+    job.train(trainer, settings, plan, trained, resumed)
     finalize.finish(trainer, settings, data, run)
     trainer.accelerator.end_training()
     trainer.signals.restore()

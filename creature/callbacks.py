@@ -299,7 +299,7 @@ class HealthAdvice(TrainerCallback):
         self._losses.append(loss)
         if rate < self.min_samples_per_second and state.global_step > 1:
             look = (
-                "this is a CPU: use a GPU for a real run, or a smaller --block_size"
+                "this is a CPU: use a GPU for a real run"
                 if args.device.type == "cpu"
                 else "look whether another program uses the GPU (nvidia-smi), whether torch.compile and bf16 are on "
                 "(see the table above), and whether --per_device_train_batch_size could be larger"
@@ -365,9 +365,9 @@ class FirstStep(TrainerCallback):
 class ConsoleLog(ProgressCallback):
     """One readable line for each log, with the time left, and on a terminal a progress bar."""
 
-    def __init__(self, throughput: Throughput, bar: bool | None = None):
+    def __init__(self, throughput: Throughput, bar: bool | None = None, unit: str = "tokens"):
         super().__init__()
-        self.throughput = throughput
+        self.throughput, self.unit = throughput, unit
         self.bar = sys.stderr.isatty() if bar is None else bar
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -387,7 +387,7 @@ class ConsoleLog(ProgressCallback):
         if not logs or not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
             return
         left = (state.max_steps - state.global_step) * self.throughput.seconds_per_step
-        _say(log_line(state.global_step, state.max_steps, logs, left), self.training_bar)
+        _say(log_line(state.global_step, state.max_steps, logs, left, self.unit), self.training_bar)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.prediction_bar is not None:  # left open by StopEvaluation
@@ -397,7 +397,7 @@ class ConsoleLog(ProgressCallback):
             super().on_train_end(args, state, control, **kwargs)
 
 
-def log_line(step: int, max_steps: int, logs: dict, seconds_left: float = math.nan) -> str:
+def log_line(step: int, max_steps: int, logs: dict, seconds_left: float = math.nan, unit: str = "tokens") -> str:
     """
     One log as a line for the console: losses, gradient norm, learning rate, speed, time left; or an evaluation. Of a
     round on recordings it is followed by a line for each stream, for the text, and for what the senses are worth.
@@ -405,7 +405,7 @@ def log_line(step: int, max_steps: int, logs: dict, seconds_left: float = math.n
     parts = [f"step {step:>6,}/{max_steps:,}"]
     streams = [key for key in logs if key.startswith("loss_")]
     shapes = {"loss": "{:.4f}"} | {key: "{:.4f}" for key in streams}
-    shapes |= {"grad_norm": "{:.3g}", "learning_rate": "{:.3g}", "tokens_per_second": "{:,.0f} tokens/s"}
+    shapes |= {"grad_norm": "{:.3g}", "learning_rate": "{:.3g}", "tokens_per_second": f"{{:,.0f}} {unit}/s"}
     shapes |= {"samples_per_second": "{:.3g} samples/s", "mfu": "MFU {:.1%}"}
     shapes |= {"eval_loss": "{:.4f}", "eval_perplexity": "{:.2f}", "eval_bits_per_byte": "{:.4f}"}
     shapes |= {"eval_accuracy": "{:.2%}"}

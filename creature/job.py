@@ -427,7 +427,8 @@ def build_trainer(
     trainer.add_callback(FirstStep())
     if args.world_size > 1:
         trainer.add_callback(LostProcess())
-    trainer.add_callback(ConsoleLog(throughput, bar=False if args.disable_tqdm else None))
+    unit = "ticks" if settings.on_recordings else "tokens"
+    trainer.add_callback(ConsoleLog(throughput, bar=False if args.disable_tqdm else None, unit=unit))
     scaled_down = settings.dry_run and args.device.type == "cpu"  # too slow to judge its speed
     trainer.add_callback(HealthAdvice(min_samples_per_second=0.0 if scaled_down else 5.0))
     if run["decay_start"] and not settings.dry_run:
@@ -439,7 +440,9 @@ def build_trainer(
     return trainer
 
 
-def train(trainer: CreatureTrainer, plan: Plan, trained: Trained, resumed: ResumedRun | None) -> None:
+def train(
+    trainer: CreatureTrainer, settings: Settings, plan: Plan, trained: Trained, resumed: ResumedRun | None
+) -> None:
     """Train to the end or to a signal; out of memory ends in a UserError that names the batch that would fit."""
     try:
         if resumed and resumed.step >= trainer.args.max_steps > 0:
@@ -466,6 +469,6 @@ def train(trainer: CreatureTrainer, plan: Plan, trained: Trained, resumed: Resum
         remedy = (
             f"use --per_device_train_batch_size {smaller} (the tokens of a step stay {plan.tokens_per_step:,})"
             if smaller
-            else f"one block does not fit: use a smaller --block_size, --{kind}_checkpointing, or a smaller model"
+            else f"one row does not fit: use a smaller --{settings.row_name} or model, or --{kind}_checkpointing"
         )
         raise UserError(f"out of memory on {plan.device.name} with micro-batch {plan.micro_batch}: {remedy}") from error

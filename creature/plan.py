@@ -223,7 +223,7 @@ def _plan_batch(
 
     One follows from the other two; where only the tokens are given, the micro-batch is the most that `fits`.
     """
-    training, given, note = settings.training, settings.given, None
+    training, given, name, note = settings.training, settings.given, settings.row_name, None
     micro, accumulation = training.get("per_device_train_batch_size"), training.get("gradient_accumulation_steps")
     tokens = training.get("tokens_per_step", 65_536)
     if micro and accumulation and "tokens_per_step" not in given:
@@ -242,20 +242,20 @@ def _plan_batch(
     if tokens % (block * world):
         near = max(1, round(tokens / (block * world))) * block * world
         raise UserError(
-            f"tokens_per_step {tokens:,} is not a multiple of block_size x processes = {block} x {world}: "
+            f"tokens_per_step {tokens:,} is not a multiple of {name} x processes = {block} x {world}: "
             f"use --tokens_per_step {near}"
         )
     blocks = tokens // (block * world)
-    for name, size in (("gradient_accumulation_steps", accumulation), ("per_device_train_batch_size", micro)):
+    for setting, size in (("gradient_accumulation_steps", accumulation), ("per_device_train_batch_size", micro)):
         if size and blocks % size:
             raise UserError(
-                f"{name} {size} does not divide the {blocks} blocks of a step (of each process): use "
+                f"{setting} {size} does not divide the {blocks} blocks of a step (of each process): use "
                 f"{_nearest_divisor(blocks, size)}, or change --tokens_per_step"
             )
     if micro and accumulation and micro * accumulation != blocks:
         raise UserError(
             f"per_device_train_batch_size {micro} x gradient_accumulation_steps {accumulation} x {world} processes x "
-            f"block_size {block} is not tokens_per_step {tokens:,}: leave one of them out"
+            f"{name} {block} is not tokens_per_step {tokens:,}: leave one of them out"
         )
     if accumulation:
         micro = blocks // accumulation
@@ -263,7 +263,7 @@ def _plan_batch(
         most = min(fits(), blocks)
         if most < 1:
             fsdp = ", and how much room FSDP makes is not known: give --per_device_train_batch_size"
-            remedy = fsdp if sharded(training) else ": use a smaller --block_size or a smaller configuration"
+            remedy = fsdp if sharded(training) else f": use a smaller --{name} or a smaller configuration"
             raise UserError(f"not one block of {block} tokens of the whole model fits on {device.name}{remedy}")
         micro = max(size for size in range(1, most + 1) if blocks % size == 0)
     return tokens, micro, blocks // micro, note

@@ -193,7 +193,12 @@ class Settings:
     @property
     def row_length(self) -> int | None:
         """Tokens or ticks of a row that is trained on; None for the model's whole context."""
-        return self.data.clip_ticks if self.on_recordings else self.data.block_size
+        return getattr(self.data, self.row_name)
+
+    @property
+    def row_name(self) -> str:
+        """The setting that is the length of a row."""
+        return "clip_ticks" if self.on_recordings else "block_size"
 
 
 def is_recordings(name: str) -> bool:
