@@ -3,6 +3,7 @@
 import copy
 import os
 import shlex
+import statistics
 from pathlib import Path
 
 import huggingface_hub
@@ -74,7 +75,16 @@ def finish(trainer: CreatureTrainer, settings: Settings, data, run: dict) -> Non
     if settings.dry_run:
         print(f"dry run passed: {step} steps, checkpoint written, read back with equal logits", flush=True)
     else:
-        print(f"finished {step:,} steps; the model is in {folder}", flush=True)
+        print(f"finished {step:,} steps; the model is in {folder}{compare_speed(run, folder)}", flush=True)
+
+
+def compare_speed(run: dict, folder: Path) -> str:
+    """The median speed of a run beside what scripts/estimate.py expects of its card; "" where it expects nothing."""
+    speeds = [e["tokens_per_second"] for e in checkpoints.read_metrics(folder) if e.get("tokens_per_second")]
+    if not run.get("expected_seconds") or not speeds:
+        return ""
+    speed, expected = statistics.median(speeds), run["tokens"] / run["expected_seconds"]
+    return f"; {speed:,.0f} tokens/s, {speed / expected:.2f} times the estimate for {run['device']}"
 
 
 def _publish(trainer: CreatureTrainer, folder: Path) -> None:

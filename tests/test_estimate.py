@@ -1,5 +1,6 @@
 """The estimate against real models: parameters, FLOPs, and the memory of training steps, on the CPU and as measured."""
 
+import json
 import weakref
 from dataclasses import replace
 
@@ -376,3 +377,13 @@ def test_several_cards_divide_a_step_and_wait_for_their_gradients():
     # 1,000 tokens at 100 a second on each of two cards take 5 s, and the gradients 3 s.
     assert data_parallel_speed(100.0, 1000, cards=2, reduce_seconds=3.0) == pytest.approx(1000 / 8)
     assert data_parallel_speed(100.0, 1000, cards=2, reduce_seconds=0.0) == pytest.approx(200.0)
+
+
+def test_a_finished_run_is_compared_with_its_estimate(tmp_path):
+    from creature.finalize import compare_speed
+
+    run = {"tokens": 1_000_000, "expected_seconds": 10.0, "device": "RTX 3090"}
+    logs = [{"step": 1}, *({"step": step, "tokens_per_second": 1000 * step} for step in (40, 90, 120))]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, logs)) + "\n")
+    assert compare_speed(run, tmp_path) == "; 90,000 tokens/s, 0.90 times the estimate for RTX 3090"
+    assert compare_speed(run | {"expected_seconds": None}, tmp_path) == ""
