@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from creature.checkpoints import list_checkpoints, newest_complete
+from creature.checkpoints import list_checkpoints, newest_complete, read_run
 from creature.errors import UserError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -137,6 +137,12 @@ def load_to_generate(folder: Path, wanted: str | None = None):
     device = device_info(wanted)
     half = device.kind == "cuda" and device.bf16
     return load_model(folder, device.kind, torch.bfloat16 if half else torch.float32), device
+
+
+def trained_ticks(folder: str | Path, otherwise: int) -> int:
+    """The most ticks of a clip in the run of a model on recordings, by its run.json; `otherwise` without such a run."""
+    run = read_run(folder) or read_run(Path(folder).resolve().parent) or {}
+    return run["must_match"]["block_size"] if run.get("on_recordings") else otherwise
 
 
 def ids_without_text(config: "CreatureConfig", tokenizer: "PreTrainedTokenizerBase") -> list[int]:

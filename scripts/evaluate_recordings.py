@@ -52,9 +52,10 @@ def main() -> None:
     from creature.data.recordings.rows import EvaluationClips
     from creature.files import replace_file, require_writable
     from creature.hardware import device_info
-    from creature.loading import load_model
+    from creature.loading import load_model, trained_ticks
     from creature.rounds.evaluation import sense_sizes
     from creature.rounds.open_loop import MILLISECONDS, measure_open_loop
+    from creature.settings import DataArguments
     from processing_creature import CreatureProcessor
 
     transformers.utils.logging.disable_progress_bar()
@@ -63,7 +64,7 @@ def main() -> None:
         require_writable(Path(arguments.output).parent)
     device = device_info(arguments.device)
     processor = CreatureProcessor.from_config(config, load_saved_tokenizer(folder))
-    context = trained_ticks(folder, config)
+    context = trained_ticks(folder, min(DataArguments.clip_ticks, config.max_position_embeddings))
     clips, about = open_clips(arguments, processor, context)
     if not set(about["streams"]) & {name for name, weight in config.loss_weights.items() if weight}:
         raise UserError(
@@ -98,16 +99,6 @@ def check_ahead(milliseconds: tuple[int, ...], config) -> tuple[int, ...]:
         if not 0 < moment <= longest or moment % subframe:
             raise UserError(f"--ahead {moment} is no multiple of {subframe:g} ms from {subframe:g} to {longest}")
     return tuple(milliseconds)
-
-
-def trained_ticks(folder: Path, config) -> int:
-    """The most ticks of a clip in the run of a model, by its run.json; else the default, or the context if shorter."""
-    from creature.checkpoints import read_run
-    from creature.settings import DataArguments
-
-    run = read_run(folder) or read_run(folder.resolve().parent) or {}
-    usual = min(DataArguments.clip_ticks, config.max_position_embeddings)
-    return run["must_match"]["block_size"] if run.get("on_recordings") else usual
 
 
 def open_clips(arguments: argparse.Namespace, processor, ticks: int):
