@@ -40,13 +40,13 @@ class DecodingCache:
     Keys and values of all layers in buffers [B, heads, length, head_dim], written in place.
 
     Args:
-        prefilled: the cache that the pass over the prompt has filled; it gives heads, sizes and dtypes.
+        like: a tensor [B, heads, any number of ticks, head_dim] for the keys and one for the values of every layer.
         length: slots, one a tick. With a sliding window, as many as its ticks suffice.
     """
 
-    def __init__(self, prefilled: Cache, length: int):
-        self.keys = [layer.keys.new_zeros(*_with_length(layer.keys, length)) for layer in prefilled.layers]
-        self.values = [layer.values.new_zeros(*_with_length(layer.values, length)) for layer in prefilled.layers]
+    def __init__(self, like: list[tuple[torch.Tensor, torch.Tensor]], length: int):
+        self.keys = [keys.new_zeros(*_with_length(keys, length)) for keys, _ in like]
+        self.values = [values.new_zeros(*_with_length(values, length)) for _, values in like]
         self.slot = torch.zeros(1, dtype=torch.long, device=self.keys[0].device)  # where the next tick goes
         self.length = length
         self.visible = length  # slots that attention reads; a graph always reads all of them, masked
@@ -72,6 +72,13 @@ class DecodingCache:
         self.slot.fill_(ticks)
         return ticks
 
+    def extend(self, length: int) -> None:
+        """More slots behind those that there are."""
+        for buffers in (self.keys, self.values):
+            for place, buffer in enumerate(buffers):
+                buffers[place] = nn.functional.pad(buffer, (0, 0, 0, length - self.length))
+        self.length = length
+
 
 def full_tick(model: nn.Module, tokens, position_ids, mask, cache) -> torch.Tensor:
     """tokens, position_ids [B, 1], mask [B, 1, 1, slots] -> logits [B, vocab_size]."""
@@ -85,7 +92,11 @@ def bare_tick(model: nn.Module, tokens, position_ids, mask, cache) -> torch.Tens
     """The same from backbone and head alone, without the checks, senses and streams of `forward`."""
     embeds = model.model.embed_tokens(tokens)  # not `input_ids`, of which negative ones would be taken out first
     outputs = model.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, past_key_values=cache)
-    hidden, head = outputs.last_hidden_state[:, -1], model.lm_head
+    return head_logits(model.lm_head, outputs.last_hidden_state[:, -1])
+
+
+def head_logits(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """hidden [B, hidden_size] -> logits [B, vocab_size] of a plain head, by the fastest product that there is."""
     if hidden.device.type == "cpu" and ONEDNN and hidden.dtype == head.weight.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(hidden, head.weight, None, "none", [], "")
     return head(hidden)
@@ -109,7 +120,7 @@ class Decoder:
         self.tick, self.windowed = tick, windowed
         self.graph, self.fingerprint, self.key = None, None, None
         with torch.inference_mode(False):  # inference tensors could not be written outside of inference mode
-            self.cache = DecodingCache(prefilled, length)
+            self.cache = DecodingCache([(layer.keys, layer.values) for layer in prefilled.layers], length)
             self.tokens = torch.zeros(first.shape[0], 1, dtype=torch.long, device=first.device)
             self.position_ids = torch.zeros_like(self.tokens)
             # Added to the attention scores, in their dtype: a boolean mask would be converted in every layer.
@@ -138,18 +149,21 @@ class Decoder:
         self.tokens[:, 0] = tokens
         if self.graph is not None:
             self.graph.replay()
-            return self.logits
+            return self.outputs
         self.cache.visible = min(self.cache.visible + 1, self.cache.length)
         return self._pass(model, self.tick)
 
     def _pass(self, model: nn.Module, tick) -> torch.Tensor:
         self.mask.index_fill_(3, self.cache.slot, 0.0)
-        logits = tick(model, self.tokens, self.position_ids, self.mask[..., : self.cache.visible], self.cache)
+        outputs = self._outputs(model, tick, self.mask[..., : self.cache.visible])
         self.cache.slot += 1
         if self.windowed:  # after the last slot comes the one with the oldest tick
             self.cache.slot.remainder_(self.cache.length)
         self.position_ids += 1
-        return logits
+        return outputs
+
+    def _outputs(self, model: nn.Module, tick, mask: torch.Tensor):
+        return tick(model, self.tokens, self.position_ids, mask, self.cache)
 
     def capture(self, model: nn.Module, settings: dict | None = None) -> "Decoder":
         """Record the step as a CUDA graph, first compiled with `settings` where they are given; returns itself."""
@@ -166,7 +180,7 @@ class Decoder:
             # On a stream of its own, so that the graph has its own cuBLAS workspaces, which nobody else frees; of this
             # thread alone, because a data loader may be pinning memory in another one.
             with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
-                self.logits = self._pass(model, tick)
+                self.outputs = self._pass(model, tick)
         self.graph, self.fingerprint = graph, fingerprint(model)
         self.tick = tick  # keeps the compiled kernels loaded as long as the graph that launches them
         return self

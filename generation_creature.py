@@ -10,13 +10,19 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 try:
+    from .configuration_creature import STREAMS
     from .decoding_creature import can_decode, decode
-    from .senses_creature import SENSE_TABLE, check_names
-    from .streams_creature import sample_token
+    from .motor_creature import last_command
+    from .sampling_creature import Sampling, sample
+    from .senses_creature import SENSE_TABLE, check_ids, check_names, check_shapes
+    from .stepping_creature import Stepper, can_step
 except ImportError:
+    from configuration_creature import STREAMS
     from decoding_creature import can_decode, decode
-    from senses_creature import SENSE_TABLE, check_names
-    from streams_creature import sample_token
+    from motor_creature import last_command
+    from sampling_creature import Sampling, sample
+    from senses_creature import SENSE_TABLE, check_ids, check_names, check_shapes
+    from stepping_creature import Stepper, can_step
 
 
 def _inputs_of(senses) -> dict[str, float | bool]:
@@ -71,7 +77,8 @@ class CreatureStep(ModelOutput):
     Args:
         internal_text, external_text: [B] ids. audio: [B, codebooks] codes. animation: [B, animation_size].
             action: [B, sub-frames, action_size], normalised. What was not asked for, or has size 0, is None.
-        logits: [B, vocab_size] of the internal text.
+        logits: [B, vocab_size] of the internal text. external_text_logits: [B, vocab_size], with that stream.
+        last_hidden_state: [B, hidden_size], what all streams read.
         past_key_values: pass it to the next step.
     """
 
@@ -81,7 +88,9 @@ class CreatureStep(ModelOutput):
     animation: torch.FloatTensor | None = None
     action: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
+    external_text_logits: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | Stepper | None = None
 
 
 @dataclass
@@ -89,7 +98,7 @@ class _Emission:
     """Which side streams one call of `generate` emits, how they are drawn, and what came out so far."""
 
     streams: tuple[str, ...]
-    temperature: float | None
+    sampling: dict[str, Sampling]
     ticks: int = 0  # ticks that the backbone has seen
     emitted: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
@@ -150,8 +159,8 @@ class CreatureGenerationMixin(GenerationMixin):
                 "use greedy search or sampling with output_streams, or leave output_streams out."
             )
         sampling = bool(setting("do_sample"))
-        temperature = (setting("temperature") or 1.0) if sampling else None
-        emission = _Emission(streams, temperature)
+        temperature = (setting("temperature") or 1.0) if sampling else 0.0
+        emission = _Emission(streams, dict.fromkeys(streams, Sampling(temperature)))
         kwargs["return_dict_in_generate"] = True  # several fields are what comes back in any case
         outputs = super().generate(inputs, *args, emission=emission, **kwargs)
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
@@ -234,7 +243,9 @@ class CreatureGenerationMixin(GenerationMixin):
         emission = model_kwargs.get("emission")
         if emission is None:
             return model_kwargs
-        for output, tick in self._emit(outputs, emission.streams, emission.temperature).items():
+        streams, sampling = emission.streams, emission.sampling
+        read = self._read(outputs, streams, sampling, self._noise(streams, sampling, len(outputs.logits), None))
+        for output, tick in self._side_emissions(read, streams, sampling).items():
             emission.emitted.setdefault(output, []).append(tick)
             # The ticks before the first emission are absent, unless the caller says what was emitted in the prompt.
             name, mask = FED_BACK[output], COPY_MASKS.get(FED_BACK[output])
@@ -246,26 +257,54 @@ class CreatureGenerationMixin(GenerationMixin):
                 model_kwargs[mask] = F.pad(_at_ticks(mask, known, 0, emission.ticks), (0, 1), value=True)
         return model_kwargs
 
-    def _emit(self, outputs: ModelOutput, streams: tuple[str, ...], temperature: float | None) -> dict:
-        """What the side streams emit at the last tick of a forward pass, [B, ...] each, by name."""
-        emitted = {}
-        if "external_text" in streams:
-            emitted["external_text"] = sample_token(outputs.external_text_logits[:, -1], temperature)
+    def _read(self, outputs: ModelOutput, streams: tuple[str, ...], sampling: dict, noise: torch.Tensor | None) -> dict:
+        """What `stream_tick` returns, of the last tick of a forward pass."""
+        names = ("last_hidden_state", "logits", "external_text_logits", "animation", "action")
+        read = {name: getattr(outputs, name) for name in names if getattr(outputs, name) is not None}
+        read = {name: value[:, -1] for name, value in read.items()}
         if "audio" in streams:
-            # Sampled here and not in `forward`, which is deterministic.
-            code_table = self.model.senses.own_voice.code_table
-            emitted["audio"] = self.streams.audio.emit(outputs.last_hidden_state[:, -1], code_table, temperature)[0]
-        for name in ("animation", "action"):  # as far as the body has them
-            if "animation" in streams and getattr(outputs, name) is not None:
-                emitted[name] = getattr(outputs, name)[:, -1]
+            # Drawn here and not in `forward`, which is deterministic.
+            table = self.model.senses.own_voice.code_table
+            read["audio"], _ = self.streams.audio.emit(read["last_hidden_state"], table, sampling["audio"], noise)
+        return read
+
+    def _noise(self, streams: tuple[str, ...], sampling: dict, rows: int, generator) -> torch.Tensor | None:
+        """The random numbers of the codes of one tick, where they are drawn."""
+        if "audio" not in streams or not sampling["audio"].temperature:
+            return None
+        return self.streams.audio.draw_noise(rows, self.model.senses.own_voice.code_table, generator)
+
+    def _side_emissions(self, read: dict, streams: tuple[str, ...], sampling: dict, generator=None) -> dict:
+        """What the side streams emit, [B, ...] each by name, by what was read off a tick."""
+        emitted = {name: read[name] for name in ("audio", "animation", "action") if name in read}
+        if "external_text" in streams:
+            logits, null = read["external_text_logits"], self.config.null_token_id
+            emitted["external_text"] = sample(logits, sampling["external_text"], null, generator)
         return emitted
+
+    def _live_tick(
+        self, stepper: Stepper, senses: dict, streams: tuple[str, ...], sampling: dict, noise: torch.Tensor | None
+    ) -> dict:
+        """One tick of `senses` [B, 1, ...], through the fast step."""
+        ids, embeds = senses.get("input_ids"), senses.get("inputs_embeds")
+        if ids is not None:
+            check_ids("input_ids", ids, self.config.vocab_size)
+        others = {name: value for name, value in senses.items() if name not in ("input_ids", "inputs_embeds")}
+        vectors = self.model.embed(ids, embeds, others)
+        last = {}
+        if "animation" in streams:
+            check_shapes(self.model.senses.shapes, {"joint_rotations": others.get("joint_rotations")}, B=len(vectors))
+            last = last_command(self.config, others, vectors)
+        return stepper(self, vectors, last, streams, sampling["audio"], noise)
 
     @torch.no_grad()
     def step(
         self,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | Stepper | None = None,
         output_streams: tuple[str, ...] | None = None,
         temperature: float | None = None,
+        sampling: dict[str, Sampling] | None = None,
+        generator: torch.Generator | None = None,
         **senses,
     ) -> CreatureStep:
         """
@@ -275,6 +314,8 @@ class CreatureGenerationMixin(GenerationMixin):
             past_key_values: the cache of the step before, None at the first tick.
             output_streams: the streams to emit; by default all that this creature has.
             temperature: draw at this temperature; None is greedy.
+            sampling: how each stream of ids is drawn, in place of one temperature for all. generator: what its random
+                numbers come from.
             senses: the arguments of `forward` with T = 1 (or, at the first call, the ticks so far); feed back what the
                 step before emitted as `input_ids`, `external_text_ids`, `audio_codes`, `animation` and `action`
                 [B, 1, ...].
@@ -288,15 +329,36 @@ class CreatureGenerationMixin(GenerationMixin):
         """
         output_streams = self.streams.names if output_streams is None else output_streams
         check_names("output_streams", output_streams, self.streams.names)
-        in_forward = tuple(stream for stream in output_streams if stream != "audio")
-        outputs = self(
-            past_key_values=past_key_values, use_cache=True, logits_to_keep=1, output_streams=in_forward, **senses
-        )
-        logits = outputs.logits[:, -1]
-        emitted = self._emit(outputs, output_streams, temperature)
+        sampling = dict.fromkeys(STREAMS, Sampling(temperature or 0.0)) | (sampling or {})
+        given = {name: value for name, value in senses.items() if value is not None}
+        ticks = max((value.shape[1] for value in given.values() if value.dim() > 1), default=0)
+        known = given.keys() <= {"input_ids", "inputs_embeds", "sense_embeds", *self.model.senses.shapes}
+        fast = known and isinstance(past_key_values, Stepper | None) and can_step(self)
+        rows = len(next(iter(given.values()))) if given else 0
+        noise = self._noise(output_streams, sampling, rows, generator)
+        if fast and (ticks == 1 or past_key_values is not None):
+            past_key_values = past_key_values or Stepper(self, rows)
+            for tick in range(ticks):
+                streams = output_streams if tick == ticks - 1 else ()
+                now = {name: value[:, tick : tick + 1] for name, value in given.items()}
+                read = self._live_tick(past_key_values, now, streams, sampling, noise)
+        else:
+            outputs = self(
+                past_key_values=past_key_values,
+                use_cache=True,
+                logits_to_keep=1,
+                output_streams=tuple(stream for stream in output_streams if stream != "audio"),
+                **senses,
+            )
+            past_key_values = outputs.past_key_values
+            if fast:
+                past_key_values = Stepper(self, rows).load(past_key_values)
+            read = self._read(outputs, output_streams, sampling, noise)
+        emitted = self._side_emissions(read, output_streams, sampling, generator)
         if "internal_text" in output_streams:
-            emitted["internal_text"] = sample_token(logits, temperature)
-        return CreatureStep(**emitted, logits=logits, past_key_values=outputs.past_key_values)
+            how, null = sampling["internal_text"], self.config.null_token_id
+            emitted["internal_text"] = sample(read["logits"], how, null, generator)
+        return CreatureStep(**read | emitted, past_key_values=past_key_values)
 
 
 def _at_ticks(name: str, value: torch.Tensor, start: int, end: int) -> torch.Tensor:

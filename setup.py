@@ -46,6 +46,8 @@ setup(
         "processing_creature",
         "feature_extraction_creature",
         "ticks_creature",
+        "sampling_creature",
+        "stepping_creature",
         "run_clm_creature",
     ],
     # configs/ and scripts/ lie beside the package in a clone, and are found in a wheel as creature/configs and
@@ -56,6 +58,7 @@ setup(
         "creature.data.recordings",
         "creature.data.text",
         "creature.fast",
+        "creature.live",
         "creature.rounds",
         "creature.configs",
         "creature_scripts",

@@ -17,13 +17,14 @@ try:
     from .configuration_creature import STREAMS, CreatureConfig
     from .losses_creature import IGNORE_INDEX, linear_cross_entropy
     from .motor_creature import AnimationStream, errors_of_repeating, last_command
+    from .sampling_creature import GREEDY, Sampling, sample
     from .senses_creature import check_ids, check_organs, check_shapes
 except ImportError:
     from configuration_creature import STREAMS, CreatureConfig
     from losses_creature import IGNORE_INDEX, linear_cross_entropy
     from motor_creature import AnimationStream, errors_of_repeating, last_command
+    from sampling_creature import GREEDY, Sampling, sample
     from senses_creature import check_ids, check_organs, check_shapes
-
 
 # Of each target, the field of the configuration that is 0 in a creature without the organ for it.
 TARGET_ORGANS = {
@@ -234,12 +235,22 @@ class AudioStream(nn.Module):
         logits = self(hidden, targets, code_table).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
+    def draw_noise(self, rows: int, code_table: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """The random numbers of one emission, [codebooks, rows, codebook]."""
+        books, codes, _ = code_table.shape
+        noise = torch.empty(books, rows, codes, device=code_table.device)
+        return noise.exponential_(generator=generator)
+
     @torch.no_grad()
     def emit(
-        self, hidden: torch.Tensor, code_table: torch.Tensor, temperature: float | None = None
+        self,
+        hidden: torch.Tensor,
+        code_table: torch.Tensor,
+        sampling: Sampling = GREEDY,
+        noise: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Draw the codes of N ticks: greedily, or sampled at a temperature.
+        Draw the codes of N ticks, by default the likeliest; noise: of `draw_noise`.
 
         hidden [N, hidden_size] -> codes [N, codebooks] int64 and their logits [N, codebooks, codebook].
         """
@@ -251,16 +262,8 @@ class AudioStream(nn.Module):
             for layer, cache in zip(self.layers, caches, strict=True):
                 x = layer(x, cache)
             logits.append(self._logits(x, table[None]))
-            codes.append(sample_token(logits[-1][:, 0], temperature))
+            codes.append(sample(logits[-1][:, 0], sampling, noise=None if noise is None else noise[book]))
         return torch.stack(codes, dim=1), torch.cat(logits, dim=1)
-
-
-def sample_token(logits: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
-    """One id per row of [..., vocabulary]: the likeliest, or drawn at a temperature."""
-    if not temperature:
-        return logits.argmax(dim=-1)
-    probabilities = (logits.float() / temperature).softmax(dim=-1)
-    return torch.multinomial(probabilities.flatten(0, -2), 1).view(logits.shape[:-1])
 
 
 class CreatureStreams(nn.Module):

@@ -61,11 +61,11 @@ def recorded(monkeypatch):
         def replay(self):
             decoder = self.decoder()
             with torch.no_grad():
-                decoder.logits.copy_(decoder._pass(self.model(), decoder.tick))
+                decoder.outputs.copy_(decoder._pass(self.model(), decoder.tick))
 
     def capture(self, model, settings=None):
         with torch.inference_mode(False), torch.no_grad():
-            self.logits = self._pass(model, self.tick).clone()
+            self.outputs = self._pass(model, self.tick).clone()
         self.graph, self.fingerprint = Graph(self, model), decoding_creature.fingerprint(model)
         recordings.append(settings)
         return self

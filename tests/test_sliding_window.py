@@ -123,7 +123,7 @@ def test_steps_give_what_one_pass_over_all_ticks_gives_and_keep_a_window(kind, l
         torch.testing.assert_close(out.animation, whole.animation[:, tick - 1], atol=1e-4, rtol=1e-4)
         assert torch.equal(out.external_text, whole.external_text_logits[:, tick - 1].argmax(-1))
         assert cache.get_seq_length() == tick
-        assert all(layer.keys.shape[2] == min(tick, WINDOW - 1) for layer in cache.layers)
+        assert all(keys.shape[2] == WINDOW for keys in cache.cache.keys)
 
 
 def ticks_of(batch: dict, start: int, end: int) -> dict:

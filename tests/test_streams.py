@@ -34,7 +34,8 @@ from motor_creature import (
     quaternion_to_6d,
     unpack_animation,
 )
-from streams_creature import DepthLayer, count_targets, sample_token, text_loss
+from sampling_creature import Sampling, sample
+from streams_creature import DepthLayer, count_targets, text_loss
 
 HEADS = {"external_text": "streams.external_text.", "audio": "streams.audio.", "animation": "streams.animation."}
 
@@ -582,21 +583,21 @@ def test_emitted_codes_are_the_likeliest_given_the_ones_before():
         forced = audio(hidden, codes, table)
     torch.testing.assert_close(logits, forced, atol=1e-5, rtol=1e-5)
     assert torch.equal(codes, forced.argmax(-1))
-    sampled, _ = audio.emit(hidden.repeat(40, 1), table, temperature=3.0)
+    sampled, _ = audio.emit(hidden.repeat(40, 1), table, Sampling(temperature=3.0), audio.draw_noise(200, table, None))
     assert len(sampled[::5].unique(dim=0)) > 5 and sampled.min() >= 0 and sampled.max() < 11
 
 
-@pytest.mark.parametrize("temperature", [None, 2.0])
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
 def test_an_emission_computes_each_code_once_and_draws_what_recomputation_draws(temperature, monkeypatch):
     model = micro_model(depth_num_layers=2, num_audio_codebooks=5)
     audio, table = model.streams.audio, model.model.senses.own_voice.code_table
     torch.manual_seed(0)
     hidden = torch.randn(200, 32)
+    noise = audio.draw_noise(200, table, None)
     with torch.no_grad():
-        torch.manual_seed(1)
         codes = torch.zeros(200, 0, dtype=torch.long)
         while codes.shape[1] < 5:
-            code = sample_token(audio(hidden, codes, table)[:, -1], temperature)
+            code = sample(audio(hidden, codes, table)[:, -1], Sampling(temperature), noise=noise[codes.shape[1]])
             codes = torch.cat((codes, code[:, None]), dim=1)
     computed, forward = [], DepthLayer.forward
 
@@ -605,8 +606,7 @@ def test_an_emission_computes_each_code_once_and_draws_what_recomputation_draws(
         return forward(self, x, *cache)
 
     monkeypatch.setattr(DepthLayer, "forward", counted)
-    torch.manual_seed(1)
-    assert torch.equal(audio.emit(hidden, table, temperature)[0], codes)
+    assert torch.equal(audio.emit(hidden, table, Sampling(temperature), noise)[0], codes)
     assert computed == [1] * (2 * 5) and len(codes.unique(dim=0)) > 20
 
 
@@ -623,16 +623,6 @@ def test_audio_targets_of_a_tick_change_the_logits_of_that_tick_only():
     moved[:, 3, 2] = False
     assert not moved.any()
     assert torch.equal(before.logits, after.logits) and torch.equal(before.animation, after.animation)
-
-
-def test_sample_token():
-    logits = torch.tensor([[[0.0, 9.0, 1.0], [5.0, 0.0, 4.0]]])
-    assert sample_token(logits).tolist() == [[1, 0]]
-    torch.manual_seed(0)
-    drawn = sample_token(torch.tensor([0.0, math.log(3.0)]).expand(4000, 2), temperature=1.0)
-    assert drawn.float().mean().item() == pytest.approx(0.75, abs=0.03)
-    hot = sample_token(torch.tensor([0.0, math.log(9.0)]).expand(4000, 2), temperature=2.0)
-    assert hot.float().mean().item() == pytest.approx(0.75, abs=0.03)
 
 
 # --- rotations -------------------------------------------------------------------------------------------------------
