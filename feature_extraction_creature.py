@@ -106,12 +106,10 @@ class LogMelStream:
     """The ticks of one sound that arrives in pieces of any length; the pieces change nothing in the numbers."""
 
     def __init__(self, extractor: CreatureFeatureExtractor, sampling_rate: int):
-        if not sampling_rate or sampling_rate != int(sampling_rate) or sampling_rate < 1:
-            raise ValueError(f"The sampling rate is {sampling_rate}: give that of the sound, such as 16000 (in Hz).")
         self.extractor = extractor
         self.resampler = None
         if sampling_rate != extractor.sampling_rate:
-            self.resampler = _Resampler(int(sampling_rate), extractor.sampling_rate)
+            self.resampler = _Resampler(sampling_rate, extractor.sampling_rate)
         self.tick = round(TICK_SECONDS * extractor.sampling_rate)
         self.hop = self.tick // extractor.frames_per_tick
         self.window = self.hop * 5 // 2  # 25 ms for frames of 10 ms
@@ -155,6 +153,9 @@ class _Resampler:
     """
 
     def __init__(self, rate: int, target: int):
+        if not rate or rate != int(rate) or rate < 1:
+            raise ValueError(f"The sampling rate is {rate}: give that of the sound, such as 16000 (in Hz).")
+        rate = int(rate)
         divisor = math.gcd(rate, target)
         self.up, self.down = target // divisor, rate // divisor
         cutoff = 0.94 * min(1.0, self.up / self.down)  # of half the input's rate
@@ -178,6 +179,14 @@ class _Resampler:
         self.samples = self.samples[arrived:]
         self.next += len(places) * self.down - arrived * self.up
         return resampled
+
+
+def resample(samples: np.ndarray, rate: int, target: int) -> np.ndarray:
+    """Samples [N] at one sampling rate -> at another, 1 to 2 ms later."""
+    if rate == target:
+        return samples
+    resampler, piece = _Resampler(rate, target), max(1, round(PIECE_SECONDS * rate))
+    return np.concatenate([resampler(samples[start : start + piece]) for start in range(0, len(samples) + 1, piece)])
 
 
 def to_mono(sound) -> np.ndarray:

@@ -7,11 +7,14 @@ looks ahead. What a recording does not have is absent from the arguments.
 """
 
 import io
+import os
 
 import numpy as np
-from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers.utils import cached_file
 
 try:
+    from .codec_creature import CODEC_FOLDER, check_codec, decode_voice, encode_voice, load_codec
     from .configuration_creature import CreatureConfig
     from .feature_extraction_creature import CreatureFeatureExtractor, read_sound
     from .losses_creature import IGNORE_INDEX
@@ -29,6 +32,7 @@ try:
         tick_of,
     )
 except ImportError:
+    from codec_creature import CODEC_FOLDER, check_codec, decode_voice, encode_voice, load_codec
     from configuration_creature import CreatureConfig
     from feature_extraction_creature import CreatureFeatureExtractor, read_sound
     from losses_creature import IGNORE_INDEX
@@ -52,6 +56,7 @@ ORGAN_FIELDS = (
     "audio_frames_per_tick", "num_cameras", "vision_image_size", "vision_patch_size", "num_joints",
     "subframes_per_tick", "body_state_size", "body_state_mean", "body_state_std", "body_state_names", "action_size",
     "action_mean", "action_std", "action_names", "num_touch_points", "num_touch_surfaces", "num_blend_shapes",
+    "num_audio_codebooks", "audio_codebook_size",
 )  # fmt: skip
 # Columns of text: the argument that carries them, and that of their targets.
 TEXTS = {
@@ -75,10 +80,13 @@ PLAIN = {"add_special_tokens": False, "split_special_tokens": True}  # "<|endoft
 
 class CreatureProcessor(ProcessorMixin):
     r"""
-    Tokenizer, feature extractor, pictures and the statistics of the body in one.
+    Tokenizer, feature extractor, pictures, the statistics of the body and the codec of the voice in one.
 
         processor = CreatureProcessor.from_config(model.config, tokenizer)
         model(**processor(recording))
+
+    `codec` is None, or what `load_codec` gives; it may be set, and is saved and loaded with the processor. Without it,
+    a voice is left out.
 
     Args:
         feature_extractor ([`CreatureFeatureExtractor`]): the ears.
@@ -90,12 +98,49 @@ class CreatureProcessor(ProcessorMixin):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
         self.organs = organs or {}
         self.config = CreatureConfig(**self.organs)
+        self._codec = None
 
     @classmethod
-    def from_config(cls, config: CreatureConfig, tokenizer) -> "CreatureProcessor":
-        """The processor of a model with this configuration and tokenizer."""
+    def from_config(
+        cls, config: CreatureConfig, tokenizer, codec: PreTrainedModel | None = None
+    ) -> "CreatureProcessor":
+        """The processor of a model with this configuration, tokenizer and codec."""
         ears = CreatureFeatureExtractor(feature_size=config.num_mel_bins, frames_per_tick=config.audio_frames_per_tick)
-        return cls(ears, tokenizer, organs={name: getattr(config, name) for name in ORGAN_FIELDS})
+        processor = cls(ears, tokenizer, organs={name: getattr(config, name) for name in ORGAN_FIELDS})
+        processor.codec = codec
+        return processor
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **options) -> "CreatureProcessor":
+        """As of every processor of transformers; a codec that was saved with it is loaded too."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, **options)
+        where = {
+            name: options[name] for name in ("cache_dir", "local_files_only", "token", "revision") if name in options
+        }
+        found = cached_file(
+            pretrained_model_name_or_path, "config.json", subfolder=CODEC_FOLDER,
+            _raise_exceptions_for_missing_entries=False, **where,
+        )  # fmt: skip
+        if found:
+            processor.codec = load_codec(pretrained_model_name_or_path, subfolder=CODEC_FOLDER, **where)
+        return processor
+
+    def save_pretrained(self, save_directory, **options) -> None:
+        """As of every processor of transformers; the codec goes into the folder `codec` in it."""
+        super().save_pretrained(save_directory, **options)
+        if self.codec is not None:
+            self.codec.save_pretrained(os.path.join(save_directory, CODEC_FOLDER))
+
+    @property
+    def codec(self) -> PreTrainedModel | None:
+        """What turns the voice into codes, and codes into sound."""
+        return self._codec
+
+    @codec.setter
+    def codec(self, codec: PreTrainedModel | None) -> None:
+        if codec is not None and self.config.num_audio_codebooks:
+            check_codec(codec, self.config.num_audio_codebooks, self.config.audio_codebook_size)
+        self._codec = codec
 
     def __call__(
         self,
@@ -111,6 +156,7 @@ class CreatureProcessor(ProcessorMixin):
         joint_rotations=None,
         state=None,
         action=None,
+        voice=None,
         touch=None,
         return_tensors: str = "pt",
     ) -> BatchFeature:
@@ -119,8 +165,8 @@ class CreatureProcessor(ProcessorMixin):
 
         Args:
             recording: a row of a folder of recordings, or a dict with some of its columns. It gives inputs and targets.
-            audio, sampling_rate: in place of a recording, parts of what is there now; they give inputs alone. Samples
-                [N] or [N, channels], or a column of a recording.
+            audio, voice, sampling_rate: in place of a recording, parts of what is there now; they give inputs alone.
+                Samples [N] or [N, channels], heard and said, or a column of a recording.
             images: one picture (of Pillow, or uint8 [H, W, 3]), a list with one a tick, a list with such a list for
                 every camera, or a column of a recording.
             text: the beginning of the internal text, behind everything else, where the text of a recording without
@@ -137,11 +183,13 @@ class CreatureProcessor(ProcessorMixin):
         parts = {
             "audio": audio, "images": images, "text": text, "external_voice": external_voice,
             "external_text": external_text, "joint_positions": joint_positions, "joint_rotations": joint_rotations,
-            "body_state": state, "action": action, "touch": touch,
+            "body_state": state, "action": action, "voice": voice, "touch": touch,
         }  # fmt: skip
         parts = {name: part for name, part in parts.items() if part is not None}
         if (recording is None) == (not parts):
             raise ValueError("Give a recording, or parts of one (audio=..., images=..., text=...).")
+        if voice is not None and self.codec is None:
+            raise ValueError("A voice needs a codec: set `processor.codec` to what `load_codec` gives.")
         if recording is not None:
             rows = [self.encode(row) for row in (recording if isinstance(recording, list) else [recording])]
         else:
@@ -164,7 +212,7 @@ class CreatureProcessor(ProcessorMixin):
             raise ValueError(f"The recording lasts {duration} s: give a duration in seconds.")
         ticks = count_ticks(duration)
         arguments = {}
-        for organ in (self._ears, self._eyes, self._body, self._skin, self._commands, self._texts):
+        for organ in (self._ears, self._eyes, self._body, self._skin, self._commands, self._voice, self._texts):
             arguments |= organ(recording, ticks)
         length = max(map(len, arguments.values()), default=0)
         if arguments and "input_ids" not in arguments and self.config.null_token_id is not None:
@@ -251,6 +299,14 @@ class CreatureProcessor(ProcessorMixin):
             "animation": np.concatenate((rotations.reshape(ticks, -1), rest), axis=1), "animation_mask": present,
             "rotation_targets": rotations, "animation_target_mask": present,
         }  # fmt: skip
+
+    def _voice(self, recording: dict, ticks: int) -> dict:
+        """The codes of the own voice, as efference copy and as target; none without a codec."""
+        if recording.get("voice") is None or not self.config.num_audio_codebooks or self.codec is None:
+            return {}
+        sound = read_sound(recording["voice"])
+        codes = encode_voice(self.codec, *sound, self.config.num_audio_codebooks)[:ticks]
+        return {"audio_codes": codes, "audio_targets": codes}
 
     def _track(self, recording: dict, name: str, ticks: int) -> tuple[np.ndarray, np.ndarray]:
         """A column with `values` [N, ...] and `times` [N] -> float32 [ticks, sub-frames, ...] and bool [ticks]."""
@@ -355,11 +411,12 @@ class CreatureProcessor(ProcessorMixin):
     def _recording_of(self, parts: dict, sampling_rate: int | None) -> dict:
         """Parts as they are given to a call -> a recording."""
         recording, seconds = {}, [0.0]
-        if "audio" in parts:
-            audio = parts["audio"]
-            sound = read_sound(audio if isinstance(audio, dict) else {"array": audio, "sampling_rate": sampling_rate})
-            recording["audio"] = dict(zip(("array", "sampling_rate"), sound, strict=True))
-            seconds.append(len(sound[0]) / (sound[1] or 1))
+        for name in ("audio", "voice"):
+            if name in parts:
+                part = parts[name]
+                sound = read_sound(part if isinstance(part, dict) else {"array": part, "sampling_rate": sampling_rate})
+                recording[name] = dict(zip(("array", "sampling_rate"), sound, strict=True))
+                seconds.append(len(sound[0]) / (sound[1] or 1))
         if "images" in parts:
             recording["images"] = cameras = _cameras(parts["images"])
             seconds += [camera["times"][-1] + TICK_SECONDS for camera in cameras if len(camera["times"])]
@@ -400,7 +457,8 @@ class CreatureProcessor(ProcessorMixin):
             `internal_text`, `external_text`: the words, {word, start, end} in s, without silence. `joint_rotations`:
             `values` [N, joints, 4] with `times` [N] in s, one a sub-frame; likewise `action` [N, action_size] in
             physical units and, of a creature with a face, `blend_shapes` [N, shapes] and `eyes` [N, 2, 4], one a tick.
-            `audio_codes` [ticks, codebooks].
+            `audio_codes` [ticks, codebooks], and with a codec `voice`, the sound of them: `array` [N] from 0 s on, and
+            its `sampling_rate`.
         """
         output = {"sequences": output} if hasattr(output, "shape") else output
         found = {name: to_numpy(value) for name, value in output.items() if name in EMITTED and value is not None}
@@ -421,7 +479,12 @@ class CreatureProcessor(ProcessorMixin):
         if name in ("sequences", "internal_text", "external_text"):
             return {name.replace("sequences", "internal_text"): self.decode_words(values, first)}
         if name == "audio":
-            return {"audio_codes": values}
+            decoded = {"audio_codes": values}
+            if self.codec is not None:
+                rate, samples = self.codec.config.sampling_rate, decode_voice(self.codec, values)
+                before = np.zeros(round(first * TICK_SECONDS * rate), np.float32)
+                decoded["voice"] = {"array": np.concatenate((before, samples)), "sampling_rate": rate}
+            return decoded
         if name == "action":
             values = self.denormalize(name, values.reshape(len(times), -1))
             return {name: {"values": values, "times": times}}

@@ -34,6 +34,7 @@ setup(
     python_requires=">=3.10",
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)],
     py_modules=[
+        "codec_creature",
         "configuration_creature",
         "modeling_creature",
         "motor_creature",

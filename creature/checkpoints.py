@@ -78,7 +78,7 @@ def unify_modes(folder: str | os.PathLike) -> None:
     """Give every file of a saved model the mode of config.json; safetensors writes files for the owner alone."""
     config = Path(folder, "config.json")
     if config.is_file():
-        for path in Path(folder).iterdir():
+        for path in Path(folder).rglob("*"):
             if path.is_file():
                 path.chmod(config.stat().st_mode)
 

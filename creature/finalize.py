@@ -3,6 +3,7 @@
 import copy
 import os
 import shlex
+import shutil
 import statistics
 from pathlib import Path
 
@@ -97,6 +98,8 @@ def _publish(trainer: CreatureTrainer, folder: Path) -> None:
             (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nothing reads
             checkpoints.unify_modes(aside)
             for path in sorted(aside.iterdir()):
+                if path.is_dir():  # the codec; a folder replaces none that holds something
+                    shutil.rmtree(folder / path.name, ignore_errors=True)
                 os.replace(path, folder / path.name)
             aside.rmdir()
     trainer.accelerator.wait_for_everyone()

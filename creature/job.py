@@ -41,7 +41,15 @@ from creature.launch import parent_to_watch
 from creature.loading import ids_without_text
 from creature.plan import Plan, sharded, training_values
 from creature.resume import ResumedRun, set_aside_later
-from creature.rounds.start import Trained, find_recordings, make_config, reset_unused_rows, round_config, start_model
+from creature.rounds.start import (
+    Trained,
+    find_codec,
+    find_recordings,
+    make_config,
+    reset_unused_rows,
+    round_config,
+    start_model,
+)
 from creature.rounds.trainer import RoundTrainer
 from creature.settings import DataArguments, Settings
 from creature.trainer import CreatureTrainer, schedule_arguments
@@ -95,7 +103,7 @@ def build_config(settings: Settings, resumed: ResumedRun | None = None) -> tuple
 def _check_round_of_text(settings: Settings) -> None:
     """UserError for settings that only a round on recordings follows."""
     given = [name for name in ("train_senses", "train_streams", "sense_dropout") if getattr(settings.round, name)]
-    given += [name for name in ("text_data", "clip_ticks", "text_share") if name in settings.given]
+    given += [name for name in ("text_data", "clip_ticks", "text_share", "codec") if name in settings.given]
     if given:
         raise UserError(
             f"{', '.join(given)} is for recordings, and --data names text: leave it out, or name recordings"
@@ -272,7 +280,7 @@ def _open_recordings(settings: Settings, config: CreatureConfig, plan: Plan, arg
     """The data of a round on recordings."""
     data, notes = settings.data, []
     tokenizer = load_tokenizer(data.tokenizer_name)
-    processor = CreatureProcessor.from_config(config, tokenizer)
+    processor = CreatureProcessor.from_config(config, tokenizer, find_codec(settings))
     count = args.max_steps * plan.tokens_per_step // plan.block_size if args.max_steps > 0 else None
     with args.main_process_first(desc="data"):
         splits, info, like = open_rows(data, find_recordings(settings), processor, count, args.data_seed)

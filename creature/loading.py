@@ -1,5 +1,6 @@
 """A trained creature and its tokenizer from a folder: of a run, of one of its checkpoints, or of a saved model."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -10,10 +11,11 @@ from creature.errors import UserError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from configuration_creature import CreatureConfig
     from modeling_creature import MultiModalCreature
+    from processing_creature import CreatureProcessor
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = ("model.safetensors", WEIGHT_INDEX)  # no pickles
@@ -149,6 +151,33 @@ def ids_without_text(config: "CreatureConfig", tokenizer: "PreTrainedTokenizerBa
     """Ids that stand for no text and that a text must not contain: NULL, padding, spare rows of the table."""
     spare = set(range(len(tokenizer), config.vocab_size))
     return sorted((spare | {config.null_token_id, config.pad_token_id}) - {None, config.eos_token_id})
+
+
+def saved_codec(folder: str | Path) -> Path | None:
+    """The folder of the codec that was saved with a model, or with the run around a checkpoint; None without one."""
+    places = (Path(place) / "codec" for place in (folder, Path(folder).parent))
+    return next((place for place in places if (place / "config.json").is_file()), None)
+
+
+def codec_hash(codec: "PreTrainedModel") -> str:
+    """Hex digits that are others when a codec, or its sizes, are."""
+    sizes = {name: value for name, value in codec.config.to_dict().items() if isinstance(value, int | float | list)}
+    digest = hashlib.sha256(json.dumps(sizes, sort_keys=True, default=str).encode("utf-8"))
+    for name, weights in sorted(codec.state_dict().items()):
+        digest.update(name.encode("utf-8") + weights.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_processor(folder: str | Path, config: "CreatureConfig") -> "CreatureProcessor":
+    """The processor of the creature saved in `folder`, with its configuration, tokenizer and codec."""
+    from codec_creature import load_codec
+    from processing_creature import CreatureProcessor
+
+    codec = saved_codec(folder)
+    try:
+        return CreatureProcessor.from_config(config, load_saved_tokenizer(folder), codec and load_codec(codec))
+    except ValueError as error:
+        raise UserError(first_line(error)) from error
 
 
 def load_saved_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":

@@ -139,12 +139,19 @@ class DataArguments:
         metadata={"help": "Text that is trained beside recordings, named like --data, so that none is lost."},
     )
     text_share: float = field(default=0.5, metadata={"help": "Share of --text_data in the targets of all streams."})
+    codec: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the codec that turns the voice of recordings into codes (scripts/train_codec.py), or a "
+            "Mimi's name on the Hub; that of --init_from by default."
+        },
+    )
     prompt: str = field(
         default="Once upon a time", metadata={"help": "What the samples of a run continue, in its log and its card."}
     )
 
     def __post_init__(self):
-        for name in ("data", "text_data", "tokenizer_name", "cache_dir"):
+        for name in ("data", "text_data", "tokenizer_name", "cache_dir", "codec"):
             object.__setattr__(self, name, user_path(getattr(self, name)))
 
 

@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from creature.loading import find_model, load_config, load_saved_tokenizer
+    from creature.loading import find_model, load_config, load_processor
 
     folder = find_model(arguments.checkpoint)
     config = load_config(folder)
@@ -56,16 +56,15 @@ def main() -> None:
     from creature.rounds.evaluation import sense_sizes
     from creature.rounds.open_loop import MILLISECONDS, measure_open_loop
     from creature.settings import DataArguments
-    from processing_creature import CreatureProcessor
 
     transformers.utils.logging.disable_progress_bar()
     milliseconds = check_ahead(arguments.ahead or MILLISECONDS, config)
     if arguments.output:
         require_writable(Path(arguments.output).parent)
     device = device_info(arguments.device)
-    processor = CreatureProcessor.from_config(config, load_saved_tokenizer(folder))
+    processor = load_processor(folder, config)
     context = trained_ticks(folder, min(DataArguments.clip_ticks, config.max_position_embeddings))
-    clips, about = open_clips(arguments, processor, context)
+    clips, about, habits = open_clips(arguments, config, processor, context)
     if not set(about["streams"]) & {name for name, weight in config.loss_weights.items() if weight}:
         raise UserError(
             f"{arguments.data} feeds {', '.join(about['streams']) or 'no stream'}, which {folder} has not learned: "
@@ -75,8 +74,8 @@ def main() -> None:
     print(f"evaluating {folder} on {device.name}: {len(clips)} clips of up to {context} ticks", file=sys.stderr)
     moves = "animation" in about["streams"]
     with torch.autocast(device.kind, dtype=torch.bfloat16, enabled=device.kind == "cuda" and device.bf16):
-        metrics, sizes = evaluate(model, clips, device.kind), sense_sizes(model, EvaluationClips(clips))
-        whole = EvaluationClips(open_clips(arguments, processor, WHOLE)[0]) if moves else []
+        metrics, sizes = evaluate(model, clips, device.kind, habits), sense_sizes(model, EvaluationClips(clips))
+        whole = EvaluationClips(open_clips(arguments, config, processor, WHOLE)[0]) if moves else []
         commands = measure_open_loop(model, map(whole.__getitem__, range(len(whole))), context, milliseconds)
     print(f"loss {metrics['loss']:.4f}")
     print("\n".join(evaluation_lines({f"eval_{name}": value for name, value in metrics.items() if name != "loss"})))
@@ -101,10 +100,14 @@ def check_ahead(milliseconds: tuple[int, ...], config) -> tuple[int, ...]:
     return tuple(milliseconds)
 
 
-def open_clips(arguments: argparse.Namespace, processor, ticks: int):
-    """(the clips of the validation split, cut to so many ticks; the facts of `make_clips`)."""
-    from creature.data.recordings.clips import make_clips
+def open_clips(arguments: argparse.Namespace, config, processor, ticks: int):
+    """
+    (the clips of the validation split, cut to so many ticks; the facts of `make_clips`; the code habits of the training
+    split, where the creature has learned to speak and its recordings have a voice).
+    """
+    from creature.data.recordings.clips import has_column, make_clips
     from creature.data.recordings.schema import load_recordings
+    from creature.rounds.evaluation import code_habits
 
     recordings, facts = load_recordings(arguments.data)
     if "validation" not in recordings:
@@ -112,13 +115,14 @@ def open_clips(arguments: argparse.Namespace, processor, ticks: int):
             f"{arguments.data} has no validation split: import it again with --validation_fraction or "
             "--validation_groups"
         )
-    for split in [name for name in recordings if name != "validation"]:
+    speaks = processor.codec is not None and has_column(recordings, "voice")
+    for split in [name for name in recordings if name != "validation" and not speaks]:
         del recordings[split]
     clips, about = make_clips(recordings, facts, processor, ticks, Path(arguments.cache_dir, "clips"))
-    return clips["validation"], about
+    return clips["validation"], about, code_habits(config, [clips["train"]]) if "train" in clips else None
 
 
-def evaluate(model, clips, device: str) -> dict[str, float]:
+def evaluate(model, clips, device: str, habits) -> dict[str, float]:
     """`evaluate_clips` in a plain loop."""
     import numpy as np
     from torch.utils.data import DataLoader
@@ -133,7 +137,7 @@ def evaluate(model, clips, device: str) -> dict[str, float]:
         sums = [clip_sums(model, {key: value.to(device) for key, value in batch.items()}) for batch in bar]
         return np.concatenate([part.cpu().numpy() for part in sums])
 
-    return evaluate_clips(model.config, clips, sums_of)
+    return evaluate_clips(model.config, clips, sums_of, habits)
 
 
 def print_commands(part: str, figures: dict) -> None:

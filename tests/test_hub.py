@@ -127,7 +127,7 @@ def test_a_run_pushes_its_folder_and_nothing_that_only_a_resume_needs(hub):
     assert hub.commits[0] == "End of training, step 12"
     code = {path.name for path in PROJECT.glob("*_creature.py")} - {"run_clm_creature.py"}
     # For recordings: no model file reads them.
-    code -= {"feature_extraction_creature.py", "processing_creature.py", "ticks_creature.py"}
+    code -= {"codec_creature.py", "feature_extraction_creature.py", "processing_creature.py", "ticks_creature.py"}
     others = {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "loss.png", "throughput.png", "metrics.jsonl",

@@ -23,6 +23,7 @@ FED = {
     "hear": (["internal_voice", "audio"], ["internal_text"]),
     "see": (["internal_voice", "vision"], ["internal_text"]),
     "touch": (["internal_voice", "touch"], ["internal_text"]),
+    "speak": (["internal_voice", "audio"], ["internal_text"]),  # and audio, with a codec: see test_codec.py
     "move": (["internal_voice", "proprioception"], ["animation"]),
 }
 
@@ -56,7 +57,8 @@ def test_clips_feed_the_sense_and_the_stream_of_the_round(made_up, kind, tmp_pat
     few = type(splits)({name: split.select(range(2)) for name, split in splits.items()})
     config = micro_config(**{**SIZES, **statistics(facts)})
     clips, about = make_clips(few, facts, CreatureProcessor.from_config(config, load_tokenizer()), 128, tmp_path)
-    assert (about["senses"], about["streams"]) == FED[kind] and about["unused"] == {}
+    assert (about["senses"], about["streams"]) == FED[kind]
+    assert list(about["unused"]) == (["voice"] if kind == "speak" else [])
     assert all(part["recordings"] == 2 and not part["left_out"] for part in about["splits"].values())
     clip = clips["train"][0]
     if kind == "move":
@@ -64,6 +66,19 @@ def test_clips_feed_the_sense_and_the_stream_of_the_round(made_up, kind, tmp_pat
     else:
         words = (clip["labels"] < GPT2["eos_token_id"]).sum()
         assert words == sum(len(entry["word"].split()) for entry in splits["train"][0]["internal_text"])
+
+
+def test_the_voice_says_what_was_heard_half_a_second_before(made_up):
+    for row in all_rows(made_up["speak"]):
+        loud = []
+        for column in ("audio", "voice"):
+            with wave.open(io.BytesIO(row[column]["bytes"])) as file:
+                samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+            assert len(samples) == pytest.approx(row["duration"] * 16_000, abs=1)
+            frames = np.abs(samples[: len(samples) // 800 * 800].reshape(-1, 800)).max(axis=1)
+            loud.append(frames > 0.05)
+        heard, said = loud
+        assert heard.any() and (said[10:] == heard[:-10]).mean() > 0.95 and not said[:10].any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,7 +194,7 @@ def test_the_base_install_draws_them(made_up, monkeypatch, kind):
 
 
 def test_another_kind_and_a_folder_that_is_not_empty_are_refused(tmp_path):
-    with pytest.raises(UserError, match="'smell': choose one of hear, see, touch, move"):
+    with pytest.raises(UserError, match="'smell': choose one of hear, see, touch, speak, move"):
         write_made_up_recordings(tmp_path / "new", "smell")
     (tmp_path / "mine").write_text("kept")
     with pytest.raises(UserError, match="exists already"):

@@ -17,7 +17,7 @@ from processing_creature import CreatureProcessor
 
 FILES = {path.name for path in Path(modeling_creature.__file__).parent.glob("*_creature.py")} - {"run_clm_creature.py"}
 # What travels with the processor of recordings, where one is saved.
-PROCESSOR_FILES = {"feature_extraction_creature.py", "processing_creature.py", "ticks_creature.py"}
+PROCESSOR_FILES = {"codec_creature.py", "feature_extraction_creature.py", "processing_creature.py", "ticks_creature.py"}
 MODEL_FILES = sorted(FILES - PROCESSOR_FILES)
 
 # The project may be installed, even editable, for this very interpreter: bar its modules by name, before anything else.

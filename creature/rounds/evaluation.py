@@ -1,6 +1,7 @@
 """Every stream and every sense over the clips of a validation split, as a run and scripts/evaluate_recordings.py do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from creature.data import collate_clips
 from creature.data.recordings.rows import ARGUMENTS, EvaluationClips
 from creature.rounds.metrics import stream_metrics, stream_sums
+from losses_creature import IGNORE_INDEX
 from processing_creature import TARGETS
 from senses_creature import SENSE_TABLE
 
@@ -19,7 +21,24 @@ SIZED = 4  # clips whose vectors are measured
 COPIES = {name for sense in SENSE_TABLE if sense.copy_of for name in ARGUMENTS[sense.name]}
 
 
-def evaluate_clips(config, clips: "Dataset", sums_of: Callable[[EvaluationClips, str], np.ndarray]) -> dict[str, float]:
+@dataclass
+class CodeHabits:
+    """
+    What is known of codes without any context: `shares` [books, codebook_size], how often each code of a book occurs
+    (one more than was counted, so that none is impossible); `repeats` [books], how often a code is that of the tick
+    before.
+    """
+
+    shares: np.ndarray
+    repeats: np.ndarray
+
+
+def evaluate_clips(
+    config,
+    clips: "Dataset",
+    sums_of: Callable[[EvaluationClips, str], np.ndarray],
+    habits: CodeHabits | None = None,
+) -> dict[str, float]:
     """
     `stream_metrics` of the clips, and what each sense is worth: `drop_<sense>` is the loss without it, `wrong_<sense>`
     that with another clip's; where there are several streams, also of each, `<stream>_drop_<sense>`.
@@ -27,9 +46,12 @@ def evaluate_clips(config, clips: "Dataset", sums_of: Callable[[EvaluationClips,
     Args:
         config: of the creature. clips: as `make_clips` gives them.
         sums_of: (clips, what is done to them, "" for nothing) -> `clip_sums` of all of them, [clips, K].
+        habits: of the training clips; with them, `code_baselines` stand beside the loss of the audio stream.
     """
     streams = [name for name, weight in config.loss_weights.items() if weight]
     metrics = stream_metrics(config, sums_of(EvaluationClips(clips), ""))
+    if habits is not None and "audio_loss" in metrics:
+        metrics |= code_baselines(clips, habits)
     present = [name for name, arguments in ARGUMENTS.items() if set(arguments) & set(clips.column_names)]
     for sense in present:
         for how in ("without", "wrong") if len(clips) > 1 else ("without",):
@@ -41,6 +63,58 @@ def evaluate_clips(config, clips: "Dataset", sums_of: Callable[[EvaluationClips,
                     f"{stream}_{name}": found[f"{stream}_loss"] for stream in streams if f"{stream}_loss" in found
                 }
     return metrics
+
+
+def code_habits(config, parts: Iterable["Dataset"]) -> CodeHabits | None:
+    """The `CodeHabits` of clips; None where none of them has a voice, or the creature does not learn to speak."""
+    if not config.loss_weights["audio"]:
+        return None
+    books, size = config.num_audio_codebooks, config.audio_codebook_size
+    counts, repeats, pairs = np.zeros((books, size)), np.zeros(books), 0
+    for codes in _codes_of(parts):
+        for book in range(books):
+            counts[book] += np.bincount(codes[:, book], minlength=size)
+        repeats += (codes[1:] == codes[:-1]).sum(axis=0)
+        pairs += max(0, len(codes) - 1)
+    if not pairs:
+        return None
+    shares = (counts + 1) / (counts + 1).sum(axis=1, keepdims=True)
+    return CodeHabits(shares, (repeats + 1) / (pairs + 2))
+
+
+def code_baselines(clips: "Dataset", habits: CodeHabits) -> dict[str, float]:
+    """
+    What the codes of clips cost without a creature, each code from the second tick on.
+
+    `audio_frequent` is the accuracy of always saying the code of a book that was the most frequent in training, and
+    `audio_frequent_loss` the nats a code of the frequencies in training; `audio_repeating_loss` that of repeating the
+    last code as often as it was repeated in training, and else following those frequencies.
+    """
+    nats, repeating, right, count = 0.0, 0.0, 0, 0
+    for codes in _codes_of([clips]):
+        books = np.arange(codes.shape[1])
+        shares, same = habits.shares[books, codes[1:]], codes[1:] == codes[:-1]
+        nats -= np.log(shares).sum()
+        repeating -= np.log(habits.repeats * same + (1 - habits.repeats) * shares).sum()
+        right += (codes[1:] == habits.shares.argmax(axis=1)).sum()
+        count += same.size
+    if not count:
+        return {}
+    return {
+        "audio_frequent": float(right / count),
+        "audio_frequent_loss": float(nats / count),
+        "audio_repeating_loss": float(repeating / count),
+    }
+
+
+def _codes_of(parts: Iterable["Dataset"]) -> Iterator[np.ndarray]:
+    """The codes [T, books] of every clip that has a voice; of a voice that ends before the clip, those until then."""
+    for clips in parts:
+        if "audio_targets" in clips.column_names:
+            for row in clips.select_columns("audio_targets"):
+                if row["audio_targets"] is not None:
+                    codes = row["audio_targets"]
+                    yield codes[(codes != IGNORE_INDEX).all(axis=1)]
 
 
 @torch.no_grad()

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
+from codec_creature import check_codec, codec_organs, load_codec
 from configuration_creature import SENSES, STREAMS, CreatureConfig
 from creature.data.mixture import parse_parts
-from creature.data.recordings.clips import fed_by, organs_of
+from creature.data.recordings.clips import NO_CODEC, fed_by, has_column, organs_of
 from creature.data.recordings.made_up import write_made_up_recordings
 from creature.data.recordings.schema import load_recordings
 from creature.errors import UserError, first_line
 from creature.files import one_at_a_time
-from creature.loading import check_weights, find_model, load_config
+from creature.loading import check_weights, codec_hash, find_model, load_config, saved_codec
 from creature.resume import ResumedRun
 from creature.settings import Settings
 from modeling_creature import MultiModalCreature
@@ -27,6 +28,7 @@ BODY = (
     "num_joints", "body_state_size", "body_state_mean", "body_state_std", "body_state_names", "action_size",
     "action_mean", "action_std", "action_names", "num_blend_shapes",
 )  # fmt: skip
+VOICE = ("num_audio_codebooks", "audio_codebook_size")
 BODY_SENSES = {"proprioception", "own_command", "own_action"}
 NO_FIELDS = ("architectures", "auto_map", "dtype", "model_type", "transformers_version")  # of config.json
 # By a sense that is trained, the recordings that are made up where none are named.
@@ -52,6 +54,8 @@ def find_recordings(settings: Settings) -> list[tuple[str, Fraction | None]]:
         return list(zip(names, shares or [None] * len(names), strict=True))
     senses = settings.round.train_senses
     kind = next((kind for sense, kind in MADE_UP.items() if sense in senses), None)
+    if kind == "hear" and "audio" in (settings.round.train_streams or ()):
+        kind = "speak"
     if kind is None:
         raise UserError(f"no recordings are made up for {', '.join(senses)}: name a folder of recordings with --data")
     folder = Path(settings.data.cache_dir, f"made_up_{kind}")
@@ -70,7 +74,8 @@ def round_config(
 
     It is that of the run that is resumed, that of `init_from`, or without either that of the model section. An organ
     that was never trained follows the recordings: number of cameras, joints, measured and commanded numbers with their
-    statistics. The model section comes last; whether it fits the weights is known when they are read (`start_model`).
+    statistics; the books of the voice follow the codec. The model section comes last; whether it fits the weights is
+    known when they are read (`start_model`).
 
     Args:
         recordings: see `find_recordings`. fallback: fields that the tokenizer decides, where nothing is there to begin
@@ -83,18 +88,27 @@ def round_config(
     opened = [load_recordings(folder) for folder, _ in recordings]
     for splits, facts in reversed(opened):
         organs |= organs_of(splits, facts)
+    codec = find_codec(settings)
+    if codec is not None:
+        organs |= codec_organs(codec)
+        if settings.data.codec and not any(has_column(splits, "voice") for splits, _ in opened):
+            raise UserError(f"--codec {settings.data.codec} is for a voice, and no recording has one: leave it out")
     if resumed:
         found, organs = dict(resumed.must_match["model"]), {}
     elif settings.round.init_from:
         folder = find_model(settings.round.init_from)
         found, trained = load_config(folder).to_dict(), trained_senses(folder)
         kept = {*(BODY if trained & BODY_SENSES else ()), *(("num_cameras",) if "vision" in trained else ())}
+        kept |= set(VOICE if "own_voice" in trained else ())
         organs = {name: value for name, value in organs.items() if name not in kept}
     values = {name: value for name, value in found.items() if name not in NO_FIELDS} | organs | settings.model
     config = make_config(values)
-    fed = [fed_by(splits, config) for splits, _ in opened]
+    if codec is not None and config.num_audio_codebooks:
+        _explain(check_codec, codec, config.num_audio_codebooks, config.audio_codebook_size)
+    fed = [fed_by(splits, config, codec is not None) for splits, _ in opened]
     senses, streams = (list(dict.fromkeys(name for one in fed for name in one[kind])) for kind in (0, 1))
-    trained = Trained(*_find_trained(settings, senses, streams), settings.round.train_backbone)
+    lacks_codec = codec is None and any(has_column(splits, "voice") for splits, _ in opened)
+    trained = Trained(*_find_trained(settings, senses, streams, lacks_codec), settings.round.train_backbone)
     config = make_config(values | {"loss_weights": _loss_weights(settings, trained)})
     if settings.data.clip_ticks > config.max_position_embeddings:
         raise UserError(
@@ -102,6 +116,31 @@ def round_config(
             f"{config.max_position_embeddings} ticks: lower it"
         )
     return config, trained
+
+
+def find_codec(settings: Settings) -> PreTrainedModel | None:
+    """
+    The codec that `codec` names, or that of the creature that the run begins with; None without either.
+
+    Raises UserError for one that cannot be loaded, or is not that with which the creature has learned to speak.
+    """
+    named, start = settings.data.codec, settings.round.init_from
+    own = saved_codec(find_model(start)) if start else None
+    if named is None or (own and Path(named).is_dir() and own.samefile(named)):
+        return _explain(load_codec, own) if own else None
+    codec = _explain(load_codec, named)
+    if own and "own_voice" in trained_senses(find_model(start)):
+        if codec_hash(codec) != codec_hash(_explain(load_codec, own)):
+            raise UserError(f"{start} has learned to speak with another codec than {named}: leave out --codec")
+    return codec
+
+
+def _explain(function, *arguments):
+    """What a function of the model files returns; its ValueError is a UserError here."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise UserError(first_line(error)) from error
 
 
 def make_config(values: dict) -> CreatureConfig:
@@ -219,11 +258,14 @@ def reset_unused_rows(model: MultiModalCreature, known: int) -> int:
     return len(unused)
 
 
-def _find_trained(settings: Settings, fed_senses: list[str], fed_streams: list[str]) -> list[tuple[str, ...]]:
+def _find_trained(
+    settings: Settings, fed_senses: list[str], fed_streams: list[str], lacks_codec: bool
+) -> list[tuple[str, ...]]:
     """
     [the senses, the streams] that a round trains: those that the settings name, or all that the recordings feed.
 
-    Text beside the recordings always trains the internal voice and text.
+    Text beside the recordings always trains the internal voice and text. lacks_codec: whether the recordings have a
+    voice that nothing turns into codes.
     """
     chosen = []
     texts = {"internal_voice", "internal_text"} if settings.data.text_data else set()
@@ -236,6 +278,8 @@ def _find_trained(settings: Settings, fed_senses: list[str], fed_streams: list[s
         for name in asked:
             if name not in known:
                 raise UserError(f"train_{kind} names {name!r}: the {kind} are {', '.join(known)}")
+            if name == "audio" and kind == "streams" and name not in fed and lacks_codec:
+                raise UserError(f"train_streams names audio, and of the voice in the recordings {NO_CODEC}")
             if name not in fed:
                 raise UserError(
                     f"train_{kind} names {name}, and the recordings feed only {', '.join(fed) or 'none'}: leave it "

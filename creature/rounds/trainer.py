@@ -5,9 +5,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from creature.data import collate_blocks, collate_clips
-from creature.data.recordings.rows import ARGUMENTS, EvaluationClips
+from creature.data.recordings.rows import ARGUMENTS, EvaluationClips, PackedClips
 from creature.errors import UserError
-from creature.rounds.evaluation import clip_sums, evaluate_clips
+from creature.rounds.evaluation import clip_sums, code_habits, evaluate_clips
 from creature.trainer import CreatureTrainer
 from losses_creature import IGNORE_INDEX
 from processing_creature import ABSENT
@@ -23,6 +23,7 @@ class RoundTrainer(CreatureTrainer):
           follow from seed, step and process alone, so that a resumed run draws the same;
         - the evaluation reads one clip a row and gives the loss of every stream, its parts, and what each sense is
           worth: `eval_drop_<sense>` is the loss without it, `eval_wrong_<sense>` that with another clip's;
+        - beside the loss of codes stands what they cost by their frequencies in the training clips, and by repeating;
         - `text_dataset`: blocks of text whose loss is `eval_text_loss`, so that forgetting shows.
     """
 
@@ -37,6 +38,7 @@ class RoundTrainer(CreatureTrainer):
             )
         self.sense_dropout = {name: chance for name, chance in chances.items() if chance}
         self.compute_metrics = None
+        self._code_habits = None  # computed once, before the first evaluation
 
     def training_step(self, model, inputs, num_items_in_batch=None, **kwargs) -> torch.Tensor:
         if self.sense_dropout:
@@ -54,7 +56,10 @@ class RoundTrainer(CreatureTrainer):
             outputs.append(self._loop(clips, collate_clips, f"{description}: {name}" if name else description))
             return outputs[-1].predictions
 
-        metrics = evaluate_clips(self.model_config, dataloader.dataset, sums_of)
+        if self._code_habits is None:
+            parts = [part.clips for part in self.train_dataset.parts if isinstance(part, PackedClips)]
+            self._code_habits = code_habits(self.model_config, parts)
+        metrics = evaluate_clips(self.model_config, dataloader.dataset, sums_of, self._code_habits)
         if self.text_dataset is not None:
             found = self._loop(self.text_dataset, collate_blocks, f"{description}: text")
             nats, targets = found.predictions.sum(axis=0)

@@ -17,6 +17,7 @@ import numpy as np
 from creature.data.text.tokenizer import tokenizer_hash
 from creature.errors import UserError, first_line
 from creature.files import explain_write_errors, require_writable
+from creature.loading import codec_hash
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -36,8 +37,10 @@ ORGANS = {
     "joint_rotations": ({"joint_rotations", "rotation_targets"}, "num_joints"),
     "body_state": ({"body_state"}, "body_state_size"),
     "action": ({"action", "action_targets"}, "action_size"),
+    "voice": ({"audio_codes", "audio_targets"}, "num_audio_codebooks"),
     "touch": ({"touch_points", "touch_surfaces", "touch_values"}, "num_touch_points"),
 }
+NO_CODEC = "there is no codec that turns it into codes; scripts/train_codec.py trains one, --codec names it"
 
 
 def statistics(facts: dict) -> dict:
@@ -74,17 +77,25 @@ def organs_of(recordings: "DatasetDict", facts: dict) -> dict:
     return organs
 
 
-def fed_by(recordings: "DatasetDict", config) -> tuple[list[str], list[str]]:
-    """(the senses, the streams) of a creature that recordings feed, by the columns that any of them has."""
+def fed_by(recordings: "DatasetDict", config, codec: bool = False) -> tuple[list[str], list[str]]:
+    """
+    (the senses, the streams) of a creature that recordings feed, by the columns that any of them has; a voice feeds
+    nothing without a codec.
+    """
     from processing_creature import TEXTS
 
     arguments = set()
     feeds = {column: arguments for column, (arguments, _) in ORGANS.items()}
     feeds |= {column: set(names) - {None} for column, names in TEXTS.items()}
     for column, names in feeds.items():
-        if any(split.data.column(column).null_count < len(split) for split in recordings.values()):
+        if has_column(recordings, column) and (codec or column != "voice"):
             arguments |= names
     return fed(arguments | ({"input_ids"} if config.null_token_id is not None else set()), config)
+
+
+def has_column(recordings: "DatasetDict", column: str) -> bool:
+    """Whether any recording has something in this column."""
+    return any(split.data.column(column).null_count < len(split) for split in recordings.values())
 
 
 def make_clips(
@@ -134,7 +145,7 @@ def make_clips(
         "senses": senses,
         "streams": streams,
         "splits": splits,
-        "unused": _unused(recordings, columns, processor.config),
+        "unused": _unused(recordings, columns, processor),
         "sources": _distinct(recordings, "source"),
         "licenses": _distinct(recordings, "license"),
         "data_hash": hashlib.sha256(" ".join(split.pop("hash") for split in splits.values()).encode()).hexdigest(),
@@ -263,30 +274,32 @@ def _unpack(content: bytes) -> np.ndarray:
 
 
 def _hash(processor: "CreatureProcessor", clip_ticks: int) -> str:
-    """Hex digits that are others when the processor, its code or the length of clips are."""
+    """Hex digits that are others when the processor, its codec, its code or the length of clips are."""
+    import codec_creature
     import feature_extraction_creature
     import processing_creature
     import ticks_creature
 
     digest = hashlib.sha256(f"{clip_ticks} {tokenizer_hash(processor.tokenizer)}".encode("ascii"))
     digest.update(processor.to_json_string().encode("utf-8"))
-    modules = (processing_creature, feature_extraction_creature, ticks_creature)
+    if processor.codec is not None:
+        digest.update(codec_hash(processor.codec).encode("ascii"))
+    modules = (processing_creature, feature_extraction_creature, ticks_creature, codec_creature)
     for path in [*(Path(module.__file__) for module in modules), Path(__file__)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def _unused(recordings: "DatasetDict", columns: set[str], config) -> dict[str, str]:
+def _unused(recordings: "DatasetDict", columns: set[str], processor: "CreatureProcessor") -> dict[str, str]:
     """Columns that the recordings have and no clip is made of, each with the reason."""
     unused = {}
-    for column in (*ORGANS, "voice"):
-        if all(split.data.column(column).null_count == len(split) for split in recordings.values()):
+    for column, (arguments, field) in ORGANS.items():
+        if not has_column(recordings, column):
             continue
-        arguments, field = ORGANS.get(column, (None, None))
-        if field is None:
-            unused[column] = "there is no codec that turns it into codes"
-        elif not getattr(config, field):
+        if not getattr(processor.config, field):
             unused[column] = f"the model's {field} is 0"
+        elif column == "voice" and processor.codec is None:
+            unused[column] = NO_CODEC
         elif not arguments & columns:
             unused[column] = "the model feels more of the body than was recorded"
     return unused

@@ -8,6 +8,7 @@ drawn independently of it.
 | hear | audio: one or two tones | internal_text behind the sound: low, middle or high, in the order of the tones |
 | see | images: a square or a disc that moves | internal_text behind the pictures: colour and direction ("red left") |
 | touch | touch: what the fingers of a hand meet | internal_text in the middle of a touch: heat, surface ("hot rough") |
+| speak | audio: one or two tones | voice: the same pitches, each half a second after its tone begins |
 | move | body_state: an arm that the wind pushes | action: a fifth of a turn ahead of where the arm was |
 
 It needs nothing but the base install: sounds are WAV files, and Pillow, for the pictures, comes with matplotlib.
@@ -26,6 +27,7 @@ SHORTEST, LONGEST = 2.0, 5.0  # s of a recording
 GROUPS = 5  # instruments, sizes of shapes, hands, arms; the last one is for validation
 
 SAMPLING_RATE = 16_000
+ECHO = 8000  # samples after which a voice repeats what was heard
 PITCHES = {"low": (200, 300), "middle": (600, 800), "high": (1600, 2200)}  # Hz
 
 PICTURE_SIZE, PICTURE_RATE = 64, 12.5  # pixels, a second
@@ -47,7 +49,7 @@ def write_made_up_recordings(folder: str | os.PathLike, kind: str, seconds: floa
 
     Args:
         folder: as `RecordingsWriter` takes it; UserError if it is not empty.
-        kind: "hear", "see", "touch" or "move".
+        kind: "hear", "see", "touch", "speak" or "move".
         seconds: of all recordings together, at least; there are no fewer than five recordings.
         seed: the same one gives the same recordings.
     """
@@ -79,11 +81,26 @@ def _hear(draw: np.random.Generator, duration: float, trait: float) -> dict:
         inside = np.clip((times - begin) / length, 0, 1)
         envelope = np.minimum(1, 8 * np.sin(np.pi * inside))  # a tone that begins at once would click
         samples += draw.uniform(0.1, 0.5) * envelope * (np.sin(phase) + 0.5 * trait * np.sin(2 * phase))
+    return {"audio": _wav(samples, "tones.wav"), "internal_text": untimed(" ".join(words))}
+
+
+def _speak(draw: np.random.Generator, duration: float, trait: float) -> dict:
+    """Tones as in `_hear`, and a voice that repeats them half a second later, with overtones."""
+    row = _hear(draw, duration, trait)
+    with wave.open(io.BytesIO(row["audio"]["bytes"])) as sound:
+        heard = np.frombuffer(sound.readframes(sound.getnframes()), "<i2") / 32768
+    later = np.zeros_like(heard)
+    later[ECHO:] = heard[: len(heard) - ECHO]
+    return row | {"voice": _wav(np.tanh(4 * later) / 2, "voice.wav")}
+
+
+def _wav(samples: np.ndarray, name: str) -> dict:
+    """Samples [N] as a column of sound."""
     file = io.BytesIO()
     with wave.open(file, "wb") as sound:
         sound.setparams((1, 2, SAMPLING_RATE, len(samples), "NONE", ""))
         sound.writeframes((samples * 32767).astype("<i2").tobytes())
-    return {"audio": {"bytes": file.getvalue(), "path": "tones.wav"}, "internal_text": untimed(" ".join(words))}
+    return {"bytes": file.getvalue(), "path": name}
 
 
 def _see(draw: np.random.Generator, duration: float, trait: float) -> dict:
@@ -148,4 +165,4 @@ def _move(draw: np.random.Generator, duration: float, trait: float) -> dict:
     }
 
 
-KINDS = {"hear": _hear, "see": _see, "touch": _touch, "move": _move}
+KINDS = {"hear": _hear, "see": _see, "touch": _touch, "speak": _speak, "move": _move}

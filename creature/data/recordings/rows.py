@@ -215,7 +215,10 @@ def _load_text(data: "DataArguments", processor: "CreatureProcessor", count: int
 
 
 def _targets_of_row(part: PackedClips, config) -> float:
-    """The mean number of targets in a row; a silence counts `null_loss_weight`, a motor command one a tick."""
+    """
+    The mean number of targets in a row; a silence counts `null_loss_weight`, a motor command and the codes of a voice
+    one a tick.
+    """
     columns = [
         name
         for name in TARGETS
@@ -228,6 +231,8 @@ def _targets_of_row(part: PackedClips, config) -> float:
                 continue
             if name == "animation_target_mask":
                 total += value[1:].sum()
+            elif name == "audio_targets":
+                total += (value[1:] != TARGETS[name]).all(axis=1).sum()
             else:
                 known = value[1:] != TARGETS[name]
                 total += np.where(value[1:] == config.null_token_id, config.null_loss_weight, 1.0)[known].sum()
