@@ -5,12 +5,14 @@ examples:
   python benchmarks/dedicated.py robot recordings/robot_g1 --hidden 256 1184 --seeds 0 1 2
   python benchmarks/dedicated.py motion recordings/mocap_cmu --hidden 256 --steps 300        # a laptop
   python benchmarks/dedicated.py speech recordings/speech_read --device cuda
+  python benchmarks/dedicated.py segments recordings/room --device cuda
   python benchmarks/dedicated.py speech recordings/orders_0 recordings/orders_1 recordings/orders_2  # folds
 
-touch   a label from measured numbers: the most frequent label, logistic regression, random forest
-robot   the next action and those of the next second: repeating the last one, ridge regression, a GRU
-motion  joint angles up to a second ahead: the last pose, constant velocity, a GRU
-speech  the words of a sound: the most frequent ones, logistic regression a word, an encoder-decoder
+touch     a label from measured numbers: the most frequent label, logistic regression, random forest
+robot     the next action and those of the next second: repeating the last one, ridge regression, a GRU
+motion    joint angles up to a second ahead: the last pose, constant velocity, a GRU
+speech    the words of a sound: the most frequent ones, logistic regression a word, an encoder-decoder
+segments  all senses and streams: one position a tick, as in the creature, or seven, as in a plain concatenation
 
 A figure is the median over the seeds, with the lowest and highest in parentheses. Settings and training steps are
 chosen on the validation split itself, which favours these models. The modules in benchmarks/baselines/ say how each is
@@ -27,9 +29,10 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from creature.errors import run_main  # noqa: E402
 from creature.files import user_path  # noqa: E402
 
-KINDS = ("touch", "robot", "motion", "speech")
-HIDDEN = {"touch": [], "robot": [256, 1184], "motion": [256, 1184], "speech": [512]}  # the last: the size of tiny
-STEPS = {"touch": 0, "robot": 600, "motion": 600, "speech": 2000}
+KINDS = ("touch", "robot", "motion", "speech", "segments")
+# The last: the size of tiny.
+HIDDEN = {"touch": [], "robot": [256, 1184], "motion": [256, 1184], "speech": [512], "segments": [512]}
+STEPS = {"touch": 0, "robot": 600, "motion": 600, "speech": 2000, "segments": 600}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

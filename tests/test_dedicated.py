@@ -5,9 +5,9 @@ import argparse
 import numpy as np
 import pytest
 import torch
-from creatures import GPT2, micro_config
+from creatures import GPT2, micro_config, random_batch
 
-from benchmarks.baselines import common, motion, robot, rollouts, speech
+from benchmarks.baselines import common, motion, robot, rollouts, segments, speech
 from creature.errors import UserError
 from motor_creature import command_errors, errors_of_repeating
 
@@ -105,3 +105,27 @@ def test_the_encoder_decoder_takes_sounds_of_any_length():
     pairs = [(torch.randn(frames, 8), [3, 50256]) for frames in (20, 41)]
     loss = speech.build(micro_config(num_mel_bins=8, **GPT2), 64, 0.0)(**speech.collate(pairs, "cpu")).loss
     assert loss.item() == pytest.approx(np.log(GPT2["vocab_size"]), rel=0.1)
+
+
+def test_segments_read_every_sense_at_its_tick_and_no_later_one():
+    torch.manual_seed(0)
+    model = segments.build(micro_config(), segmented=True).eval()
+    for sense in model.model.senses.children():
+        torch.nn.init.normal_(sense.proj.weight)
+    batch = random_batch(model.config, ticks=6)
+    hidden = model(**batch, use_cache=False).last_hidden_state
+    assert hidden.shape[:2] == batch["input_ids"].shape
+    for name in ("input_ids", "external_voice_ids", "input_features", "pixel_values", "body_mask", "touch_points"):
+        changed = dict(batch) | {name: batch[name].clone()}
+        changed[name][:, 3] = 1 - changed[name][:, 3].clamp(max=1)
+        found = (model(**changed, use_cache=False).last_hidden_state - hidden).abs().amax(dim=(0, 2))
+        assert found[:3].max() == 0 and found[3] > 0, name
+
+
+def test_segments_of_packed_clips_do_not_see_each_other():
+    model = segments.build(micro_config(), segmented=True).eval()
+    ids = torch.arange(8)[None]
+    packed = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])}
+    found = model(**packed, use_cache=False).last_hidden_state
+    alone = model(input_ids=ids[:, 3:], use_cache=False).last_hidden_state
+    torch.testing.assert_close(found[:, 3:], alone, atol=1e-5, rtol=1e-5)
