@@ -38,7 +38,7 @@ class Stepper(Decoder):
         self.graph, self.fingerprint, self.recorded = None, None, None
         self.recordable = is_bare(model) and is_recordable(model)
         self.ticks = 0
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # inference tensors could not be written outside of inference mode
             like = torch.empty(
                 rows, config.num_key_value_heads, 0, config.head_dim, dtype=compute_dtype(weight), device=weight.device
             )
@@ -118,9 +118,10 @@ class Stepper(Decoder):
 
     def _make_room(self, ticks: int) -> None:
         """Slots for so many ticks, twice as many where there are too few."""
-        while ticks > self.cache.length:
-            self.mask = F.pad(self.mask, (0, self.cache.length), value=float("-inf"))
-            self.cache.extend(2 * self.cache.length)
+        with torch.inference_mode(False):
+            while ticks > self.cache.length:
+                self.mask = F.pad(self.mask, (0, self.cache.length), value=float("-inf"))
+                self.cache.extend(2 * self.cache.length)
 
 
 def can_step(model: nn.Module) -> bool:

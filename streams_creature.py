@@ -171,20 +171,27 @@ class DepthLayer(nn.Module):
         self.up_proj = nn.Linear(size, 4 * size, bias=False)
         self.down_proj = nn.Linear(4 * size, size, bias=False)
 
-    def forward(self, x: torch.Tensor, cache: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """
-        x: [N, codes, depth_hidden_size] -> the same shape.
-
-        cache: the keys and values of the codes before x, a list that the layer extends by those of x, a single code;
-            empty before the first one.
-        """
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [N, codes, depth_hidden_size] -> the same shape."""
         qkv = self.qkv_proj(self.input_norm(x)).unflatten(-1, (3, self.num_heads, -1))
-        query, *both = (part.transpose(1, 2) for part in qkv.unbind(2))  # [N, heads, codes, head_dim]
-        if cache is not None:
-            both = [torch.cat(parts, dim=2) for parts in zip(cache, both, strict=True)] if cache else both
-            cache[:] = both
-        attended = F.scaled_dot_product_attention(query, *both, is_causal=cache is None)
-        x = x + self.o_proj(attended.transpose(1, 2).flatten(2))
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # [N, heads, codes, head_dim]
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self._after_attention(x, attended.transpose(1, 2).flatten(2))
+
+    def step(self, x: torch.Tensor, cache: torch.Tensor, place: int) -> torch.Tensor:
+        """
+        The same of one code: x [N, depth_hidden_size], that of `place`.
+
+        cache: [2, N, heads, codes, head_dim] the keys and values of the codes before it; its own are written into it.
+        """
+        qkv = self.qkv_proj(self.input_norm(x)).view(len(x), 3, self.num_heads, -1)
+        cache[:, :, :, place] = qkv[:, 1:].transpose(0, 1)
+        key, value = cache[:, :, :, : place + 1].unbind(0)
+        attended = F.scaled_dot_product_attention(qkv[:, 0, :, None], key, value)  # [N, heads, 1, head_dim]
+        return self._after_attention(x, attended.flatten(1))
+
+    def _after_attention(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        x = x + self.o_proj(attended)
         return x + self.down_proj(F.relu(self.up_proj(self.mlp_norm(x))).square())
 
 
@@ -254,16 +261,19 @@ class AudioStream(nn.Module):
 
         hidden [N, hidden_size] -> codes [N, codebooks] int64 and their logits [N, codebooks, codebook].
         """
-        context = self.context_proj(hidden)[:, None] + self.position.weight[:, None, None]  # [codes, N, 1, size]
-        caches = [[] for _ in self.layers]
+        context = self.context_proj(hidden) + self.position.weight[:, None]  # [codebooks, N, depth_hidden_size]
+        head_dim = context.shape[-1] // self.layers[0].num_heads
+        cache = context.new_empty(len(self.layers), 2, len(hidden), self.layers[0].num_heads, self.num_codes, head_dim)
         codes, logits = [], []
         for book, table in enumerate(code_table):
-            x = context[book] if book == 0 else context[book] + self.code_proj(code_table[book - 1, codes[-1]])[:, None]
-            for layer, cache in zip(self.layers, caches, strict=True):
-                x = layer(x, cache)
-            logits.append(self._logits(x, table[None]))
-            codes.append(sample(logits[-1][:, 0], sampling, noise=None if noise is None else noise[book]))
-        return torch.stack(codes, dim=1), torch.cat(logits, dim=1)
+            x = context[book]
+            if book:
+                x = x + self.code_proj(code_table[book - 1, codes[-1]])
+            for layer, kept in zip(self.layers, cache, strict=True):
+                x = layer.step(x, kept, book)
+            logits.append(self._logits(x[:, None], table[None])[:, 0])
+            codes.append(sample(logits[-1], sampling, noise=None if noise is None else noise[book]))
+        return torch.stack(codes, dim=1), torch.stack(logits, dim=1)
 
 
 class CreatureStreams(nn.Module):
