@@ -7,8 +7,10 @@ import pytest
 import torch
 from creatures import ALL_STREAMS, GPT2, micro_model
 from lives import make_recording, picture, quaternions
+from test_codec import micro_codec, micro_mimi
 
 import stepping_creature
+from codec_creature import codec_organs, decode_voice
 from creature.data.text.tokenizer import load_tokenizer
 from creature.errors import UserError
 from creature.live import LiveCreature, Sampling
@@ -302,6 +304,30 @@ def test_words_come_out_whole_with_their_times(processor):
     assert ticks == [5, 5 + len(bottle), 13, 21]
     last = WordStream(processor)
     assert last(hot[0], 4) == [] and [word["word"] for word in last.finish()] == ["hot"] and last.finish() == []
+
+
+# --- voice -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [micro_codec, micro_mimi])
+def test_the_sound_of_a_voice_that_comes_tick_by_tick(make):
+    """Of our own codec that of the whole; of one that looks back a while, of the ticks before."""
+    codec = make()
+    organs = codec_organs(codec)
+    model = micro_model(**{**SIZES, **organs}, sliding_window=WINDOW)
+    processor = CreatureProcessor.from_config(model.config, load_tokenizer(), codec)
+    creature = LiveCreature(model, processor, seed=1)
+    emissions = [creature.tick() for _ in range(6)]
+    codes = np.stack([emission.voice_codes for emission in emissions])
+    assert len(np.unique(codes)) > 3
+    sound = np.concatenate([emission.sound for emission in emissions])
+    if make is micro_codec:
+        np.testing.assert_allclose(sound, decode_voice(codec, codes), atol=1e-5)
+    else:
+        np.testing.assert_allclose(
+            emissions[-1].sound, decode_voice(codec, codes)[-len(emissions[-1].sound) :], atol=1e-5
+        )
+    assert len(sound) == round(6 * TICK_SECONDS * codec.config.sampling_rate) and sound.any()
 
 
 # --- endurance and folders -------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ TOOLS = (
     "plot_run",
     "generate_text",
     "demo",
+    "live",
     "evaluate_text",
     "evaluate_recordings",
     "inspect_corpus",

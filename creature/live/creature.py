@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from configuration_creature import STREAMS
-from creature.live.emission import Emission, WordStream
+from creature.live.emission import Emission, VoiceStream, WordStream
 from creature.live.perception import Perception
-from creature.loading import find_model, load_config, load_saved_tokenizer, load_to_generate, trained_ticks
+from creature.loading import find_model, load_config, load_processor, load_to_generate, trained_ticks
 from generation_creature import FED_BACK, CreatureStep
 from modeling_creature import MultiModalCreature
 from motor_creature import unpack_animation
@@ -114,9 +114,8 @@ class LiveCreature:
         folder = find_model(folder)
         config = load_config(folder)
         model, _ = load_to_generate(folder, device)
-        processor = CreatureProcessor.from_config(config, load_saved_tokenizer(folder))
         options.setdefault("window", config.sliding_window or trained_ticks(folder, config.max_position_embeddings))
-        return cls(model, processor, **options)
+        return cls(model, load_processor(folder, config), **options)
 
     def reset(self, seed: int | None = None) -> None:
         """Begin a new life: nothing is remembered. seed: of its draws, by default the one of the life before."""
@@ -125,6 +124,7 @@ class LiveCreature:
         self.perception.reset()
         self.clock, self.now = Clock(), 0  # the number of the tick that comes
         self.thinking, self.saying = WordStream(self.processor), WordStream(self.processor)
+        self.speaking = VoiceStream(self.processor.codec) if self.processor.codec is not None else None
         self._past = Stepper(self.model, window=self.window) if can_step(self.model) else None
         self._copies = {}
         if self.config.null_token_id is not None:
@@ -173,6 +173,7 @@ class LiveCreature:
         """
         return self._live(arguments, self._copies if feed_back else {}, time.perf_counter())
 
+    @torch.inference_mode()
     def _live(self, arguments: dict[str, np.ndarray], copies: dict[str, torch.Tensor], started: float) -> Emission:
         senses = self._senses(arguments, copies)
         step = self.model.step(
@@ -227,6 +228,7 @@ class LiveCreature:
             emission.said = self.saying(emission.said_id, coming)
         if step.audio is not None:
             emission.voice_codes = step.audio[0].cpu().numpy()
+            emission.sound = self.speaking(emission.voice_codes) if self.speaking else None
         if step.animation is not None:
             parts = unpack_animation(self.config, step.animation[0].float().cpu())
             present = [part.numpy() if part.numel() else None for part in parts]

@@ -1,0 +1,95 @@
+"""scripts/live.py: a recorded life on a time line, and what it refuses."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from creatures import GPT2, micro_model
+from lives import make_recording
+
+from creature.data.recordings.made_up import write_made_up_recordings
+from creature.data.text.tokenizer import load_tokenizer
+from creature.live import LiveCreature, playback
+from creature.live.playback import play
+from processing_creature import CreatureProcessor
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A creature with ears and thoughts, and recordings of tones."""
+    folder = tmp_path_factory.mktemp("live")
+    organs = dict(num_cameras=0, num_joints=0, body_state_size=0, action_size=0, num_blend_shapes=0)
+    model = micro_model(
+        **GPT2, **organs, tie_word_embeddings=False, loss_weights={"internal_text": 1.0, "external_text": 1.0}
+    )
+    model.save_pretrained(folder / "creature")
+    load_tokenizer().save_pretrained(folder / "creature")
+    write_made_up_recordings(folder / "tones", "hear", seconds=10.0)
+    return folder
+
+
+def flags(place, *more):
+    return ("--checkpoint", place / "creature", "--recording", place / "tones", "--device", "cpu", *more)
+
+
+def test_a_recording_on_a_time_line(place, run_script):
+    code, out, _ = run_script("live", *flags(place))
+    assert code == 0
+    head, columns, *lines, clock = out.splitlines()
+    assert head.startswith("hear 4, ") and "window of 64 ticks; emits internal_text, external_text" in head
+    assert columns.split() == ["time", "hears", "thinks", "recorded", "says", "recorded"]
+    assert "late: " in clock and "times real time" in clock
+    recorded = [line for line in lines if line[11 + 32 : 11 + 36].strip() and not line[11 : 11 + 32].strip()]
+    assert recorded and set(recorded[0].split()[2:]) <= {"low", "middle", "high"}
+    assert [line for line in lines if line[11 + 16 : 11 + 20].strip()]  # thoughts
+    assert [float(line.split()[0]) for line in lines[:5]] == sorted(float(line.split()[0]) for line in lines[:5])
+    again, other = (
+        run_script("live", *flags(place, "--seconds", 1.6, "--seed", seed))[1].splitlines()[2:-1] for seed in (0, 1)
+    )
+    assert again and again == lines[: len(again)] and other != again
+
+
+def test_its_flags(place, run_script):
+    code, out, _ = run_script("live", *flags(place, "--id", "hear 1", "--seconds", 0.8, "--temperature", 0))
+    assert code == 0 and out.startswith("hear 1, ") and "10 ticks, 0.8 s of life" in out
+    code, out, _ = run_script("live", *flags(place, "--null_bias", 1000, "--seconds", 1.6))
+    thinks = [line for line in out.splitlines()[2:-1] if line[11 + 16 : 11 + 20].strip()]
+    assert code == 0 and not thinks
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--id", "nobody"), "has no recording nobody"),
+        (("--temperature", -1), "a temperature is at least 0"),
+        (("--seconds", 0), "--seconds must be above 0"),
+        (("--serve", 7000), "--recording FOLDER or --serve"),
+        (("--recording", "nowhere"), "nowhere is no folder of recordings"),
+        (("--checkpoint", "nowhere"), "there is no folder nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence(place, run_script, more, message):
+    code, _, err = run_script("live", *flags(place, *more))
+    assert code and message in err and (code == 2 or len(err.splitlines()) == 1)
+
+
+def test_real_time_waits_for_the_next_tick(place, monkeypatch):
+    """By a clock of its own: a tick takes no time, and what is slept adds up to the life, but for its last tick."""
+    slept, creature = [], LiveCreature.from_pretrained(place / "creature", "cpu")
+    monkeypatch.setattr(playback, "time", SimpleNamespace(sleep=slept.append, perf_counter=lambda: sum(slept)))
+    list(playback.time_line(creature, playback.find_recording(place / "tones"), seconds=1.6, real_time=True))
+    assert len(slept) == 19 and sum(slept) == pytest.approx(19 * 0.08)
+
+
+def test_its_own_outputs_are_not_those_of_the_recording():
+    sizes = dict(body_state_size=5, body_state_mean=[7.0] * 5, body_state_std=[3.0] * 5, action_mean=[0.0] * 2)
+    model = micro_model(**GPT2, **sizes, action_std=[1.0] * 2)
+    creature = LiveCreature(model, CreatureProcessor.from_config(model.config, load_tokenizer()))
+    before = None
+    for emission in play(creature, make_recording(1.0)):
+        if before is not None:
+            assert int(emission.arguments["input_ids"]) == before.thought_id
+            assert torch.equal(emission.arguments["action"][:, 0], before.step.action)
+        assert {"input_features", "body_state"} <= emission.arguments.keys()
+        before = emission
+    assert before.tick == 12
