@@ -15,6 +15,7 @@ EXTRAS = {
         "rich>=13",
         "pydantic>=2",
         "gradio>=6.0",
+        "pillow>=10.1",  # its own font in any size, for the picture of a life
         "torchao>=0.15",
     ],
     "export": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
