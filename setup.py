@@ -23,6 +23,8 @@ EXTRAS = {
     "track": ["tensorboard>=2.18", "trackio>=0.20", "wandb>=0.20"],
     "data": ["datatrove[io]>=0.10"],
     "recordings": ["av>=14.0", "soundfile>=0.12", "pillow>=10.0"],
+    # From version 4 on, mujoco brings mujoco-core of its own version; espeakng-loader carries eSpeak NG and its voices.
+    "world": ["mujoco>=3.3", "espeakng-loader>=0.2.4", "av>=14.0", "soundfile>=0.12", "pillow>=10.0"],
 }
 
 setup(
@@ -62,6 +64,7 @@ setup(
         "creature.fast",
         "creature.live",
         "creature.rounds",
+        "creature.world",
         "creature.configs",
         "creature_scripts",
     ],
