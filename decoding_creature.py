@@ -168,7 +168,7 @@ class Decoder:
     def capture(self, model: nn.Module, settings: dict | None = None) -> "Decoder":
         """Record the step as a CUDA graph, first compiled with `settings` where they are given; returns itself."""
         tick = self.tick if settings is None else compile_tick(self.tick, settings)
-        device = self.tokens.device
+        device = self.position_ids.device
         with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
             warmup = torch.cuda.Stream()
             warmup.wait_stream(torch.cuda.current_stream())
@@ -199,12 +199,21 @@ def compile_tick(tick, settings: dict):
 
 def can_decode(model, stopping_criteria, generation_config, synced_gpus: bool, inputs: dict) -> bool:
     """Whether `decode` returns exactly what the loop of transformers returns; otherwise that loop must run."""
+    return (
+        has_plain_inputs(model, generation_config, synced_gpus, inputs)
+        and not generation_config.return_dict_in_generate
+        and stopping_criteria.max_length is not None
+        and all(type(criteria) in (MaxLengthCriteria, EosTokenCriteria) for criteria in stopping_criteria)
+    )
+
+
+def has_plain_inputs(model, generation_config, synced_gpus: bool, inputs: dict, known=frozenset()) -> bool:
+    """Whether one pass after the other over the new tick is all there is to do; known: further inputs allowed."""
     cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
     given = {name for name, value in inputs.items() if value is not None}
     return (
-        given <= KNOWN_INPUTS
-        and not (synced_gpus or model.training)
-        and not (generation_config.return_dict_in_generate or generation_config.is_assistant)
+        given <= KNOWN_INPUTS | known
+        and not (synced_gpus or model.training or generation_config.is_assistant)
         # A cache that the caller passed or chose must be filled, which `decode` does not do.
         and generation_config.cache_implementation is None
         and bool(inputs.get("use_cache"))
@@ -213,8 +222,6 @@ def can_decode(model, stopping_criteria, generation_config, synced_gpus: bool, i
         and (mask is None or mask.dim() == 2)
         # Other attention implementations need other masks.
         and model.config._attn_implementation in ("sdpa", "eager")
-        and stopping_criteria.max_length is not None
-        and all(type(criteria) in (MaxLengthCriteria, EosTokenCriteria) for criteria in stopping_criteria)
     )
 
 

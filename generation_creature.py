@@ -7,18 +7,19 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
 try:
     from .configuration_creature import STREAMS
-    from .decoding_creature import can_decode, decode
+    from .decoding_creature import can_decode, decode, has_plain_inputs
     from .motor_creature import last_command
     from .sampling_creature import Sampling, sample
     from .senses_creature import SENSE_TABLE, check_ids, check_names, check_shapes
     from .stepping_creature import Stepper, can_step
 except ImportError:
     from configuration_creature import STREAMS
-    from decoding_creature import can_decode, decode
+    from decoding_creature import can_decode, decode, has_plain_inputs
     from motor_creature import last_command
     from sampling_creature import Sampling, sample
     from senses_creature import SENSE_TABLE, check_ids, check_names, check_shapes
@@ -39,7 +40,8 @@ COPY_MASKS = {name: sense.mask for sense in COPIES for name in sense.arguments i
 FED_BACK = {"external_text": "external_text_ids", "audio": "audio_codes", "animation": "animation", "action": "action"}
 # Along the ticks of a generation: the senses, encoded once before the loop, the pose that animation starts from, and
 # the efference copies; each with its value at an absent tick.
-TICK_INPUTS = {"sense_embeds": 0.0, "joint_rotations": 0.0, "body_mask": False} | _inputs_of(COPIES)
+COPY_INPUTS = _inputs_of(COPIES)
+TICK_INPUTS = {"sense_embeds": 0.0, "joint_rotations": 0.0, "body_mask": False} | COPY_INPUTS
 
 
 @dataclass
@@ -160,7 +162,7 @@ class CreatureGenerationMixin(GenerationMixin):
             )
         sampling = bool(setting("do_sample"))
         temperature = (setting("temperature") or 1.0) if sampling else 0.0
-        emission = _Emission(streams, dict.fromkeys(streams, Sampling(temperature)))
+        emission = _Emission(streams, dict.fromkeys(STREAMS, Sampling(temperature)))
         kwargs["return_dict_in_generate"] = True  # several fields are what comes back in any case
         outputs = super().generate(inputs, *args, emission=emission, **kwargs)
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
@@ -186,9 +188,61 @@ class CreatureGenerationMixin(GenerationMixin):
             return decode(
                 self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
             )
+        wanted = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+        known = {"emission", *TICK_INPUTS}
+        if (
+            model_kwargs.get("emission") is not None
+            and not any(getattr(generation_config, name) for name in wanted)
+            and has_plain_inputs(self, generation_config, synced_gpus, model_kwargs, known)
+            and can_step(self)
+        ):
+            return self._decode_streams(
+                input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+            )
         return super()._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
         )
+
+    def _decode_streams(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, inputs: dict
+    ) -> GenerateDecoderOnlyOutput:
+        """The loop of `GenerationMixin._sample`, with all streams from the fast step."""
+        emission, rows = inputs["emission"], len(input_ids)
+        streams, sampling = emission.streams, emission.sampling
+        outputs = self._prefill(input_ids, generation_config, inputs)
+        stepper = Stepper(self, rows).load(
+            outputs.past_key_values, inputs.get("attention_mask"), inputs.get("position_ids")
+        )
+        outer = {name: inputs[name] for name in TICK_INPUTS if name not in COPY_INPUTS and inputs.get(name) is not None}
+        read = self._read(outputs, streams, sampling, self._noise(streams, sampling, rows, None))
+        ends = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
+        finished = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
+        while True:
+            emitted = self._side_emissions(read, streams, sampling)
+            for name, value in emitted.items():
+                emission.emitted.setdefault(name, []).append(value)
+            scores = logits_processor(input_ids, read["logits"].to(copy=True, dtype=torch.float32))
+            if generation_config.do_sample:
+                tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
+            else:
+                tokens = scores.argmax(dim=-1)
+            if ends:
+                tokens = torch.where(finished, generation_config._pad_token_tensor, tokens)
+            input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            finished = finished | stopping_criteria(input_ids, None)
+            if finished.all():
+                break
+            senses = {FED_BACK[name]: value[:, None] for name, value in emitted.items()}
+            for name, value in outer.items():
+                senses[name] = _at_ticks(name, value, stepper.ticks, stepper.ticks + 1)
+            senses["input_ids"] = tokens[:, None]
+            noise = self._noise(streams, sampling, rows, None)
+            read = self._live_tick(stepper, senses, streams, sampling, noise)
+        if streamer is not None:
+            streamer.end()
+        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=stepper)
 
     def _assisted_decoding(self, *args, **kwargs):
         """As in `GenerationMixin`, which leaves the model with the layers of an early exit where that raises."""

@@ -51,8 +51,17 @@ class Stepper(Decoder):
         """The ticks so far."""
         return self.ticks
 
-    def load(self, prefilled: Cache) -> "Stepper":
-        """Go on where a pass over several ticks has left its cache; returns itself."""
+    def load(
+        self,
+        prefilled: Cache,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> "Stepper":
+        """
+        Go on where a pass over several ticks has left its cache; returns itself.
+
+        attention_mask [B, ticks], position_ids [B or 1, ticks]: of that pass, where rows were padded.
+        """
         self.ticks = int(prefilled.get_seq_length())
         held = min(self.cache.length, prefilled.layers[0].keys.shape[2]) if self.windowed else self.ticks
         self._make_room(held)
@@ -63,6 +72,10 @@ class Stepper(Decoder):
         self.cache.visible = held
         self.cache.slot.fill_(held % self.cache.length if self.windowed else held)
         self.position_ids.fill_(self.ticks)
+        if position_ids is not None:
+            self.position_ids.copy_(position_ids[:, -1:] + 1)
+        if attention_mask is not None:
+            self.mask[..., :held].masked_fill_(attention_mask[:, None, None, -held:] == 0, float("-inf"))
         return self
 
     def __call__(

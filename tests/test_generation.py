@@ -16,8 +16,10 @@ from creatures import (
 )
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+import generation_creature
 from modeling_creature import CreatureModel
 from motor_creature import pack_animation
+from stepping_creature import Stepper
 
 SIDE_STREAMS = ALL_STREAMS[1:]
 PROMPT, NEW = 5, 6
@@ -337,6 +339,23 @@ def test_all_streams_agree_with_the_loop_by_hand(model, prompt, senses, how, pad
         assert_agrees(model.generate(ids, output_streams=ALL_STREAMS, **given, **named, **GREEDY, **how), expected)
         for stream in ("external_text", "audio"):
             assert len(expected[1][stream].unique()) > 2
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_fast_step_draws_what_the_loop_of_transformers_draws(model, prompt, senses, padded, monkeypatch):
+    ids, mask = left_padded(model, prompt) if padded else (prompt, torch.ones_like(prompt))
+    settings = dict(max_new_tokens=NEW, do_sample=True, temperature=1.5, top_k=20, eos_token_id=int(prompt[0, 0]))
+    drawn, steps = [], []
+    for fast in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(generation_creature, "can_step", lambda model, answer=fast: answer)
+            torch.manual_seed(5)
+            drawn.append(model.generate(ids, attention_mask=mask, output_streams=ALL_STREAMS, **senses, **settings))
+            steps.append(isinstance(drawn[-1].past_key_values, Stepper))
+    assert steps == [True, False]
+    for name in ("sequences", "external_text", "audio"):
+        assert torch.equal(drawn[0][name], drawn[1][name]), name
+    torch.testing.assert_close(drawn[0].animation, drawn[1].animation, atol=1e-4, rtol=1e-4)
 
 
 def test_all_streams_take_one_backbone_pass_per_tick(model, prompt, senses, passes):

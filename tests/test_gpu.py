@@ -8,12 +8,13 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from creatures import micro_config, micro_model
+from creatures import ALL_STREAMS, micro_config, micro_model, random_batch, without_targets
 from test_trainer import Rows, make_trainer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CompileConfig, TrainerCallback
 
 import decoding_creature
+import generation_creature
 import layers_creature
 import losses_creature
 from creature import fast
@@ -22,6 +23,8 @@ from creature.fast import head as fast_head
 from creature.fast import kernels
 from creature.optimizer import MuonAdamW, parameter_groups
 from modeling_creature import MultiModalCreature
+from sampling_creature import Sampling
+from stepping_creature import Stepper
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -216,6 +219,42 @@ def test_the_graph_in_half_precision_gives_the_likeliest_tokens(speaker, compile
     chosen = logits.gather(2, out[:, ids.shape[1] :, None])[..., 0]
     assert (logits.amax(dim=-1) - chosen).max() < 0.2 * logits.std()
     assert len(out[:, ids.shape[1] :].unique()) > 10
+
+
+@pytest.mark.parametrize("window", [6, None])
+@pytest.mark.parametrize("audio", [Sampling(), Sampling(temperature=1.0, top_k=5)])
+def test_a_recorded_step_of_all_streams_is_the_eager_one(window, audio):
+    """Over the window several times, and past the slots of an unbounded one; a sense that comes and goes."""
+    model = micro_model(sliding_window=window, tie_word_embeddings=False).cuda()
+    ticks = 2 * decoding_creature.SHORTEST + 9 if window is None else 40
+    batch = {name: value.cuda() for name, value in random_batch(model.config, rows=2, ticks=ticks).items()}
+    senses = {name: value for name, value in without_targets(batch).items() if not name.endswith("mask")}
+    lives = []
+    for recordable in (False, True):
+        stepper, generator = Stepper(model, rows=2), torch.Generator("cuda").manual_seed(1)
+        assert stepper.recordable
+        stepper.recordable, life = recordable, []
+        for tick in range(ticks):
+            now = {name: value[:, tick : tick + 1] for name, value in senses.items()}
+            if tick % 3 == 0:
+                del now["pixel_values"]
+            life.append(model.step(stepper, sampling={"audio": audio}, generator=generator, **now))
+        assert (stepper.graph is not None) == recordable
+        lives.append({name: torch.stack([step[name] for step in life]) for name in ("logits", "animation", "audio")})
+    for name in ("logits", "animation"):
+        torch.testing.assert_close(lives[1][name], lives[0][name], atol=1e-3, rtol=1e-3)
+    assert (lives[1]["audio"] == lives[0]["audio"]).float().mean() > 0.99 and len(lives[0]["audio"].unique()) > 3
+
+
+def test_all_streams_generated_with_a_graph_are_those_of_the_loop_of_transformers(monkeypatch):
+    model = micro_model(tie_word_embeddings=False).cuda()
+    ids = random_batch(model.config, rows=2, ticks=5)["input_ids"].cuda()
+    settings = dict(output_streams=ALL_STREAMS, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    fast = model.generate(ids, **settings)
+    monkeypatch.setattr(generation_creature, "can_step", lambda model: False)
+    slow = model.generate(ids, **settings)
+    assert torch.equal(fast.sequences, slow.sequences) and torch.equal(fast.external_text, slow.external_text)
+    torch.testing.assert_close(fast.animation, slow.animation, atol=1e-3, rtol=1e-3)
 
 
 def test_the_graph_stops_at_the_end_of_text(speaker):
