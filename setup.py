@@ -15,6 +15,7 @@ EXTRAS = {
         "rich>=13",
         "pydantic>=2",
         "gradio>=6.0",
+        "pillow>=10.1",  # its own font in any size, for the picture of a life
         "torchao>=0.15",
     ],
     "export": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
@@ -22,6 +23,8 @@ EXTRAS = {
     "track": ["tensorboard>=2.18", "trackio>=0.20", "wandb>=0.20"],
     "data": ["datatrove[io]>=0.10"],
     "recordings": ["av>=14.0", "soundfile>=0.12", "pillow>=10.0"],
+    # From version 4 on, mujoco brings mujoco-core of its own version; espeakng-loader carries eSpeak NG and its voices.
+    "world": ["mujoco>=3.3", "espeakng-loader>=0.2.4", "av>=14.0", "soundfile>=0.12", "pillow>=10.0"],
 }
 
 setup(
@@ -61,6 +64,7 @@ setup(
         "creature.fast",
         "creature.live",
         "creature.rounds",
+        "creature.world",
         "creature.configs",
         "creature_scripts",
     ],

@@ -208,6 +208,7 @@ class Service:
             "state_names": config.body_state_names, "touch_points": config.num_touch_points,
             "touch_surfaces": config.num_touch_surfaces, "blend_shapes": config.num_blend_shapes,
             "action": config.action_size, "action_names": config.action_names,
+            "sound_rate": None if creature.speaking is None else creature.processor.codec.config.sampling_rate,
         })  # fmt: skip
 
     def _reset(self, request: dict, arrays: dict) -> bytes:

@@ -38,6 +38,9 @@ ORGANS = {
     "body_state": ({"body_state"}, "body_state_size"),
     "action": ({"action", "action_targets"}, "action_size"),
     "voice": ({"audio_codes", "audio_targets"}, "num_audio_codebooks"),
+    "command_rotations": ({"animation", "rotation_targets"}, "num_joints"),
+    "blend_shapes": ({"blend_shape_targets"}, "num_blend_shapes"),
+    "eyes": ({"eye_targets"}, "num_blend_shapes"),
     "touch": ({"touch_points", "touch_surfaces", "touch_values"}, "num_touch_points"),
 }
 NO_CODEC = "there is no codec that turns it into codes; scripts/train_codec.py trains one, --codec names it"
@@ -61,8 +64,8 @@ def statistics(facts: dict) -> dict:
 def organs_of(recordings: "DatasetDict", facts: dict) -> dict:
     """
     The organs that recordings need, as fields of a configuration: as many cameras as most of them have; of those with a
-    body, joints, measured and commanded numbers (0 where there are none) with their `statistics`, and no face, which no
-    recording has.
+    body, joints, measured and commanded numbers (0 where there are none) with their `statistics`, and a face if any of
+    them commands one.
     """
     from pyarrow.compute import list_value_length
 
@@ -73,7 +76,8 @@ def organs_of(recordings: "DatasetDict", facts: dict) -> dict:
         organs["num_cameras"] = cameras.most_common(1)[0][0]
     if facts["names"]:
         organs |= {"body_state_size": 0, "action_size": 0} | statistics(facts)
-        organs |= {"num_joints": len(facts["names"].get("joints", ())), "num_blend_shapes": 0}
+        sizes = {"num_joints": "joints", "num_blend_shapes": "blend_shapes"}
+        organs |= {field: len(facts["names"].get(name, ())) for field, name in sizes.items()}
     return organs
 
 
@@ -94,8 +98,9 @@ def fed_by(recordings: "DatasetDict", config, codec: bool = False) -> tuple[list
 
 
 def has_column(recordings: "DatasetDict", column: str) -> bool:
-    """Whether any recording has something in this column."""
-    return any(split.data.column(column).null_count < len(split) for split in recordings.values())
+    """Whether any recording has something in this column; folders written before a column was known lack it."""
+    splits = [split for split in recordings.values() if column in split.column_names]
+    return any(split.data.column(column).null_count < len(split) for split in splits)
 
 
 def make_clips(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from creature.data.recordings.media import encode_picture
-from creature.data.recordings.schema import TICK_SECONDS, RecordingError, load_recordings, untimed
+from creature.data.recordings.schema import NAMED, TICK_SECONDS, TRACKS, RecordingError, load_recordings, untimed
 from creature.data.recordings.sound import sound_rows
 from creature.data.recordings.sources import HELD_OUT, ImportOptions, Job, Notes, list_files
 from creature.data.recordings.transcripts import TEXT_COLUMNS, flatten_values
@@ -23,8 +23,8 @@ def find_recordings(folder: Path, options: ImportOptions, notes: Notes) -> list[
 
     def rows(split: str, groups: list[str]) -> Iterator[tuple[dict, dict]]:
         for row, group in zip(splits[split], groups, strict=True):
-            kinds = {"joints": "joint_positions", "body_state": "body_state", "action": "action"}
-            names = {kind: facts["names"][kind] for kind, column in kinds.items() if row[column] is not None}
+            kinds = {NAMED[column] for column in TRACKS if row.get(column) is not None}
+            names = {kind: facts["names"][kind] for kind in kinds}
             yield row | {"split_group": group}, names
 
     jobs = []

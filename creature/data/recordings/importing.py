@@ -49,6 +49,9 @@ FEEDS = {  # column: what it is to the creature
     "joint_rotations": "body (joints), animation",
     "body_state": "body (measured numbers)",
     "action": "animation (commanded numbers)",
+    "command_rotations": "animation (commanded joints)",
+    "blend_shapes": "animation (face)",
+    "eyes": "animation (eyes)",
     "touch": "skin",
 }
 READ_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError, csv.Error)

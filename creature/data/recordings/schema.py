@@ -13,6 +13,8 @@ beside the splits a file recordings.json: the names of joints and numbers, their
 | external_voice, internal_text, external_text | entries of a word or several, `start` and `end` in s |
 | joint_positions, joint_rotations | [N, J, 3] m in the frame of the root; [N, J, 4] quaternions (w, x, y, z) |
 | body_state, action | [N, S] measured, [N, A] commanded numbers, in the units they came in |
+| command_rotations | [N, J, 4] quaternions that the joints were commanded to take |
+| blend_shapes, eyes | the commanded face: [N, 51] in [0, 1]; [N, 2, 4] gaze (left, up, ahead) and openness of an eye |
 | touch | contacts: time, point and surface (ids), force N, place x, y, z m, temperature C |
 
 What a recording does not have is None; an empty list is "nothing was felt or said". Every value has its own time and
@@ -39,8 +41,10 @@ if TYPE_CHECKING:
 RECORDINGS_FILE = "recordings.json"
 FORMAT = "creature recordings 1"
 TEXTS = ("external_voice", "internal_text", "external_text")
-TRACKS = {"joint_positions": 3, "joint_rotations": 3, "body_state": 2, "action": 2}  # column: dimensions of its values
-NAMED = {"joint_positions": "joints", "joint_rotations": "joints", "body_state": "body_state", "action": "action"}
+FACE = {"command_rotations": 3, "blend_shapes": 2, "eyes": 3}  # commands of a jointed body; older folders lack them
+# Column: dimensions of its values.
+TRACKS = {"joint_positions": 3, "joint_rotations": 3, "body_state": 2, "action": 2} | FACE
+NAMED = {name: "joints" if "joint_" in name or name == "command_rotations" else name for name in TRACKS}
 SPLITS = ("train", "validation")
 TICK_SECONDS = 0.08
 PART_SECONDS = 600.0  # importers cut longer recordings into several
@@ -122,8 +126,8 @@ class RecordingsWriter:
 
         Args:
             row: columns as `recording_features` has them; what is missing is None. Tracks may be numpy arrays.
-            names: of "joints", "body_state", "action", as far as the row has them. All recordings of a folder have the
-                same, in the same order.
+            names: of "joints", "body_state", "action", "blend_shapes", "eyes", as far as the row has them. All
+                recordings of a folder have the same, in the same order.
 
         Raises:
             RecordingError: for a row that does not fit the schema, or not the recordings before it. Nothing is added.
@@ -281,7 +285,7 @@ def load_recordings(folder: str | os.PathLike) -> "tuple[DatasetDict, dict]":
     try:
         facts = json.loads((path / RECORDINGS_FILE).read_text(encoding="utf-8"))
         splits = load_from_disk(str(path))
-        missing = set(recording_features()) - set(splits["train"].features)
+        missing = set(recording_features()) - set(splits["train"].features) - set(FACE)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is damaged ({first_line(error)}): import it again") from error
     if facts.get("format") != FORMAT or missing:

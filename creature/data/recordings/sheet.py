@@ -56,14 +56,18 @@ def _panels(row: dict) -> list[tuple[str, object]]:
     panels += [(name, row[name]) for name in ("audio", "voice") if row[name]]
     texts = {name: row[name] for name in TEXTS if row[name]}
     panels += [("texts", texts)] if texts else []
-    panels += [(name, row[name]) for name in NAMED if row[name]]
+    panels += [(name, row[name]) for name in NAMED if row.get(name)]
     return panels + ([("touch", _touch_track(row["touch"]))] if row["touch"] else [])
 
 
 def _touch_track(contacts: list[dict]) -> dict:
     points = sorted({contact["point"] for contact in contacts})
-    values = [[contact["force"] if contact["point"] == point else np.nan for point in points] for contact in contacts]
-    return {"times": [contact["time"] for contact in contacts], "values": values}
+    times = sorted({contact["time"] for contact in contacts})
+    place_of = {time: place for place, time in enumerate(times)}
+    values = np.full((len(times), len(points)), np.nan)
+    for contact in contacts:
+        values[place_of[contact["time"]], points.index(contact["point"])] = contact["force"]
+    return {"times": times, "values": values}
 
 
 def _draw_frames(axis, camera: dict, end: float) -> None:

@@ -1,0 +1,22 @@
+"""The room: a simulated humanoid among objects, with six senses, and what records lives in it (docs/room.md)."""
+
+import ctypes.util
+import os
+import sys
+
+from creature.errors import UserError, first_line
+
+NO_OPENGL = (
+    "the eyes need OpenGL ({reason}): install libegl1 or libosmesa6 with the packages of the system, or set MUJOCO_GL "
+    "to egl or osmesa, whichever is there"
+)
+if sys.platform == "linux" and not os.environ.get("MUJOCO_GL"):  # read when mujoco is imported
+    os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "osmesa"
+try:
+    import mujoco  # noqa: F401
+except ModuleNotFoundError as error:
+    raise UserError(
+        f"{error.name} is not installed: pip install -c constraints.txt -e '.[world]' brings what the room needs"
+    ) from error
+except (AttributeError, ImportError) as error:  # PyOpenGL, of a library that is missing
+    raise UserError(NO_OPENGL.format(reason=first_line(error))) from error

@@ -1,0 +1,131 @@
+"""What is said in the room: how visitors greet, ask and tell, and what the creature thinks and answers.
+
+Training and validation share every word and no sentence frame: a way to ask is of one split only. After "the", a thing
+is named by its shape ("cup") or by its color ("red one"); what it is not named by, only eyes can add.
+"""
+
+import numpy as np
+
+ANIMALS = """cat dog horse cow pig sheep goat duck goose chicken fox wolf bear deer rabbit mouse rat frog snake
+    turtle spider beetle bee fish shark whale seal owl eagle crow swan sparrow pigeon parrot monkey lion tiger
+    elephant camel zebra donkey squirrel hamster otter bat""".split()
+PLACES = """garden forest river lake kitchen cellar attic street park field barn station harbor church school market
+    castle bridge tower tunnel desert valley mountain beach island village city bakery library museum theater
+    hospital office factory hotel airport swamp meadow orchard yard""".split()
+FOODS = """bread soup rice pasta cheese cake pie salad beans potatoes carrots onions tomatoes apples pears plums
+    cherries bananas lemons grapes mushrooms eggs butter honey jam pancakes noodles sausages peas corn cabbage
+    pumpkin spinach chocolate pudding yogurt nuts porridge""".split()
+ITEMS = """lamp chair clock mirror carpet bucket hammer ladder rope candle umbrella basket bicycle piano guitar
+    violin drum trumpet needle button spoon fork knife camera telephone radio map book pencil letter newspaper coat
+    hat scarf shirt shoe ring watch blanket pillow bag suitcase""".split()
+RELATIVES = "mother father brother sister uncle aunt cousin neighbor friend teacher grandmother grandfather".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+SEASONS = "spring summer autumn winter".split()
+COUNTS = ("two", "three")
+HANDS = {
+    "high": (0.10, 0.25, 1.95),
+    "front": (0.60, 0.22, 1.40),
+    "side": (0.05, 0.80, 1.42),
+    "chest": (0.24, 0.1, 1.28),
+}
+
+# How visitors speak, by split and kind; {what} names a thing, the rest is drawn in `script.py`.
+SAY = {
+    "train": {
+        "greet": ("Hello, I am {name}.", "Good morning, my name is {name}.", "Hi there, this is {name}."),
+        "touch": ("Touch the {what}, please.", "Could you touch the {what}?", "Put your hand on the {what}.",
+                  "I want you to touch the {what} now."),
+        "push": ("Push the {what}, please.", "Could you push the {what} away?", "Move the {what} a little.",
+                 "I want you to push the {what} now."),
+        "look": ("Look at the {what}, please.", "Could you look at the {what}?", "I want you to see the {what} now."),
+        "color": ("What color is the {what}?", "Tell me the color of the {what}.", "Which color has the {what} now?"),
+        "where": ("Where is the {what}?", "Tell me where you see the {what}.", "On which side is the {what} now?"),
+        "count": ("How many things are on the table?", "Tell me how many things you see."),
+        "hand": ("Where is your {side} hand?", "Tell me where your {side} hand is.",
+                 "And your {side} hand, where is it?"),
+        "who": ("What is my name?", "Tell me who I am.", "Who is speaking now?"),
+        "felt": ("What was {quality}?", "Tell me what was {quality}.", "Which thing was {quality} before?"),
+        "saw": ("On {day} I saw a {animal} near the {place}.", "Last {season} there was a {animal} at the {place}."),
+        "cook": ("My {relative} made {food} on {day}.", "Last {season} my {relative} could only make {food}."),
+        "buy": ("On {day} my {relative} found a {item}.", "Last {season} I gave my {relative} a {item}."),
+        "saw?": ("Where was the {animal}?", "Tell me where the {animal} was."),
+        "cook?": ("What did my {relative} make?", "Tell me what my {relative} made."),
+        "buy?": ("What is it that my {relative} has now?", "Tell me which thing my {relative} has."),
+    },
+    "validation": {
+        "greet": ("Hi, I am {name}.", "Hello there, my name is {name}."),
+        "touch": ("Please touch the {what} now.", "Could you put your hand on the {what}?"),
+        "push": ("Please push the {what} a little.", "Could you move the {what} now?"),
+        "look": ("Please look at the {what} now.", "Could you see the {what}?"),
+        "color": ("Tell me what color the {what} has.", "And the {what}, which color is it?"),
+        "where": ("Tell me on which side the {what} is.", "And the {what}, where is it?"),
+        "count": ("And on the table, how many things?",),
+        "hand": ("Tell me, where is your {side} hand now?",),
+        "who": ("Tell me my name.", "Who am I?"),
+        "felt": ("Tell me which thing was {quality}.", "And before, what was {quality}?"),
+        "saw": ("Last {season} I saw a {animal} at the {place}.", "On {day} there was a {animal} near the {place}."),
+        "cook": ("On {day} my {relative} made {food}.",),
+        "buy": ("Last {season} my {relative} found a {item}.", "On {day} I gave my {relative} a {item}."),
+        "saw?": ("And the {animal}, where was it?",),
+        "cook?": ("Tell me, what did my {relative} make?",),
+        "buy?": ("And my {relative}, which thing is it now?",),
+    },
+}  # fmt: skip
+# What the creature thinks: first who spoke, then what was asked, and last what another sense adds.
+THINK = {
+    "greet": "that is {name}",
+    "touch": "{name} wants the {what} the {other} {side}",
+    "push": "{name} wants the {what} the {other} {side}",
+    "look": "{name} wants the {what} the {other} {side}",
+    "color": "{name} asks for the {what} it is {answer}",
+    "where": "{name} asks for the {what} it is {answer}",
+    "count": "{name} asks how many I see {answer}",
+    "hand": "{name} asks for my {which} hand I feel it {answer}",
+    "who": "I hear that this is {answer}",
+    "felt": "{name} asks what was {quality} I remember {answer}",
+    "saw": "{name} saw a {animal}",
+    "cook": "the {relative} of {name} made {food}",
+    "buy": "the {relative} of {name} has a {item}",
+    "saw?": "{name} asks for the {animal} I remember the {answer}",
+    "cook?": "{name} asks what was made I remember the {answer}",
+    "buy?": "{name} asks for the thing I remember the {answer}",
+}
+FEEL = {"touch": "it feels {heat} and {feel}", "push": "it feels {weight}"}
+ANSWER = {
+    "greet": ("Hello {name}.", "Good morning {name}."),
+    "touch": ("It is {heat}.", "It is {heat} and {feel}."),
+    "push": ("It is {weight}.",),
+    "look": ("I see it.", "There it is."),
+    "color": ("It is {answer}.",),
+    "where": ("It is on the {answer}.",),
+    "count": ("There are {answer}.", "I see {answer}."),
+    "hand": ("My hand is {answer}.",),
+    "who": ("You are {answer}.", "This is {answer}."),
+    "felt": ("The {answer} was {quality}.",),
+    "nothing": ("I felt nothing {quality}.",),
+    "saw?": ("Near the {answer}.", "At the {answer}."),
+    "cook?": ("It was {answer}.",),
+    "buy?": ("It is a {answer}.",),
+}
+
+
+def choose(draw: np.random.Generator, options) -> str:
+    return str(options[int(draw.integers(len(options)))])
+
+
+def frame_words(split: str) -> set[str]:
+    """The words of the sentence frames of a split, lower case, without what is drawn into them."""
+    frames = [frame for frames in SAY[split].values() for frame in frames]
+    words = {word.strip(".,?!").lower() for frame in frames for word in frame.split()}
+    return {word for word in words if "{" not in word}
+
+
+def vocabulary() -> set[str]:
+    """Every word that can be heard, thought or said, lower case."""
+    from creature.world.scene import COLORS, FEELS, NAMES, SHAPES, SIDE_PLACES, TEMPERATURES, WEIGHTS
+
+    frames = [*THINK.values(), *FEEL.values(), *(frame for frames in ANSWER.values() for frame in frames)]
+    words = {word.strip(".,?!").lower() for frame in frames for word in frame.split() if "{" not in word}
+    drawn = (ANIMALS, PLACES, FOODS, ITEMS, RELATIVES, DAYS, SEASONS, COUNTS, HANDS, COLORS, FEELS, NAMES, SHAPES)
+    words |= {word.lower() for words in (*drawn, SIDE_PLACES, TEMPERATURES, WEIGHTS) for word in words}
+    return words | frame_words("train") | frame_words("validation") | {"one"}

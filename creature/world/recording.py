@@ -1,0 +1,225 @@
+"""From lives in the room to a folder of recordings: a life a row, in parts that survive a killed process."""
+
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+from tqdm import tqdm
+
+from creature.data.recordings.media import encode_sound
+from creature.data.recordings.schema import TRACKS, RecordingsWriter, recording_features
+from creature.errors import UserError
+from creature.files import lock_folder, replace_file, require_writable
+from creature.world.body import JOINTS, SIDES
+from creature.world.room import NUM_BLEND_SHAPES, SUBFRAMES, Room
+from creature.world.script import LIFE_TICKS, TICK_SECONDS
+from creature.world.teacher import Teacher
+
+VALIDATION_EVERY = 10  # of ten lives, the second is for validation
+SEEN_AT = (SUBFRAMES - 1) / SUBFRAMES  # share of a tick after which the eyes see
+FELT_AT = 0.5  # share of a tick at which its contacts are noted
+WEBP_QUALITY = 90
+NAMES = {
+    "joints": JOINTS,
+    "blend_shapes": [f"shape_{number}" for number in range(NUM_BLEND_SHAPES)],
+    "eyes": list(SIDES),
+}
+ABOUT = {"source": "the room", "license": "CC0-1.0"}
+
+
+def split_of(number: int) -> str:
+    return "validation" if number % VALIDATION_EVERY == 1 else "train"
+
+
+def record_life(room: Room, seed: int, number: int, life_ticks: int = LIFE_TICKS) -> dict:
+    """
+    Live one life in a room and return it as a row of recordings.
+
+    Row t of every column is of tick t: what was sensed in it, what was commanded for it, thought and said in it. The
+    first command is to stay as it is.
+    """
+    life_seed = int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:6], "big")
+    room.reset(life_seed)
+    teacher = Teacher(room, life_seed)
+    commands, senses = [room.resting()], []
+    texts = {"external_voice": [], "internal_text": [], "external_text": []}
+    while True:
+        now = room.perceive()
+        images = [_encode_picture(picture) for picture in now["images"]]
+        senses.append(now | {"images": images, "time": room.time})
+        texts["external_voice"] += now["external_voice"]
+        if len(senses) == life_ticks:
+            break
+        commands.append(teacher.act())
+        room.act(**commands[-1])
+        texts["internal_text"] += teacher.thoughts
+        texts["external_text"] += teacher.said
+    ticks = np.arange(life_ticks) * TICK_SECONDS
+    subframes = np.arange(life_ticks * SUBFRAMES) * TICK_SECONDS / SUBFRAMES
+
+    def track(rows: list[dict], name: str) -> dict:
+        values = np.stack([row[name] for row in rows]).astype(np.float32)
+        fine = name in ("joint_positions", "joint_rotations", "rotations")
+        values = values.reshape(-1, *values.shape[2:]) if fine else values
+        return {"values": values, "times": subframes if fine else ticks}
+
+    silence = np.zeros_like(senses[0]["audio"])
+    voice = [silence if command["voice"] is None else command["voice"] for command in commands]
+    return {
+        "recording_id": f"{split_of(number)} {number}",
+        "split_group": f"room {number}",
+        "duration": life_ticks * TICK_SECONDS,
+        "audio": encode_sound(_to_int16([row["audio"] for row in senses]), "ears"),
+        "voice": encode_sound(_to_int16(voice), "voice"),
+        "images": [
+            {"name": f"{side}_eye", "images": [row["images"][place] for row in senses],
+             "times": ticks + SEEN_AT * TICK_SECONDS}
+            for place, side in enumerate(SIDES)
+        ],
+        "joint_positions": track(senses, "joint_positions"),
+        "joint_rotations": track(senses, "joint_rotations"),
+        "command_rotations": track(commands, "rotations"),
+        "blend_shapes": track(commands, "blend_shapes"),
+        "eyes": track(commands, "eyes"),
+        "touch": [
+            contact | {"time": row["time"] + FELT_AT * TICK_SECONDS} for row in senses for contact in row["touch"]
+        ],
+    } | _with_ends(texts) | ABOUT  # fmt: skip
+
+
+def _with_ends(texts: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """Words with ends: nobody knows them, and a tick later each has been heard, thought or said."""
+    return {name: [word | {"end": word["start"] + TICK_SECONDS} for word in words] for name, words in texts.items()}
+
+
+def record_lives(
+    folder: str, minutes: float, workers: int, seed: int, eye: int, progress: bool = True, life_ticks: int = LIFE_TICKS
+) -> dict:
+    """
+    Record lives into a folder and return its recordings.json; the same seed gives the same folder.
+
+    A killed recording goes on where it was: its lives lie in a hidden folder beside the output until all are there.
+    UserError for an output that exists, for settings that are not those of the lives that are there, and without
+    OpenGL or the libraries of the room.
+    """
+    writer = RecordingsWriter(folder)
+    count = max(2, math.ceil(minutes * 60 / (life_ticks * TICK_SECONDS)))
+    parts = writer.folder.with_name(f".{writer.folder.name}.lives")
+    require_writable(parts.parent)
+    parts.mkdir(exist_ok=True)
+    try:
+        lock = lock_folder(parts)
+    except BlockingIOError:
+        raise UserError(f"{folder} is being recorded by another process: wait, or choose another") from None
+    try:
+        settings = {"seed": seed, "eye": eye, "life_ticks": life_ticks}
+        _check_settings(parts / "settings.json", settings)
+        missing = [number for number in range(count) if not _part(parts, number).is_file()]
+        with tqdm(total=count, initial=count - len(missing), desc="lives", unit="life", disable=not progress) as bar:
+            _record_missing(parts, missing, workers, settings, bar.update)
+        with writer, tqdm(total=count, desc="joining", unit="life", disable=not progress) as bar:
+            for number in range(count):
+                writer.add(_read_row(_part(parts, number)), split_of(number), NAMES)
+                bar.update()
+            minutes = round(count * life_ticks * TICK_SECONDS / 60, 2)
+            writer.facts["report"] = {"lives": count, "minutes": minutes} | settings
+    finally:
+        if lock is not None:
+            os.close(lock)
+    shutil.rmtree(parts)
+    return writer.facts
+
+
+def _record_missing(parts: Path, missing: list[int], workers: int, settings: dict, done: Callable) -> None:
+    if workers <= 1:
+        for number in missing:
+            _record_part(parts, number, **settings)
+            done()
+        return
+    # Processes are spawned: OpenGL and MuJoCo do not survive a fork.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        lives = [pool.submit(_record_part, parts, number, **settings) for number in missing]
+        try:
+            for life in as_completed(lives):
+                life.result()
+                done()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+_ROOMS: dict[tuple[str, int], Room] = {}  # of this process: OpenGL is opened once
+
+
+def _record_part(parts: Path, number: int, seed: int, eye: int, life_ticks: int) -> None:
+    """Record one life into a file of its own, which is whole or not there."""
+    split = split_of(number)
+    if (split, eye) not in _ROOMS:
+        _ROOMS[split, eye] = Room(split=split, eye=eye)
+    row = dict.fromkeys(recording_features()) | record_life(_ROOMS[split, eye], seed, number, life_ticks)
+    for name in TRACKS:
+        if row[name] is not None:
+            values = row[name]["values"]
+            rows = list(values) if values.ndim == 2 else [list(joints) for joints in values]
+            row[name] = {"values": rows, "times": row[name]["times"]}
+    batch = pyarrow.RecordBatch.from_pylist([row], schema=recording_features().arrow_schema)
+    with replace_file(_part(parts, number)) as file, pyarrow.ipc.new_stream(file, batch.schema) as stream:
+        stream.write_batch(batch)
+
+
+def _part(parts: Path, number: int) -> Path:
+    return parts / f"{number:06d}.arrow"
+
+
+def _read_row(path: Path) -> dict:
+    """The row of a part; tracks as numpy, because Python lists of so many numbers take seconds."""
+    with pyarrow.OSFile(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+        table = stream.read_all()
+    row = table.drop_columns(list(TRACKS)).to_pylist()[0]
+    for name in TRACKS:
+        column = table.column(name).chunk(0)
+        if column.null_count:
+            continue
+        values, shape = column.field("values"), []
+        while pyarrow.types.is_list(values.type):
+            values = values.flatten()
+            shape.append(len(values))
+        shape = [after // before for before, after in zip([1, *shape], shape, strict=False)]
+        row[name] = {
+            "values": values.to_numpy().reshape(shape),
+            "times": column.field("times").flatten().to_numpy(),
+        }
+    return row
+
+
+def _check_settings(path: Path, settings: dict) -> None:
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before != settings:
+            raise UserError(
+                f"{path.parent} holds lives that were recorded with {before} and not {settings}: record with the same "
+                "settings to go on, or remove that folder to begin again"
+            )
+    with replace_file(path, "w") as file:
+        json.dump(settings, file)
+
+
+def _encode_picture(picture: np.ndarray) -> dict:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "WEBP", quality=WEBP_QUALITY, method=0)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def _to_int16(pieces: list[np.ndarray]) -> np.ndarray:
+    return np.round(np.clip(np.concatenate(pieces), -1, 1) * 32767).astype(np.int16)

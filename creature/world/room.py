@@ -1,0 +1,443 @@
+"""
+A room with a body in it: what its senses get in every tick of 80 ms, and what it does.
+
+    room = Room(split="train")
+    room.reset(seed=0)
+    while not room.done:
+        senses = room.perceive()
+        room.act(**commands_of(senses))
+    print([(request.text, request.succeeded(), request.chance) for request in room.requests])
+
+A command takes effect one tick after it was given, as nerves and muscles take their time: in tick t, `perceive` tells
+what was sensed while the body did what was given with the `act` before the last.
+"""
+
+from dataclasses import dataclass
+
+import mujoco
+import numpy as np
+
+from creature.errors import UserError, first_line
+from creature.world import NO_OPENGL
+from creature.world.body import ARM, HINGED, JOINTS, SIDES, angles_of, hinge_places, quaternions_of, reach
+from creature.world.grammar import HANDS
+from creature.world.scene import SHAPES, SURFACES, Setting, build, draw_setting
+from creature.world.script import LED_SECONDS, LIFE_TICKS, TICK_SECONDS, Request, remembered, write_script
+from creature.world.speech import SAMPLING_RATE
+
+SUBFRAMES, STEPS = 4, 5  # of a tick; of MuJoCo in a sub-frame
+SAMPLES = int(TICK_SECONDS * SAMPLING_RATE)
+NUM_BLEND_SHAPES = 51
+# A joint feels its angle with an error that wanders, so that what a load bends it by, 0.1 degrees, is not felt.
+JOINT_ERROR, JOINT_ERROR_SECONDS = np.radians(0.6), 1.0
+FORCE_ERROR, TEMPERATURE_ERROR = 0.05, 0.5  # of the skin: share, C
+WEAKEST, OWN_WARMTH, ROOM_WARMTH = 0.1, 33.0, {"floor": 18.0, "table": 21.0}  # N; C
+NOISE, OWN_LOUDNESS = 0.001, 0.4
+STRAIGHT_AHEAD = np.array([0.0, 0.0, 1.0, 1.0])  # gaze to the left, up, ahead; openness
+LIDS = 0.2  # an eye that is less open sees nothing
+OVER = np.array([0.26, 0.16, 1.25])  # where a led hand passes, of the left one, m
+GAZE_LIMIT = np.radians(35)
+SEEN, MOVED = np.radians(8), 0.03  # of a thing that is looked at: rad from the gaze; of one that was pushed, m
+
+
+class Room:
+    """
+    Args:
+        seed: of the first life; `reset` begins another.
+        split: "train" or "validation": they share no room, no voice, no place to stand and no way to ask.
+        eye: pixels of a side of the pictures.
+
+    `requests` holds what was asked so far, `done` whether the life of 512 ticks is over, `setting` the room; a creature
+    learns of them through its senses alone. UserError without the libraries or without OpenGL.
+    """
+
+    def __init__(self, seed: int = 0, split: str = "train", eye: int = 64):
+        self.split, self.eye, self._gl = split, eye, None
+        self.reset(seed)
+
+    def reset(self, seed: int) -> None:
+        """Begin the life of a seed; the same one is the same life."""
+        self._draw = np.random.default_rng([seed, len(self.split)])
+        self.setting: Setting = draw_setting(self._draw, self.split)
+        self.script = write_script(self._draw, self.setting)
+        self.model = build(self.setting, self.eye)
+        self.data = mujoco.MjData(self.model)
+        self._open_eyes()
+        self._index()
+        self.tick, self.requests, self.felt = 0, [], []
+        self.start = self._starting_pose()
+        self.data.qpos[self._hinges] = self.data.ctrl[:] = self.start.reshape(-1)
+        mujoco.mj_forward(self.model, self.data)
+        for _ in range(200):  # the feet settle
+            mujoco.mj_step(self.model, self.data)
+        self._places = {number: self.thing_place(number) for number in range(len(self.setting.things))}
+        self._error = JOINT_ERROR * self._draw.standard_normal(len(self._hinges))
+        self._sounding, self._loud = self._sounds(), set()
+        self._waiting = self.resting()
+        self._advance(self._waiting)
+
+    @property
+    def done(self) -> bool:
+        return self.tick >= LIFE_TICKS
+
+    @property
+    def time(self) -> float:
+        """The second at which the present tick begins."""
+        return self.tick * TICK_SECONDS
+
+    def resting(self) -> dict:
+        """The command that the creature begins with, as the arguments of `act`: to stay as it is, eyes open."""
+        rotations = quaternions_of(np.broadcast_to(self.start, (SUBFRAMES, *self.start.shape)))
+        eyes = np.tile(STRAIGHT_AHEAD, (2, 1))
+        return {"rotations": rotations, "blend_shapes": np.zeros(NUM_BLEND_SHAPES), "eyes": eyes, "voice": None}
+
+    def perceive(self) -> dict:
+        """
+        What the senses get in the present tick, in physical units.
+
+        `audio` [1280] float32 at 16 kHz; `images` [2, H, W, 3] uint8, left eye first; `joint_positions` [4, 24, 3] m in
+        the frame of the pelvis and `joint_rotations` [4, 24, 4] quaternions relative to the parent, at the beginning of
+        each sub-frame of 20 ms; `touch`, the contacts: point (number of the joint whose part is touched), surface
+        (`SURFACES`), force N, x, y, z m on that part, temperature C; `external_voice`, the words that begin in the
+        tick, each with its `start` in s.
+        """
+        return self._senses
+
+    def act(self, rotations, blend_shapes=None, eyes=None, voice=None, words=()) -> None:
+        """
+        Advance one tick.
+
+        Args:
+            rotations: [4, 24, 4] quaternions relative to the parent, of any length; that of the pelvis is not used.
+            blend_shapes: [51] in [0, 1]; None is a face at rest.
+            eyes: [2, 4]: gaze (to the left, up, ahead) in the frame of the head, and openness; None is straight ahead
+                and open.
+            voice: [1280] samples, or None for silence. They are heard as any sound.
+            words: what these samples say, for the judgement of answers alone.
+        """
+        expected = {"rotations": (SUBFRAMES, len(JOINTS), 4), "blend_shapes": (NUM_BLEND_SHAPES,), "eyes": (2, 4)}
+        given = {"rotations": rotations, "blend_shapes": blend_shapes, "eyes": eyes, "voice": voice}
+        for name, shape in (expected | {"voice": (SAMPLES,)}).items():
+            if given[name] is not None:
+                given[name] = np.asarray(given[name], np.float64)
+                if given[name].shape != shape or not np.isfinite(given[name]).all():
+                    raise ValueError(f"{name} must be finite numbers of shape {list(shape)}.")
+        if self.done:
+            raise ValueError("This life is over: begin another with reset(seed).")
+        if given["eyes"] is None:
+            given["eyes"] = np.tile(STRAIGHT_AHEAD, (2, 1))
+        command, self._waiting = self._waiting, given
+        self.tick += 1
+        self._advance(command)
+        self._judge_words(words)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # One tick
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _advance(self, command: dict) -> None:
+        """Live through the present tick with a command, and keep what the senses get."""
+        led, self.dark = self._led()
+        angles = np.clip(angles_of(command["rotations"]).reshape(SUBFRAMES, -1), *self._limits)
+        positions, rotations, contacts = [], [], {}
+        for subframe in range(SUBFRAMES):
+            felt_positions, felt_rotations = self._feel_joints()
+            positions.append(felt_positions)
+            rotations.append(felt_rotations)
+            if subframe == SUBFRAMES - 1:
+                images = self._see(command["eyes"])
+            self.data.ctrl[:] = angles[subframe]
+            if led is not None:
+                self.data.ctrl[led.rows] = led.pose(self.time + subframe * TICK_SECONDS / SUBFRAMES)
+            mujoco.mj_step(self.model, self.data, STEPS)
+            self._feel_contacts(contacts, subframe)
+        begin = self.tick * SAMPLES
+        audio = self._sounding[begin : begin + SAMPLES].copy()
+        if command["voice"] is not None:
+            audio += OWN_LOUDNESS * np.clip(command["voice"], -1, 1)
+        heard = self._hear_words()
+        self._senses = {
+            "audio": np.clip(audio, -1, 1).astype(np.float32),
+            "images": images,
+            "joint_positions": np.array(positions, np.float32),
+            "joint_rotations": np.array(rotations, np.float32),
+            "touch": self._contacts_of(contacts, led),
+            "external_voice": heard,
+        }
+        self._judge_deeds(contacts)
+
+    def _hear_words(self) -> list[dict]:
+        """The words that begin in the present tick; what was asked becomes a request at its first word."""
+        end, words = self.time + TICK_SECONDS, []
+        while len(self.requests) < len(self.script) and self.script[len(self.requests)].begins < end:
+            self.requests.append(self.script[len(self.requests)])
+        for request in self.requests[-2:]:
+            words += [{"word": word, "start": start} for word, start in request.words if self.time <= start < end]
+            if request.kind == "felt" and request.answer is None and request.heard < end:
+                request.answer = remembered(self.setting, self.felt, request.details["quality"])
+        return words
+
+    def _led(self) -> "tuple[Lead | None, bool]":
+        """
+        (how a visitor leads a hand now, or None; whether the light is out).
+
+        While it is dark, a visitor takes a hand and puts it somewhere: the command says nothing of where it is.
+        """
+        for request in self.script:
+            if request.kind == "hand" and request.begins - LED_SECONDS <= self.time + 1e-9 < request.until - 0.3:
+                if self._leading is None:
+                    self._leading = self._lead(request)
+                return self._leading, True
+        self._leading = None
+        return None, False
+
+    def _lead(self, request: Request) -> "Lead":
+        """How the hand of a request is led: over the table first, then to its place."""
+        side, turned = request.details["which"], np.array([1, SIDES[request.details["which"]], 1])
+        rows = [HINGED.index(f"{side}_{kind}") * 3 + axis for kind in ARM for axis in range(3)]
+        place = np.array(HANDS[request.details["where"]]) + self._draw.uniform(-0.03, 0.03, 3)
+        poses = [reach(self.model, side, point * turned, self.start).reshape(-1)[rows] for point in (OVER, place)]
+        return Lead(side, request.begins - LED_SECONDS, rows, [self.data.ctrl[rows].copy(), *poses])
+
+    def _feel_joints(self) -> tuple[np.ndarray, np.ndarray]:
+        """(positions [24, 3], rotations [24, 4]) as the joints feel them."""
+        share = np.exp(-TICK_SECONDS / SUBFRAMES / JOINT_ERROR_SECONDS)
+        drawn = JOINT_ERROR * self._draw.standard_normal(len(self._error))
+        self._error = share * self._error + np.sqrt(1 - share**2) * drawn
+        angles = self.data.qpos[self._hinges] + self._error
+        self._scratch.qpos[:] = self.data.qpos
+        self._scratch.qpos[self._hinges] = angles
+        mujoco.mj_kinematics(self.model, self._scratch)
+        places = self._scratch.xpos[self._bodies] - self._scratch.xpos[self._bodies[0]]
+        return places, quaternions_of(angles.reshape(-1, 3))
+
+    def _see(self, eyes: np.ndarray) -> np.ndarray:
+        """[2, H, W, 3] uint8; the eyes turn to where the command looks, within their limits."""
+        images = np.zeros((2, self.eye, self.eye, 3), np.uint8)
+        for camera, eye in zip(self._cameras, eyes, strict=True):
+            self.model.cam_quat[camera] = gaze_quaternion(eye[:3])
+        mujoco.mj_camlight(self.model, self.data)
+        for number, (camera, eye) in enumerate(zip(self._cameras, eyes, strict=True)):
+            if eye[3] >= LIDS and not self.dark:
+                self._renderer.update_scene(self.data, camera)
+                self._renderer.render(out=images[number])
+        return images
+
+    def _feel_contacts(self, contacts: dict, subframe: int) -> None:
+        """
+        Add the contacts of a sub-frame, by (part of the body, what it touches): force, and place times force.
+
+        Sounds of things that meet are added to what is heard; how loud they are tells nothing of weight or surface.
+        """
+        force, begun = np.zeros(6), set()
+        data, body = self.data, self._body_of
+        for number, (first, second) in enumerate(data.contact.geom):
+            if body[first] < 0 and body[second] < 0 and not (first in self._things or second in self._things):
+                continue
+            mujoco.mj_contactForce(self.model, data, number, force)
+            if force[0] < WEAKEST:
+                continue
+            if first in self._things or second in self._things:
+                begun.add((first, second))
+            place = data.contact.pos[number]
+            for own, other in ((first, second), (second, first)):
+                if body[own] >= 0:
+                    part = contacts.setdefault((int(body[own]), int(other)), np.zeros(4))
+                    joint = self._bodies[body[own]]
+                    local = data.xmat[joint].reshape(3, 3).T @ (place - data.xpos[joint])
+                    part += [force[0] / SUBFRAMES, *(force[0] / SUBFRAMES * local)]
+        for pair in sorted(begun - self._loud):
+            thing = self._things.get(pair[0], self._things.get(pair[1]))
+            self._knock(SHAPES[self.setting.things[thing].kind][3], self.tick + subframe / SUBFRAMES)
+        self._loud = begun
+
+    def _knock(self, pitch: float, tick: float) -> None:
+        """A thing knocks: its shape has a pitch, and the loudness is that of chance."""
+        times = np.arange(int(0.15 * SAMPLING_RATE)) / SAMPLING_RATE
+        sound = np.exp(-times / 0.03) * (np.sin(2 * np.pi * pitch * times) + 0.4 * np.sin(5.5 * np.pi * pitch * times))
+        begin = int(tick * SAMPLES)
+        part = self._sounding[begin : begin + len(sound)]
+        part += (self._draw.uniform(0.03, 0.12) * sound)[: len(part)].astype(np.float32)
+
+    def _contacts_of(self, contacts: dict, led) -> list[dict]:
+        """The contacts of a tick, one for every part that is touched: a thing comes before floor and table."""
+        best = {}
+        for (part, other), sums in contacts.items():
+            rank = (other in self._things, sums[0])
+            if part not in best or rank > best[part][0]:
+                best[part] = (rank, other, sums)
+        felt = []
+        for part, (_, other, sums) in sorted(best.items()):
+            surface, temperature = self._surface(other)
+            felt.append(self._contact(part, surface, sums[0], sums[1:4] / sums[0], temperature))
+        if led is not None:
+            wrist = JOINTS.index(f"{led.side}_elbow")  # a visitor holds the forearm
+            felt = [contact for contact in felt if contact["point"] != wrist]
+            place = np.array([0.0, SIDES[led.side] * 0.2, 0.03])
+            felt.append(self._contact(wrist, SURFACES["skin"], 4.0, place, OWN_WARMTH))
+        return felt
+
+    def _contact(self, part: int, surface: int, force: float, place: np.ndarray, temperature: float) -> dict:
+        errors = self._draw.standard_normal(2)
+        felt = {"point": part, "surface": surface, "force": float(force * np.exp(FORCE_ERROR * errors[0]))}
+        felt |= dict(zip("xyz", map(float, place), strict=True))
+        return felt | {"temperature": float(temperature + TEMPERATURE_ERROR * errors[1])}
+
+    def _surface(self, geom: int) -> tuple[int, float]:
+        """(what skin feels there, C)."""
+        if geom in self._things:
+            thing = self.setting.things[self._things[geom]]
+            return SURFACES[thing.feel], thing.temperature
+        name = self.model.geom(geom).name
+        return (SURFACES[name], ROOM_WARMTH[name]) if name in ROOM_WARMTH else (SURFACES["skin"], OWN_WARMTH)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Whether it did as it was asked
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def touching(self) -> set[int]:
+        """The numbers of the things that the creature touched in the present tick."""
+        return self._touched
+
+    def thing_place(self, number: int) -> np.ndarray:
+        """The middle of a thing, m."""
+        return self.data.xpos[self.model.body(f"thing{number}").id].copy()
+
+    def _open_requests(self) -> list[Request]:
+        now = self.time
+        return [
+            one
+            for one in self.requests[-2:]
+            if one.heard <= now < one.until and (one.outcome is None or one.kind == "look")
+        ]
+
+    def _judge_deeds(self, contacts: dict) -> None:
+        """Settle what is asked to be touched, pushed and looked at by what comes first."""
+        self._touched = {self._things[other] for _, other in contacts if other in self._things}
+        requests = self._open_requests()
+        kind = self.requests[-1].kind if self.requests else ""
+        self.felt += [(number, kind) for number in sorted(self._touched) if (number, kind) not in self.felt[-2:]]
+        for request in requests:
+            if request.kind == "touch" and self._touched:
+                request.outcome = request.thing in self._touched
+            elif request.kind == "push":
+                moved = [n for n, place in self._places.items() if np.linalg.norm(self.thing_place(n) - place) > MOVED]
+                if moved:
+                    request.outcome = request.thing in moved
+            elif request.kind == "look":
+                self._judge_gaze(request)
+        if not any(request.kind == "push" for request in requests):
+            self._places = {number: self.thing_place(number) for number in self._places}
+
+    def _judge_gaze(self, request: Request) -> None:
+        """The last thing that the gaze rested on for half a second is the one that was looked at."""
+        seen = None
+        for number in self._places:
+            apart = []
+            for camera in self._cameras:
+                ahead = -self.data.cam_xmat[camera].reshape(3, 3)[:, 2]
+                to = self.thing_place(number) - self.data.cam_xpos[camera]
+                apart.append(np.arccos(np.clip(ahead @ to / np.linalg.norm(to), -1, 1)))
+            if np.mean(apart) < SEEN:
+                seen = number
+        self._stared = (seen, self._stared[1] + 1) if seen is not None and seen == self._stared[0] else (seen, 1)
+        if seen is not None and self._stared[1] >= 6:
+            request.outcome = seen == request.thing
+
+    def _judge_words(self, words) -> None:
+        """The first word that is one of the options is the answer."""
+        for request in self._open_requests():
+            for word in words:
+                if request.options and request.outcome is None and word in request.options:
+                    request.outcome = word == request.answer
+                elif request.kind == "felt" and request.outcome is None and word == "nothing":
+                    request.outcome = request.answer == "nothing"
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The beginning
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _index(self) -> None:
+        """Where in the model the parts of the body and the things lie."""
+        model = self.model
+        self._hinges = hinge_places(model)
+        self._limits = model.actuator_trnid[:, 0]
+        self._limits = tuple(model.jnt_range[self._limits].T)
+        self._bodies = np.array([model.body(joint).id for joint in JOINTS])
+        joint_of = {int(body): number for number, body in enumerate(self._bodies)}
+        self._body_of = np.array([joint_of.get(int(body), -1) for body in model.geom_bodyid])
+        self._things = {model.geom(f"thing{number}").id: number for number in range(len(self.setting.things))}
+        self._cameras = [model.camera(f"{side}_eye").id for side in SIDES]
+        self._scratch, self._leading, self._stared, self._touched = mujoco.MjData(model), None, (None, 0), set()
+
+    def _open_eyes(self) -> None:
+        """One OpenGL context for all lives, with the geometry of the present one."""
+        if self._gl is not None:
+            self._renderer.close()
+        try:
+            self._renderer = self._gl = mujoco.Renderer(self.model, self.eye, self.eye)
+        except Exception as error:  # mujoco raises whatever its OpenGL library does
+            raise UserError(NO_OPENGL.format(reason=first_line(error))) from error
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self._renderer.scene.flags[flag] = 0
+
+    def _starting_pose(self) -> np.ndarray:
+        """Angles [23, 3] of one who stands at the table, the hands somewhere, and looks down at it, about."""
+        angles = np.zeros((len(HINGED), 3))
+        for side in SIDES:
+            angles = reach(self.model, side, self.resting_place(self._draw, side), angles)
+            angles[HINGED.index(f"{side}_knee"), 1] = 0.06
+            angles[HINGED.index(f"{side}_hip"), 1] = -0.03
+            angles[HINGED.index(f"{side}_ankle"), 1] = -0.03
+        return angles
+
+    def resting_place(self, draw: np.random.Generator, side: str) -> np.ndarray:
+        """Where a hand may rest: on the table beside the things, at the belly, before the chest."""
+        top = self.setting.table_height
+        places = ((0.32, 0.43, top + 0.02), (0.36, 0.45, top + 0.02), (0.225, 0.10, 1.16), (0.26, 0.12, 1.27))
+        place = np.array(places[int(draw.integers(len(places)))]) + draw.uniform(-0.015, 0.015, 3) * [1, 1, 0.3]
+        return place * [1, SIDES[side], 1]
+
+    def _sounds(self) -> np.ndarray:
+        """float32: all that is said in this life, and a faint noise."""
+        length = (LIFE_TICKS + 1) * SAMPLES
+        sound = (NOISE * self._draw.standard_normal(length)).astype(np.float32)
+        for request in self.script:
+            begin = int(request.begins * SAMPLING_RATE)
+            part = sound[begin : begin + len(request.samples)]
+            part += request.samples[: len(part)].astype(np.float32)
+        return sound
+
+
+@dataclass(frozen=True)
+class Lead:
+    """A visitor who leads an arm from where it is commanded to be, over the table, to a place: angles at `rows`."""
+
+    side: str
+    begin: float
+    rows: list[int]
+    poses: list[np.ndarray]
+
+    def pose(self, time: float) -> np.ndarray:
+        first, over, goal = self.poses
+        share = (time - self.begin) / LED_SECONDS
+        return first + smooth(share / 0.4) * (over - first) + smooth((share - 0.4) / 0.55) * (goal - over)
+
+
+def smooth(share: float) -> float:
+    """Minimum jerk from 0 to 1 (Flash and Hogan 1985)."""
+    share = min(1.0, max(0.0, share))
+    return share**3 * (10 - 15 * share + 6 * share**2)
+
+
+def gaze_quaternion(gaze: np.ndarray) -> np.ndarray:
+    """The rotation of a camera in the head that looks along a gaze (left, up, ahead), within the eyes' limits."""
+    ahead = np.array([max(gaze[2], 1e-3), gaze[0], gaze[1]])
+    side = ahead[1:] / ahead[0]
+    ahead = np.array([1.0, *(side * min(1.0, np.tan(GAZE_LIMIT) / max(np.linalg.norm(side), 1e-9)))])
+    ahead /= np.linalg.norm(ahead)
+    right = np.cross(ahead, [0, 0, 1.0])
+    right /= np.linalg.norm(right)
+    rotation = np.zeros(4)
+    mujoco.mju_mat2Quat(rotation, np.stack((right, np.cross(right, ahead), -ahead), axis=1).reshape(-1))
+    return rotation

@@ -1,0 +1,152 @@
+"""What happens in a life, whoever lives it: who says what and when, when the light goes out, whose hand is led."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from creature.world import grammar
+from creature.world.grammar import choose
+from creature.world.scene import COLORS, SHAPES, SIDE_PLACES, Setting
+from creature.world.speech import speak
+
+LIFE_TICKS, TICK_SECONDS = 512, 0.08  # 40.96 s
+# Kind of event: how often it comes, seconds from the end of what is said to the next event.
+KINDS = {
+    "touch": (4.0, 5.8),
+    "push": (3.0, 6.2),
+    "look": (1.0, 3.2),
+    "color": (1.0, 3.2),
+    "where": (1.0, 3.2),
+    "count": (0.5, 3.2),
+    "hand": (1.8, 3.8),
+    "who": (0.8, 2.8),
+    "felt": (1.5, 3.4),
+    "saw": (0.6, 2.0),
+    "cook": (0.4, 2.0),
+    "buy": (0.4, 2.0),
+}
+TOLD = {"saw": ("saw?", "place", grammar.PLACES), "cook": ("cook?", "food", grammar.FOODS),
+        "buy": ("buy?", "item", grammar.ITEMS)}  # fmt: skip
+GREET_SECONDS, RECALL_SECONDS = 1.9, 3.4
+LED_SECONDS = 1.4  # from the light going out until the hand is where it will be asked for
+QUALITIES = ("hot", "cold", "rough", "soft", "heavy")
+
+
+@dataclass
+class Request:
+    """
+    Something that a visitor said, and whether the creature did as it was asked.
+
+    kind: of `KINDS`, "greet", or one that ends in "?" and asks for what was told before. begins, heard, until: seconds
+    at which the sentence begins, is over, and the next event comes. name: who said it. details: what the frames of
+    `grammar.py` are filled with. thing: number of the thing that it is about, or None. options: the words of which one
+    is the answer; answer: that one, known from `heard` on. chance: how often one succeeds who picks a thing, or a word
+    of the options, at random; None if nothing is asked.
+    """
+
+    kind: str
+    begins: float
+    heard: float
+    until: float
+    name: str
+    text: str
+    details: dict
+    samples: np.ndarray
+    words: list[tuple[str, float]]
+    thing: int | None = None
+    options: tuple[str, ...] = ()
+    answer: str | None = None
+    chance: float | None = None
+    outcome: bool | None = field(default=None, repr=False)
+
+    def succeeded(self) -> bool:
+        """Whether what the creature touched, pushed or answered first, or looked at last, was the right one."""
+        return bool(self.outcome)
+
+
+def write_script(draw: np.random.Generator, setting: Setting) -> list[Request]:
+    """What is said in a life, in order: both visitors greet, then events follow until the end."""
+    requests, time, told, pushed = [], draw.uniform(0.3, 0.7), [], set()
+    for visitor in setting.visitors:
+        requests.append(_spoken(draw, setting, "greet", time, visitor, {"name": visitor[0]}, GREET_SECONDS))
+        time = requests[-1].until
+    kinds, weights = list(KINDS), np.array([share for share, _ in KINDS.values()])
+    while True:
+        kind = str(draw.choice(kinds, p=weights / weights.sum()))
+        if told and draw.random() < 0.6:
+            kind, details, visitor = told.pop(0)
+            request = _spoken(draw, setting, kind, time, visitor, details, RECALL_SECONDS)
+        else:
+            visitor = setting.visitors[int(draw.integers(2))]
+            details = _details(draw, setting, kind) | {"name": visitor[0]}
+            if kind == "push" and details["thing"] in pushed:  # pushed twice, it would be out of reach
+                kind = "touch"
+            pushed |= {details["thing"]} if kind == "push" else set()
+            lead = LED_SECONDS if kind == "hand" else 0.0
+            request = _spoken(draw, setting, kind, time + lead, visitor, details, KINDS[kind][1])
+            if kind in TOLD:
+                asked, key, _ = TOLD[kind]
+                told.append((asked, details | {"answer": details[key]}, visitor))
+        if request.until > LIFE_TICKS * TICK_SECONDS:
+            return requests
+        requests.append(request)
+        time = request.until + draw.uniform(0.0, 0.4)
+
+
+def _details(draw: np.random.Generator, setting: Setting, kind: str) -> dict:
+    """What a sentence of this kind is about."""
+    number = int(draw.integers(len(setting.things)))
+    thing, by_color = setting.things[number], draw.random() < 0.5 and kind != "color"
+    names = (f"{thing.color} one", thing.kind) if by_color else (thing.kind, f"{thing.color} one")
+    words = {name: choose(draw, words) for name, words in (
+        ("animal", grammar.ANIMALS), ("place", grammar.PLACES), ("food", grammar.FOODS), ("item", grammar.ITEMS),
+        ("relative", grammar.RELATIVES), ("day", grammar.DAYS), ("season", grammar.SEASONS), ("quality", QUALITIES),
+        ("which", ("left", "right")), ("where", list(grammar.HANDS)),
+    )}  # fmt: skip
+    return words | {"thing": number, "what": names[0], "other": names[1], "side": thing.side}
+
+
+def _spoken(draw, setting: Setting, kind: str, time: float, visitor: tuple, details: dict, seconds: float) -> Request:
+    frame = choose(draw, grammar.SAY[setting.split][kind])
+    text = frame.format(**details | ({"side": details["which"]} if kind == "hand" else {}))
+    samples, words = speak(text, visitor[1])
+    heard = time + len(samples) / 16_000
+    request = Request(kind, time, heard, heard + seconds, visitor[0], text, details, samples * draw.uniform(0.35, 0.6),
+                      [(word, time + start) for word, start in words])  # fmt: skip
+    if kind in ("touch", "push", "look", "color", "where"):
+        request.thing = details["thing"]
+    request.options, request.answer = _answers(setting, kind, details)
+    if kind in ("touch", "push", "look"):
+        request.chance = 1 / len(setting.things)
+    elif request.options:
+        request.chance = 1 / len(request.options)
+    return request
+
+
+def _answers(setting: Setting, kind: str, details: dict) -> tuple[tuple[str, ...], str | None]:
+    """(the words of which one is the answer, the right one); what was felt is known only when it is asked."""
+    thing = setting.things[details.get("thing", 0)]
+    known = {
+        "color": (COLORS, thing.color),
+        "where": (SIDE_PLACES, thing.side),
+        "count": (grammar.COUNTS, grammar.COUNTS[len(setting.things) - 2]),
+        "hand": (grammar.HANDS, details.get("where")),
+        "who": ([name for name, _ in setting.visitors], details["name"]),
+        "felt": ((*SHAPES, "nothing"), None),
+    } | {asked: (words, details.get("answer")) for asked, _, words in TOLD.values()}
+    options, answer = known.get(kind, ((), None))
+    return tuple(options), answer
+
+
+def remembered(setting: Setting, felt: list[tuple[int, str]], quality: str) -> str:
+    """The shape of the last thing that was felt to have a quality, or "nothing"; felt: (thing, what was done to it)."""
+    tests: dict[str, Callable] = {
+        "hot": lambda thing, kind: thing.heat == "hot",
+        "cold": lambda thing, kind: thing.heat == "cold",
+        "rough": lambda thing, kind: thing.feel == "rough",
+        "soft": lambda thing, kind: thing.feel == "soft",
+        "heavy": lambda thing, kind: thing.weight == "heavy" and kind == "push",
+    }
+    found = [setting.things[number] for number, kind in felt if tests[quality](setting.things[number], kind)]
+    return found[-1].kind if found else "nothing"

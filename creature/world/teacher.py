@@ -1,0 +1,242 @@
+"""The teacher: what the recorded creature does, thinks and says. It knows the room; the room does not know it.
+
+The order of events is what makes each sense a witness: what was asked is thought first, then what another sense adds,
+and the body turns to a thing only after its side has been thought. Until then eyes, head and hands move at random.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+
+from creature.world.body import EYES, HINGED, SIDES, quaternions_of, reach
+from creature.world.grammar import ANSWER, FEEL, THINK, choose
+from creature.world.room import NUM_BLEND_SHAPES, SAMPLES, SUBFRAMES, Room, smooth
+from creature.world.scene import OWN_VOICE, SHAPES
+from creature.world.script import TICK_SECONDS, Request
+from creature.world.speech import SAMPLING_RATE, speak
+
+WORD_TICKS = 2  # between two thought words: a word is one or two tokens, and a token takes a tick
+PAUSE = 3  # ticks between hearing and thinking, and between the side and the first movement
+HAND_PAUSE = 0.45  # s that a hand rests on a thing before the creature says how it is
+RESTING_GAZE = (0.0, -0.28, 1.0)  # left, up, ahead; the head looks down as well
+RESTING_PITCH = {"neck": 0.38, "head": 0.30}  # rad
+HEAD_WANDER, GAZE_WANDER = 0.07, 0.06  # rad, how far head and eyes wander
+# Of the 51 blend shapes in ARKit's order (without the tongue).
+BLINK, JAW_OPEN, SMILE, FROWN, BROWS_DOWN = (0, 7), 17, (23, 24), (25, 26), (41, 42)
+
+
+class Teacher:
+    """
+        room, teacher = Room(seed=0), None
+        teacher = Teacher(room, seed=0)
+        while not room.done:
+            room.act(**teacher.act())
+            print(teacher.thoughts)
+
+    `act` returns the arguments of `Room.act` for the next tick; `thoughts` holds the words whose thought begins in it,
+    `said` those whose sound begins in it, each with its second.
+    """
+
+    def __init__(self, room: Room, seed: int):
+        self.room, self.draw = room, np.random.default_rng([seed, 7])
+        self.angles = room.start.copy()
+        self.moves = {}  # group of joints: (rows, angles before, angles after, begin, seconds)
+        self.face, self.mood = np.zeros(NUM_BLEND_SHAPES), np.zeros(NUM_BLEND_SHAPES)
+        self.gaze, self.target = np.array(RESTING_GAZE), None
+        self.waiting, self.voice, self.words = deque(), np.zeros(0, np.float32), []
+        self.thoughts, self.said, self.next_thought = [], [], 0
+        self.blink, self.hands = self._in(1, 4), self._in(1.5, 5)
+        self.answered, self.task, self.glance = 0, None, 0
+        for row, pitch in RESTING_PITCH.items():
+            self.angles[HINGED.index(row), 1] = pitch
+
+    def act(self) -> dict:
+        """The command for the next tick, as the arguments of `Room.act`."""
+        self.tick = self.room.tick + 1
+        self._attend()
+        self._idle()
+        rotations = quaternions_of(np.stack([self._pose(self.tick + n / SUBFRAMES) for n in range(SUBFRAMES)]))
+        voice = self._voice()
+        self.thoughts = []
+        if self.waiting and self.tick >= self.next_thought:
+            self.thoughts = [{"word": self.waiting.popleft(), "start": self.tick * TICK_SECONDS}]
+            self.next_thought = self.tick + WORD_TICKS
+        end = (self.tick + 1) * TICK_SECONDS
+        self.said = [{"word": word, "start": start} for word, start in self.words if start < end]
+        self.words = self.words[len(self.said) :]
+        return {
+            "rotations": rotations, "blend_shapes": self._face(voice), "eyes": self._eyes(), "voice": voice,
+            "words": [one["word"] for one in self.said],
+        }  # fmt: skip
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # What it does when it is spoken to: one step of a task each tick
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _attend(self) -> None:
+        requests = self.room.requests
+        if self.answered < len(requests) and requests[self.answered].heard <= self.tick * TICK_SECONDS:
+            self.task = self._tasks(requests[self.answered])
+            self.answered += 1
+        if self.task is not None and next(self.task, "over") == "over":
+            self.task = self.target = None
+
+    def _tasks(self, request: Request) -> Iterator[None]:
+        details = request.details | {"answer": request.answer}
+        yield from self._wait(PAUSE)
+        yield from self._think(THINK[request.kind].format(**details))
+        if request.kind in ("touch", "push", "look"):
+            yield from self._wait(PAUSE)
+            self._look_at(request.thing)
+            yield from self._wait(5)
+            if request.kind != "look":
+                yield from self._handle(request)
+            else:
+                self._say(choose(self.draw, ANSWER["look"]))
+                yield from self._wait(12)
+            return
+        if request.kind in ("saw", "cook", "buy"):
+            return
+        kind = "nothing" if request.answer == "nothing" else request.kind
+        self._say(choose(self.draw, ANSWER[kind]).format(**details))
+
+    def _handle(self, request: Request) -> Iterator[None]:
+        """Touch a thing from above, or push it away from behind, and say how it is."""
+        room, thing = self.room, self.room.setting.things[request.thing]
+        place, height = room.thing_place(request.thing), SHAPES[thing.kind][2]
+        side = "left" if place[1] > 0.1 else "right" if place[1] < -0.1 else choose(self.draw, list(SIDES))
+        top, top_of_thing = room.setting.table_height, place[2] + height
+        lifted = np.array([0.26, 0.24 * SIDES[side], top + 0.26])  # above whatever may stand in the way
+        yield from self._move(side, lifted, 0.4)
+        if request.kind == "touch":
+            back = -0.045 * (thing.kind != "plate")  # fingers reach beyond the point that is brought there
+            over = place + [back, 0, height + 0.14]
+            yield from self._move(side, over, 0.5)
+            yield from self._move(side, place + [back, 0, height], 0.4)
+        else:
+            radius = SHAPES[thing.kind][1][0]
+            behind = np.array([place[0] - radius - 0.11, place[1], top + 0.14])
+            yield from self._move(side, behind, 0.5)
+            level = min(height, 0.05)
+            behind[2] = top + level + 0.012
+            yield from self._move(side, behind, 0.3)
+            self._start_move(side, [place[0] - radius + 0.02, place[1], behind[2]], 0.8)  # by 6 cm
+        for _ in range(14):
+            if request.thing in room.touching():
+                break
+            yield
+        if request.thing in room.touching():
+            yield from self._wait(int(HAND_PAUSE / TICK_SECONDS))
+            felt = vars(thing)
+            self.mood = np.zeros(NUM_BLEND_SHAPES)
+            yield from self._think(FEEL[request.kind].format(**felt))
+            self.mood[list(FROWN if request.kind == "touch" and thing.heat != "warm" else SMILE)] = 0.7
+            self._say(choose(self.draw, ANSWER[request.kind]).format(**felt))
+        now = room.data.site(f"{side}_hand").xpos.copy()
+        yield from self._move(side, now + [-0.05, 0, top_of_thing - now[2] + 0.14], 0.35)
+        self.target = None
+        yield from self._move(side, lifted, 0.35)
+        yield from self._move(side, room.resting_place(self.draw, side), 0.7)
+        self.mood = np.zeros(NUM_BLEND_SHAPES)
+
+    def _wait(self, ticks: int) -> Iterator[None]:
+        for _ in range(ticks):
+            yield
+
+    def _think(self, text: str) -> Iterator[None]:
+        """Think a text word by word, and wait until its last word has been thought."""
+        self.waiting.extend(text.split())
+        while self.waiting or self.tick < self.next_thought:
+            yield
+
+    def _say(self, text: str) -> None:
+        samples, words = speak(text, OWN_VOICE)
+        start = self.tick * TICK_SECONDS
+        self.voice, self.words = samples, [(word, start + time) for word, time in words]
+
+    def _in(self, least: float, most: float) -> int:
+        """A tick that comes so many seconds from now."""
+        return self.room.tick + int(self.draw.uniform(least, most) / TICK_SECONDS)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Hands, head, eyes, face, voice
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _move(self, side: str, point, seconds: float) -> Iterator[None]:
+        self._start_move(side, point, seconds)
+        yield from self._wait(int(round(seconds / TICK_SECONDS)))
+
+    def _start_move(self, side: str, point, seconds: float) -> None:
+        goal = reach(self.room.model, side, np.asarray(point, float), self._pose(self.tick))
+        rows = [HINGED.index(f"{side}_{kind}") for kind in ("shoulder", "elbow")]
+        self._turn(side, rows, goal[rows], seconds)
+
+    def _turn(self, group: str, rows: list[int], goal: np.ndarray, seconds: float) -> None:
+        pose = self._pose(self.tick)
+        self.angles = np.where(np.isin(np.arange(len(pose)), rows)[:, None], pose, self.angles)
+        self.moves[group] = (rows, pose[rows], goal, self.tick, seconds / TICK_SECONDS)
+
+    def _pose(self, tick: float) -> np.ndarray:
+        """Angles [23, 3] that are commanded at a moment, in ticks."""
+        pose = self.angles.copy()
+        for rows, before, after, begin, ticks in self.moves.values():
+            pose[rows] = before + smooth((tick - begin) / ticks) * (after - before)
+        return pose
+
+    def _look_at(self, thing: int) -> None:
+        """Head and eyes turn to a thing, half and half."""
+        self.target = thing
+        head = self.room.data.body("head")
+        apart = self.room.thing_place(thing) - head.xpos
+        yaw, pitch = np.arctan2(apart[1], apart[0]), np.arctan2(-apart[2], np.hypot(*apart[:2]))
+        goal = np.array([[0, 0.35 * pitch, 0.35 * yaw], [0, 0.3 * pitch, 0.3 * yaw]])
+        self._turn("head", [HINGED.index("neck"), HINGED.index("head")], goal, 0.45)
+
+    def _idle(self) -> None:
+        """What moves for no reason: gaze and head wander, hands change their place."""
+        if self.target is None and self.tick >= self.glance:
+            self.glance = self._in(0.4, 1.4)
+            self.gaze = np.array(RESTING_GAZE) + [*(GAZE_WANDER * self.draw.standard_normal(2)), 0]
+            if self.draw.random() < 0.5:
+                wander = HEAD_WANDER * self.draw.standard_normal(2).clip(-2, 2)
+                goal = [[0, pitch + wander[0] / 2, wander[1] / 2] for pitch in RESTING_PITCH.values()]
+                self._turn("head", [HINGED.index("neck"), HINGED.index("head")], np.array(goal), 0.6)
+        if self.task is None and self.tick >= self.hands:
+            self.hands = self._in(3, 8)
+            side = choose(self.draw, list(SIDES))
+            self._start_move(side, self.room.resting_place(self.draw, side), 1.0)
+
+    def _eyes(self) -> np.ndarray:
+        """[2, 4]: where each eye looks, and how open it is."""
+        eyes = np.zeros((2, 4))
+        head = self.room.data.body("head")
+        for number, place in enumerate(EYES.values()):
+            gaze = self.gaze
+            if self.target is not None:
+                apart = head.xmat.reshape(3, 3).T @ (self.room.thing_place(self.target) - head.xpos) - place
+                gaze = np.array([apart[1], apart[2], apart[0]])
+            eyes[number, :3] = gaze / np.linalg.norm(gaze)
+            eyes[number, 3] = 1 - self.face[BLINK[number]]
+        return eyes
+
+    def _face(self, voice: np.ndarray | None) -> np.ndarray:
+        """[51]: the jaw follows the loudness of the voice; smile and frown come and go; eyes blink."""
+        loudness = 0.0 if voice is None else min(1.0, 6 * float(np.sqrt(np.mean(np.square(voice)))))
+        self.face += 0.25 * (self.mood - self.face)
+        self.face[JAW_OPEN] = loudness
+        self.face[list(BLINK)] = 0.0
+        if self.tick >= self.blink:
+            self.blink = self._in(2, 6)
+            self.face[list(BLINK)] = 1.0
+        return self.face.copy()
+
+    def _voice(self) -> np.ndarray | None:
+        """[1280] samples of the next tick, or None."""
+        if not len(self.voice):
+            return None
+        part, self.voice = self.voice[:SAMPLES], self.voice[SAMPLES:]
+        return np.pad(part, (0, SAMPLES - len(part)))
+
+
+assert SAMPLES == int(TICK_SECONDS * SAMPLING_RATE)

@@ -1,0 +1,305 @@
+"""The room: its senses and commands, what each sense alone can tell, and the recordings that come out of it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from creature.errors import UserError
+
+pytest.importorskip("espeakng_loader")
+pytest.importorskip("soundfile")
+pytest.importorskip("av")
+pytest.importorskip("creature.world", exc_type=(ImportError, UserError))  # without mujoco or OpenGL
+
+from creature.world import grammar, recording, scene, script
+from creature.world import room as rooms
+from creature.world import teacher as teachers
+from creature.world.body import HINGED, JOINTS, angles_of, quaternions_of
+from creature.world.recording import record_lives
+from creature.world.room import Room
+from creature.world.scene import SIDE_PLACES, draw_setting
+from creature.world.speech import Voice, speak
+from creature.world.teacher import Teacher
+
+JOINTED = ("joint_positions", "joint_rotations")
+
+
+@pytest.fixture(scope="module")
+def room() -> Room:
+    try:
+        return Room(eye=24)
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def live(room: Room, seed: int, until) -> list[dict]:
+    """Senses, commands and words of every tick of a life, up to the tick at which `until(tick)` is true."""
+    room.reset(seed)
+    teacher, ticks, command = Teacher(room, seed), [], room.resting()
+    thoughts = []
+    while not room.done:
+        ticks.append({**room.perceive(), "command": command, "thoughts": thoughts})
+        if until(ticks[-1]):
+            break
+        command = teacher.act()
+        room.act(**command)
+        thoughts = [one["word"] for one in teacher.thoughts]
+    return ticks
+
+
+def thinks(*words: str):
+    return lambda tick: bool(set(words) & set(tick["thoughts"]))
+
+
+def first_life(room: Room, kind: str, test=lambda setting, request: True) -> int:
+    """A seed whose third event, behind two greetings, is of a kind."""
+    for seed in range(400):
+        draw = np.random.default_rng([seed, len(room.split)])
+        setting = draw_setting(draw, room.split)
+        request = rooms.write_script(draw, setting)[2]
+        if request.kind == kind and test(setting, request):
+            return seed
+    raise AssertionError(kind)
+
+
+def tones(text: str, voice: Voice) -> tuple[np.ndarray, list]:
+    """In place of `speak`: a word every 0.2 s, in a tone by which a voice is known."""
+    words = [(word.strip(".,?!"), 0.2 * number) for number, word in enumerate(text.split())]
+    pitch = 300 + 10 * voice.pitch + voice.rate
+    return 0.3 * np.sin(np.arange(int(3200 * len(words))) * 2 * np.pi * pitch / 16_000), words
+
+
+@pytest.fixture
+def toned(room, monkeypatch) -> Room:
+    """The room, in which voices are tones, which are made sooner."""
+    monkeypatch.setattr(script, "speak", tones)
+    monkeypatch.setattr(teachers, "speak", tones)
+    return room
+
+
+def differing(first: list[dict], second: list[dict]) -> set[str]:
+    """
+    The senses, and the command, that differ before the last tick of two lives of the same length.
+
+    Places of joints count from a tenth of a millimetre on, forces from a hundredth: where things lie changes the order
+    in which MuJoCo adds numbers.
+    """
+    assert len(first) == len(second)
+    found = set()
+    for one, other in zip(first[:-1], second[:-1], strict=True):
+        assert one["thoughts"] == other["thoughts"]
+        found |= {name for name in ("audio", "images") if not np.array_equal(one[name], other[name])}
+        found |= {name for name in JOINTED if not np.allclose(one[name], other[name], rtol=0, atol=1e-4)}
+        found |= {"external_voice"} if one["external_voice"] != other["external_voice"] else set()
+        found |= {"touch"} if not same_touch(one["touch"], other["touch"]) else set()
+        for name, value in one["command"].items():
+            same = value == other["command"][name] if name == "words" else np.array_equal(value, other["command"][name])
+            found |= set() if same else {"command"}
+    return found
+
+
+def same_touch(first: list[dict], second: list[dict]) -> bool:
+    if [one["point"] for one in first] != [one["point"] for one in second]:
+        return False
+    return all(np.allclose(list(one.values()), list(other.values()), rtol=0.01, atol=0.01)
+               for one, other in zip(first, second, strict=True))  # fmt: skip
+
+
+def test_senses_come_in_the_shapes_of_the_schema(room):
+    room.reset(0)
+    senses = room.perceive()
+    assert senses["audio"].shape == (1280,) and senses["audio"].dtype == np.float32
+    assert senses["images"].shape == (2, 24, 24, 3) and senses["images"].dtype == np.uint8
+    assert senses["images"].std() > 10 and (senses["images"][0] != senses["images"][1]).any()
+    assert senses["joint_positions"].shape == (4, 24, 3) and senses["joint_rotations"].shape == (4, 24, 4)
+    assert np.allclose(np.linalg.norm(senses["joint_rotations"], axis=-1), 1, atol=1e-6)
+    assert not senses["joint_positions"][:, 0].any()  # the pelvis is where they are measured from
+    feet = [one for one in senses["touch"] if one["surface"] == scene.SURFACES["floor"]]
+    weight = room.model.body_subtreemass[room.model.body("pelvis").id] * 9.81
+    assert 0.2 * weight < sum(one["force"] for one in feet) < 1.2 * weight
+
+
+def test_rotations_and_angles_are_inverse():
+    angles = np.random.default_rng(0).uniform(-1.4, 1.4, (4, len(HINGED), 3))
+    assert np.allclose(angles_of(-2 * quaternions_of(angles)), angles)
+
+
+def test_a_command_takes_effect_one_tick_later(room):
+    room.reset(0)
+    angles = angles_of(room.resting()["rotations"])
+    angles[:, HINGED.index("neck"), 2] += 0.5
+    moved = []
+    for _ in range(12):
+        moved.append(room.perceive()["joint_rotations"][-1, JOINTS.index("neck")])
+        room.act(quaternions_of(angles))
+    turned = [2 * np.degrees(np.arccos(min(1, abs(one @ moved[0])))) for one in moved]
+    assert max(turned[:2]) < 1.5 and turned[2] > 3 and abs(turned[-1] - np.degrees(0.5)) < 4
+
+
+def test_bad_commands_are_refused(room):
+    room.reset(0)
+    with pytest.raises(ValueError, match=r"rotations must be finite numbers of shape \[4, 24, 4\]"):
+        room.act(np.zeros((24, 4)))
+    with pytest.raises(UserError, match="no split 'test'"):
+        Room(split="test")
+
+
+def test_closed_eyes_and_own_voice(room):
+    room.reset(0)
+    command = room.resting()
+    command["eyes"][:, 3] = 0.0
+    tone = 0.5 * np.sin(np.arange(1280) * 0.3)
+    for _ in range(2):
+        room.act(**(command | {"voice": tone}))
+    assert not room.perceive()["images"].any()
+    assert np.corrcoef(room.perceive()["audio"], tone)[0, 1] > 0.9
+
+
+def test_a_sentence_sounds_the_same_whenever_it_is_said():
+    voice = Voice("en-us+f1", 165, 60)
+    samples, words = speak("Hello, I am Anna.", voice)
+    speak("Where is the red one?", Voice("en-us+m1", 180, 20))
+    again, _ = speak("Hello, I am Anna.", voice)
+    assert np.array_equal(samples, again) and np.abs(samples).max() > 0.1
+    assert [word for word, _ in words] == ["hello", "I", "am", "Anna"]
+    assert all(before <= after for (_, before), (_, after) in zip(words, words[1:], strict=False))
+    with pytest.raises(UserError, match="no voice 'nobody'"):
+        speak("Hello.", Voice("nobody", 165, 50))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Each sense is the only witness of something: two lives that differ in one fact differ for one sense
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def twins(room: Room, monkeypatch, seed: int, change, until) -> set[str]:
+    """What differs between a life and one with another fact, up to the word that tells the fact."""
+    first = live(room, seed, until)
+    with monkeypatch.context() as patch:
+        patch.setattr(rooms, "draw_setting", lambda draw, split: change(draw_setting(draw, split)))
+        return differing(first, live(room, seed, until))
+
+
+def change_things(**changes):
+    def change(setting):
+        new = [dataclasses.replace(one, **{name: to(one) for name, to in changes.items()}) for one in setting.things]
+        return dataclasses.replace(setting, things=new)
+
+    return change
+
+
+def test_only_the_eyes_know_the_side_and_the_color(toned, monkeypatch):
+    seed = first_life(toned, "touch", lambda setting, request: request.details["side"] != "middle")
+    other = {"left": "right", "right": "left", "middle": "middle"}
+    mirror = change_things(
+        side=lambda one: other[one.side], place=lambda one: (one.place[0], SIDE_PLACES[other[one.side]])
+    )
+    assert twins(toned, monkeypatch, seed, mirror, thinks("left", "right")) == {"images"}
+    seed = first_life(toned, "color")
+    colors = list(scene.COLORS)
+    paint = change_things(color=lambda one: colors[colors.index(one.color) - 1])
+    assert twins(toned, monkeypatch, seed, paint, thinks(*colors)) == {"images"}
+
+
+def test_only_the_skin_knows_heat_and_surface(toned, monkeypatch):
+    seed = first_life(toned, "touch")
+    change = change_things(
+        heat=lambda one: "hot" if one.heat == "cold" else "cold",
+        temperature=lambda one: 50.0 if one.heat == "cold" else 5.0,
+        feel=lambda one: "smooth" if one.feel == "rough" else "rough",
+    )
+    assert twins(toned, monkeypatch, seed, change, thinks(*scene.TEMPERATURES)) == {"touch"}
+
+
+def test_only_the_ears_know_who_speaks(toned, monkeypatch):
+    seed = first_life(toned, "count")
+
+    def swap(setting):
+        (first, one), (second, other) = setting.visitors
+        return dataclasses.replace(setting, visitors=[(first, other), (second, one)])
+
+    assert twins(toned, monkeypatch, seed, swap, thinks("asks")) == {"audio"}
+    request = next(request for request in toned.requests if request.kind == "count")
+    assert request.name not in request.text
+
+
+def test_only_the_body_knows_where_a_led_hand_is(toned, monkeypatch):
+    seed = first_life(toned, "hand")
+    places = dict(zip(grammar.HANDS, [*list(grammar.HANDS.values())[1:], grammar.HANDS["high"]], strict=True))
+    until = thinks(*grammar.HANDS)
+    first = live(toned, seed, until)
+    monkeypatch.setattr(rooms, "HANDS", places)
+    second = live(toned, seed, until)
+    assert differing(first, second) <= {*JOINTED, "touch"}
+    dark = [tick for tick in first if not tick["images"].any()]
+    side = next(request for request in toned.requests if request.kind == "hand").details["which"]
+    led = JOINTS.index(f"{side}_hand")
+    assert len(dark) > 20
+    apart = dark[-1]["joint_positions"][-1, led] - second[-1]["joint_positions"][-1, led]
+    assert np.linalg.norm(apart) > 0.2
+    for one, other in zip(first[-8:], second[-8:], strict=True):  # on the skin, every place feels the same
+        assert same_touch(one["touch"], other["touch"])
+
+
+def test_splits_share_no_room_voice_or_frame_but_every_word():
+    train, held_out = (
+        [draw_setting(np.random.default_rng(seed), split) for seed in range(150)] for split in scene.SPLITS
+    )
+    for facts in (
+        lambda one: {voice for _, voice in one.visitors},
+        lambda one: {one.cell},
+        lambda one: {one.colors["wall"]},
+    ):
+        assert not set().union(*map(facts, train)) & set().union(*map(facts, held_out))
+    for kind, frames in grammar.SAY["train"].items():
+        assert not set(frames) & set(grammar.SAY["validation"][kind])
+    assert grammar.frame_words("validation") <= grammar.frame_words("train")
+    assert len(grammar.vocabulary()) >= 300
+    for attribute in ("kind", "color", "heat", "feel", "weight"):  # sides say nothing of them
+        values = [(getattr(thing, attribute), thing.side) for one in train for thing in one.things]
+        assert len(set(values)) == len({value for value, _ in values}) * 3
+
+
+def test_the_teacher_does_what_is_asked_and_one_who_does_nothing_fails(toned):
+    for kind in ("touch", "push", "hand"):
+        seed = first_life(toned, kind)
+        over = lambda tick: len(toned.requests) > 3  # noqa: E731
+        live(toned, seed, over)
+        request = toned.requests[2]
+        assert request.kind == kind and request.succeeded() and request.chance in (1 / 2, 1 / 3, 1 / 4)
+        toned.reset(seed)
+        while not over(None):
+            toned.act(**toned.resting())
+        assert not toned.requests[2].succeeded()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recordings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_recording_goes_on_and_workers_change_nothing(tmp_path, monkeypatch):
+    arguments = {"minutes": 0.02, "seed": 5, "eye": 16, "progress": False, "life_ticks": 4}
+    record_lives(tmp_path / "whole", workers=2, **arguments)
+    part, done = recording._record_part, []
+
+    def stop(*args, **settings):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(part(*args, **settings))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(recording, "_record_part", stop)
+        record_lives(tmp_path / "lives", workers=1, **arguments)
+    assert not (tmp_path / "lives").exists()
+    with pytest.raises(UserError, match="record with the same settings"):
+        record_lives(tmp_path / "lives", workers=1, **arguments | {"seed": 6})
+    done.append(None)
+    monkeypatch.setattr(recording, "_record_part", lambda *args, **settings: done.append(part(*args, **settings)))
+    record_lives(tmp_path / "lives", workers=1, **arguments)
+    assert len(done) == 3 + 2  # those that were there are not recorded again
+    for split in ("train", "validation"):
+        files = [next((tmp_path / name / split).glob("*.arrow")).read_bytes() for name in ("whole", "lives")]
+        assert files[0] == files[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lives", "whole"]
