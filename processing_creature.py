@@ -204,8 +204,8 @@ class CreatureProcessor(ProcessorMixin):
         The arguments of `forward` for one recording, [T, ...] each: int32, pictures uint8, masks bool, float32.
 
         T is the ticks of the recording, and those of a text without times, which begins where the recording ends and
-        closes with end-of-text. Of a recording without internal_text, the inner voice is silent, and no target: a
-        creature always has one, and its layers begin at what it says. ValueError as for a call.
+        closes with end-of-text. Without internal_text, or where that has ended, the inner voice is silent, and no
+        target: a creature always has one, and its layers begin at what it says. ValueError as for a call.
         """
         duration = recording.get("duration")
         if duration is None or not 0 <= duration < float("inf"):
@@ -215,8 +215,9 @@ class CreatureProcessor(ProcessorMixin):
         for organ in (self._ears, self._eyes, self._body, self._skin, self._commands, self._voice, self._texts):
             arguments |= organ(recording, ticks)
         length = max(map(len, arguments.values()), default=0)
-        if arguments and "input_ids" not in arguments and self.config.null_token_id is not None:
-            arguments["input_ids"] = np.full(length, self.config.null_token_id, np.int32)
+        if arguments and self.config.null_token_id is not None:
+            ids = arguments.get("input_ids", np.zeros(0, np.int32))
+            arguments["input_ids"] = np.pad(ids, (0, length - len(ids)), constant_values=self.config.null_token_id)
         return {name: pad_ticks(name, value, length) for name, value in arguments.items()}
 
     # ----------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import ProgressCallback, TrainerCallback
 
+from configuration_creature import STREAMS
 from creature.checkpoints import METRICS_FILE, newest_complete, read_run, update_run
 from creature.errors import UserError
 from creature.launch import say_waiting, seconds_since_launch, set_handlers, was_interrupted
@@ -419,10 +420,15 @@ def log_line(step: int, max_steps: int, logs: dict, seconds_left: float = math.n
 
 
 def evaluation_lines(logs: dict) -> list[str]:
-    """What a round evaluates beside the loss: a line for each stream, for the text, and for the senses."""
+    """
+    What a round evaluates beside the loss: a line for each stream, for the text, and for the senses. What a sense is
+    worth to each of several streams is left to metrics.jsonl.
+    """
     lines: dict[str, list[str]] = {}
     for key, value in logs.items():
         if not key.startswith("eval_") or key in TIMINGS:
+            continue
+        if any(f"{stream}_{how}_" in key for stream in STREAMS for how in ("drop", "wrong")):
             continue
         name, subject = key.removeprefix("eval_"), "animation"  # whose parts have names of their own
         how, _, sense = name.partition("_")

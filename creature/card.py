@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from configuration_creature import STREAMS
 from creature.callbacks import TIMINGS, format_seconds
 from creature.checkpoints import read_metrics
 from creature.data.text.sources import is_hub_name
@@ -85,16 +86,19 @@ def _results(run: dict, evaluated: dict) -> list[str]:
         ]
     values = {name.removeprefix("eval_"): f"{value:.4f}" for name, value in found.items() if name not in TIMINGS}
     senses = [name.removeprefix("drop_") for name in values if name.startswith("drop_")]
-    rows = [
-        f"| {sense.replace('_', ' ')} | {values[f'drop_{sense}']} | {values.get(f'wrong_{sense}', '')} |"
-        for sense in senses
-    ]
-    streams = [(name, value) for name, value in values.items() if not name.startswith(("drop_", "wrong_"))]
+    several = [stream for stream in STREAMS if any(name.startswith(f"{stream}_drop_") for name in values)]
+    head = ["sense", "loss without it", "loss with another clip's"]
+    head += [f"{stream.replace('_', ' ')} without it" for stream in several]
+    rows = [head, ["---"] * len(head)]
+    for sense in senses:
+        names = [f"drop_{sense}", f"wrong_{sense}", *(f"{stream}_drop_{sense}" for stream in several)]
+        rows.append([sense.replace("_", " "), *(values.get(name, "") for name in names)])
+    streams = [item for item in values.items() if not re.search(r"(^|_)(drop|wrong)_", item[0])]
     return [
         _table(streams),
         f"On {run['data'].get('validation_tokens') or 0:,} ticks of recordings that were held out, after "
         f"{evaluated['step']:,} steps. docs/rounds.md says what each number is.",
-        "\n".join(["| sense | loss without it | loss with another clip's |", "|---|---|---|", *rows]),
+        "\n".join(f"| {' | '.join(row)} |" for row in rows),
         "![the loss without each sense and with that of another clip](senses.png)",
     ]
 

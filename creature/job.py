@@ -287,6 +287,8 @@ def _open_recordings(settings: Settings, config: CreatureConfig, plan: Plan, arg
     _check_tokenizer(tokenizer, info, config)
     if not settings.data_names:
         notes.append(f"no --data given: training on a minute of recordings that were made up, in {info['path']}")
+        if processor.codec is not None and not data.codec and not settings.round.init_from:
+            notes.append("no --codec given: the codes of the voice are those of an untrained codec")
     for folder, facts in info["clips"].items():
         notes += [f"{folder}: {text}" for text in _about_clips(facts)]
     if data.text_data:

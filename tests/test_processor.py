@@ -255,5 +255,10 @@ def test_the_inner_voice_of_a_recording_without_one_is_silent(processor):
     del recording["internal_text"]
     arguments = processor.encode(recording)
     assert (arguments["input_ids"] == processor.config.null_token_id).all() and "labels" not in arguments
+    recording["external_text"] = [{"word": "a word", "start": None, "end": None}]  # is said behind the recording
+    arguments = processor.encode(recording | {"internal_text": make_recording(1.0)["internal_text"]})
+    thought = arguments["labels"] >= 0
+    assert (arguments["input_ids"][~thought] == processor.config.null_token_id).all() and not thought[-1]
+    assert (arguments["input_ids"] >= 0).all() and arguments["external_text_targets"][-1] >= 0
     assert "input_ids" not in processor(external_voice="a word")
     assert processor(external_voice="a word", text="")["input_ids"][0, 0] == processor.config.null_token_id

@@ -22,10 +22,11 @@ from creature.trainer import CreatureTrainer
 from modeling_creature import MultiModalCreature
 from processing_creature import CreatureProcessor
 
-KINDS = ("hear", "see", "touch", "move")
+KINDS = ("hear", "see", "touch", "move", "whole")
 ORGANS = ("num_joints", "num_blend_shapes", "vision_image_size")
 MODEL = {name: value for name, value in MICRO["model"].items() if name not in ORGANS}
 MODEL |= {"max_position_embeddings": 64, "vision_image_size": 16}
+VOICE = {"num_audio_codebooks": 8, "audio_codebook_size": 1024}  # of the codec that stands in
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def place(tmp_path, monkeypatch):
     for kind in KINDS:
         given = yaml.safe_load((CONFIGS / "rounds" / f"{kind}.yaml").read_text())
         training = given["training"] | MICRO["training"] | {"tokens_per_step": 128, "eval_steps": 4, "logging_steps": 1}
-        given |= {"model": MODEL, "training": training}
+        given |= {"model": MODEL | (VOICE if kind == "whole" else {}), "training": training}
         given["data"]["clip_ticks"] = 64
         (tmp_path / f"{kind}.yaml").write_text(yaml.safe_dump(given))
     np.random.default_rng(0).integers(0, 300, 4000).astype(np.uint16).tofile(tmp_path / "text.bin")
@@ -70,12 +71,13 @@ def test_a_dry_run_makes_its_own_recordings(place, monkeypatch, capsys, kind):
     assert "dry run passed" in output and "a minute of recordings that were made up" in output
     folder = place / "checkpoints" / "dry_run"
     evaluated = checkpoints.read_metrics(folder)[-1]
-    sense = {"hear": "audio", "see": "vision", "touch": "touch", "move": "proprioception"}[kind]
+    sense = {"hear": "audio", "see": "vision", "touch": "touch", "move": "proprioception", "whole": "own_voice"}[kind]
     assert {f"eval_drop_{sense}", f"eval_wrong_{sense}", "eval_loss"} <= evaluated.keys()
     assert f"without {sense}" in output
     assert (folder / "senses.png").read_bytes().startswith(b"\x89PNG")
     card = (folder / "README.md").read_text()
-    assert f"| {sense} |" in card and "untrained" not in card
+    assert f"| {sense.replace('_', ' ')} |" in card and "untrained" not in card and "_drop_" not in card
+    assert max(entry.get("grad_norm", 0) for entry in checkpoints.read_metrics(folder)) < 20
 
 
 def test_a_stopped_round_resumes_to_the_same_weights(place, start, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, set_seed
 
-from codec_creature import check_codec, codec_organs, load_codec
+from codec_creature import CreatureCodec, CreatureCodecConfig, check_codec, codec_organs, load_codec
 from configuration_creature import SENSES, STREAMS, CreatureConfig
 from creature.data.mixture import parse_parts
 from creature.data.recordings.clips import NO_CODEC, fed_by, has_column, organs_of
@@ -53,7 +53,8 @@ def find_recordings(settings: Settings) -> list[tuple[str, Fraction | None]]:
         names, shares = parse_parts(settings.data_names)
         return list(zip(names, shares or [None] * len(names), strict=True))
     senses = settings.round.train_senses
-    kind = next((kind for sense, kind in MADE_UP.items() if sense in senses), None)
+    kinds = [kind for sense, kind in MADE_UP.items() if sense in senses]
+    kind = "whole" if len(kinds) > 1 else next(iter(kinds), None)
     if kind == "hear" and "audio" in (settings.round.train_streams or ()):
         kind = "speak"
     if kind is None:
@@ -120,12 +121,17 @@ def round_config(
 
 def find_codec(settings: Settings) -> PreTrainedModel | None:
     """
-    The codec that `codec` names, or that of the creature that the run begins with; None without either.
+    The codec that `codec` names, or that of the creature that the run begins with; None without either, but of
+    recordings that are made up an untrained one, where a voice is trained.
 
     Raises UserError for one that cannot be loaded, or is not that with which the creature has learned to speak.
     """
     named, start = settings.data.codec, settings.round.init_from
     own = saved_codec(find_model(start)) if start else None
+    if named is None and not own and not settings.data_names and "audio" in (settings.round.train_streams or ()):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            return CreatureCodec(CreatureCodecConfig()).eval()
     if named is None or (own and Path(named).is_dir() and own.samefile(named)):
         return _explain(load_codec, own) if own else None
     codec = _explain(load_codec, named)

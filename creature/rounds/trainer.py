@@ -18,8 +18,9 @@ class RoundTrainer(CreatureTrainer):
     A CreatureTrainer for rows of clips, see `creature.data.recordings.rows`.
 
     What differs:
-        - `sense_dropout`: the chance that a clip is learned from without a sense, one for all or by name; efference
-          copies go by the names of `SENSE_TABLE` (own_text, own_voice, own_command, own_action). The random numbers
+        - `sense_dropout`: the chance that a clip is learned from without a sense, by name, or one for all but the
+          internal voice, without which the layers of a fresh creature begin at nothing; efference copies go by the
+          names of `SENSE_TABLE` (own_text, own_voice, own_command, own_action). The random numbers
           follow from seed, step and process alone, so that a resumed run draws the same;
         - the evaluation reads one clip a row and gives the loss of every stream, its parts, and what each sense is
           worth: `eval_drop_<sense>` is the loss without it, `eval_wrong_<sense>` that with another clip's;
@@ -30,7 +31,9 @@ class RoundTrainer(CreatureTrainer):
     def __init__(self, *args, text_dataset=None, sense_dropout: float | dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.text_dataset = text_dataset
-        chances = sense_dropout if isinstance(sense_dropout, dict) else dict.fromkeys(ARGUMENTS, sense_dropout or 0.0)
+        chances = sense_dropout
+        if not isinstance(chances, dict):
+            chances = dict.fromkeys(ARGUMENTS.keys() - {"internal_voice"}, sense_dropout or 0.0)
         if unknown := chances.keys() - ARGUMENTS.keys():
             raise UserError(
                 f"sense_dropout names {', '.join(sorted(unknown))}: senses and efference copies are "

@@ -10,6 +10,7 @@ drawn independently of it.
 | touch | touch: what the fingers of a hand meet | internal_text in the middle of a touch: heat, surface ("hot rough") |
 | speak | audio: one or two tones | voice: the same pitches, each half a second after its tone begins |
 | move | body_state: an arm that the wind pushes | action: a fifth of a turn ahead of where the arm was |
+| whole | all of these, and external_voice: a name | what is seen and felt is thought, what is heard is said |
 
 It needs nothing but the base install: sounds are WAV files, and Pillow, for the pictures, comes with matplotlib.
 """
@@ -41,6 +42,7 @@ FINGERS, TOUCH_RATE = 5, 50.0
 ARM_RATE, ARM_DELAY = 30.0, 0.25  # a second; s in which the arm makes up 63 % of the way to its command
 REACTION = 3  # frames after which a command answers what was felt
 ARM_NAMES = ["shoulder", "elbow"]
+CALLED = ("anna", "ben", "carla")
 
 
 def write_made_up_recordings(folder: str | os.PathLike, kind: str, seconds: float = 60.0, seed: int = 0) -> None:
@@ -49,7 +51,7 @@ def write_made_up_recordings(folder: str | os.PathLike, kind: str, seconds: floa
 
     Args:
         folder: as `RecordingsWriter` takes it; UserError if it is not empty.
-        kind: "hear", "see", "touch", "speak" or "move".
+        kind: "hear", "see", "touch", "speak", "move" or "whole".
         seconds: of all recordings together, at least; there are no fewer than five recordings.
         seed: the same one gives the same recordings.
     """
@@ -165,4 +167,14 @@ def _move(draw: np.random.Generator, duration: float, trait: float) -> dict:
     }
 
 
-KINDS = {"hear": _hear, "see": _see, "touch": _touch, "speak": _speak, "move": _move}
+def _whole(draw: np.random.Generator, duration: float, trait: float) -> dict:
+    """Everything at once: a name is called and tones are heard, which are said; what is seen and felt is thought."""
+    heard, seen, felt = (make(draw, duration, trait) for make in (_speak, _see, _touch))
+    name, start = draw.choice(CALLED), draw.uniform(0.0, 0.3) * duration
+    said = f"{name} {heard.pop('internal_text')[0]['word']}"
+    texts = {"internal_text": felt["internal_text"] + seen["internal_text"], "external_text": untimed(said)}
+    texts["external_voice"] = [{"word": name, "start": start, "end": start + 0.3}]
+    return heard | seen | felt | _move(draw, duration, trait) | texts
+
+
+KINDS = {"hear": _hear, "see": _see, "touch": _touch, "speak": _speak, "move": _move, "whole": _whole}
