@@ -5,6 +5,7 @@ import html
 import io
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import Lock
 
 from creature.data.recordings.schema import load_recordings
@@ -110,32 +111,41 @@ def add_life(page, lives: Lives) -> None:
     picture = gr.HTML(elem_id="life")
     with gr.Row():
         play, pause, step, reset = map(gr.Button, ("Play", "Pause", "Step", "Reset"))
-        real_time = gr.Checkbox(False, label="Real time", info="not as fast as the machine can")
+        names = list(lives.rows)
+        # A life without an end is one to talk to, and so not faster than who talks.
+        real_time = gr.Checkbox(not names, label="Real time", info="not as fast as the machine can")
     with gr.Row():
         words = gr.Textbox(label="Say something that it hears", placeholder="Enter")
-        names = list(lives.rows)
         recording = gr.Dropdown(names, value=names[0] if names else None, label="Recording", visible=bool(names))
+
+    @contextmanager
+    def in_words():
+        try:
+            yield
+        except ValueError as error:  # of ours: a sentence, which the page shows
+            raise gr.Error(first_line(error)) from error
+
+    def play_on(real_time):
+        with in_words():
+            yield from lives.play(real_time)
 
     def open_recording(name):
         lives.stop()
-        try:
-            lives.open(name)
-        except UserError as error:
-            raise gr.Error(str(error)) from error
+        lives.open(name)
         return lives.picture()
 
     def tell(text):
-        try:
-            lives.tell(text)
-        except UserError as error:
-            raise gr.Error(str(error)) from error
+        lives.tell(text)
         return ""
 
+    def on(event, action, inputs=None, outputs=picture):
+        gr.on([event], in_words()(action), inputs, outputs, show_progress="hidden")
+
     # Without a limit, because one that plays on in another window would keep this one waiting.
-    gr.on([play.click], lives.play, real_time, picture, show_progress="hidden", concurrency_limit=None)
-    gr.on([pause.click], lambda: lives.stop(), None, picture, show_progress="hidden")
-    gr.on([step.click], lambda: lives.stop(lives.step), None, picture, show_progress="hidden")
-    gr.on([reset.click], lambda: lives.stop(lambda: lives.viewer.reset()), None, picture, show_progress="hidden")
-    gr.on([recording.input], open_recording, recording, picture, show_progress="hidden")
-    gr.on([words.submit], tell, words, words, show_progress="hidden")
-    gr.on([page.load], lambda: lives.picture(), None, picture, show_progress="hidden")
+    gr.on([play.click], play_on, real_time, picture, show_progress="hidden", concurrency_limit=None)
+    on(pause.click, lambda: lives.stop())
+    on(step.click, lambda: lives.stop(lives.step))
+    on(reset.click, lambda: lives.stop(lambda: lives.viewer.reset()))
+    on(recording.input, open_recording, recording)
+    on(words.submit, tell, words, words)
+    on(page.load, lambda: lives.picture())
