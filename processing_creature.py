@@ -65,6 +65,7 @@ TEXTS = {
     "external_text": ("external_text_ids", "external_text_targets"),
 }
 BLENDS = {"joint_positions": linear, "joint_rotations": slerp, "body_state": linear, "action": None}
+BLENDS |= dict.fromkeys(("command_rotations", "blend_shapes", "eyes"), None)  # a command holds until the next
 # The targets of the streams, and all that a recording can become; what each holds where it is absent.
 TARGETS = dict.fromkeys(("labels", "external_text_targets", "audio_targets"), IGNORE_INDEX)
 TARGETS |= dict.fromkeys(("rotation_targets", "blend_shape_targets", "eye_targets", "action_targets"), 0.0)
@@ -281,7 +282,7 @@ class CreatureProcessor(ProcessorMixin):
         return dict(zip(("touch_points", "touch_surfaces", "touch_values", "touch_mask"), placed, strict=True))
 
     def _commands(self, recording: dict, ticks: int) -> dict:
-        """The motor commands, as efference copy and as target; of motion capture, the pose of a tick is its command."""
+        """The motor commands, as efference copy and as target; without any, the pose of a tick is its command."""
         config = self.config
         if recording.get("action") is not None:
             if not config.action_size:
@@ -290,16 +291,23 @@ class CreatureProcessor(ProcessorMixin):
             return {
                 "action": values, "action_mask": present, "action_targets": values, "animation_target_mask": present,
             }  # fmt: skip
-        if recording.get("joint_rotations") is None or not config.num_joints:
+        command = "command_rotations" if recording.get("command_rotations") is not None else "joint_rotations"
+        if recording.get(command) is None or not config.num_joints:
             return {}
-        rotations, present = self._track(recording, "joint_rotations", ticks)
-        # A face that was not recorded is at rest, and its eyes look straight ahead.
-        face = [0.0] * config.num_blend_shapes + ([0.0, 0.0, 1.0, 0.0] * 2 if config.num_blend_shapes else [])
-        rest = np.tile(np.array(face, np.float32), (ticks, 1))
-        return {
-            "animation": np.concatenate((rotations.reshape(ticks, -1), rest), axis=1), "animation_mask": present,
-            "rotation_targets": rotations, "animation_target_mask": present,
-        }  # fmt: skip
+        rotations, present = self._track(recording, command, ticks)
+        # A face that was not recorded is at rest, its eyes look straight ahead, and neither is a target.
+        face = {"blend_shapes": np.zeros(config.num_blend_shapes), "eyes": np.array([[0.0, 0.0, 1.0, 0.0]] * 2)}
+        parts, targets = [rotations], {"rotation_targets": rotations}
+        for name, rest in face.items() if config.num_blend_shapes else ():
+            if recording.get(name) is not None:
+                values, known = self._track(recording, name, ticks)
+                targets["blend_shape_targets" if name == "blend_shapes" else "eye_targets"] = values
+                present = present & known
+            else:
+                values = np.tile(rest.astype(np.float32), (ticks, *[1] * rest.ndim))
+            parts.append(values)
+        animation = np.concatenate([part.reshape(ticks, -1) for part in parts], axis=1)
+        return {"animation": animation, "animation_mask": present, "animation_target_mask": present} | targets
 
     def _voice(self, recording: dict, ticks: int) -> dict:
         """The codes of the own voice, as efference copy and as target; none without a codec."""
@@ -310,14 +318,19 @@ class CreatureProcessor(ProcessorMixin):
         return {"audio_codes": codes, "audio_targets": codes}
 
     def _track(self, recording: dict, name: str, ticks: int) -> tuple[np.ndarray, np.ndarray]:
-        """A column with `values` [N, ...] and `times` [N] -> float32 [ticks, sub-frames, ...] and bool [ticks]."""
+        """
+        A column with `values` [N, ...] and `times` [N] -> float32 [ticks, sub-frames, ...] and bool [ticks]; of the
+        face, float32 [ticks, ...].
+        """
         config = self.config
-        sizes = {"joint_positions": (config.num_joints, 3), "joint_rotations": (config.num_joints, 4)}
+        sizes = {name: (config.num_joints, 4) for name in ("joint_rotations", "command_rotations")}
+        sizes |= {"joint_positions": (config.num_joints, 3)}
+        sizes |= {"blend_shapes": (config.num_blend_shapes,), "eyes": (2, 4)}
         size = sizes.get(name) or (getattr(config, f"{name}_size"),)
         values = np.asarray(recording[name]["values"], np.float32)
         times = check_times(name, recording[name]["times"], len(values), recording["duration"])
         if values.shape[1:] != size:
-            fields = "num_joints" if name in sizes else f"{name}_size"
+            fields = "num_blend_shapes" if name == "blend_shapes" else "num_joints" if name in sizes else f"{name}_size"
             raise ValueError(
                 f"{name} has the shape {list(values.shape[1:])} and the model takes {list(size)}: set {fields} to "
                 f"{values.shape[1] if values.ndim > 1 else 1}, or leave this recording out."
@@ -325,7 +338,10 @@ class CreatureProcessor(ProcessorMixin):
         good = np.isfinite(values).reshape(len(values), -1).all(axis=1)
         if not good.any():
             raise ValueError(f"{name} has no row of finite numbers: leave the column out.")
-        values, present = at_subframes(times[good], values[good], ticks, config.subframes_per_tick, BLENDS[name])
+        face = name in ("blend_shapes", "eyes")
+        subframes = 1 if face else config.subframes_per_tick
+        values, present = at_subframes(times[good], values[good], ticks, subframes, BLENDS[name])
+        values = values[:, 0] if face else values
         return (values if name in sizes else self.normalize(name, values)), present
 
     def _texts(self, recording: dict, ticks: int) -> dict:

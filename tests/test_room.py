@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from creatures import GPT2
 
 from creature.errors import UserError
 
@@ -12,15 +13,19 @@ pytest.importorskip("soundfile")
 pytest.importorskip("av")
 pytest.importorskip("creature.world", exc_type=(ImportError, UserError))  # without mujoco or OpenGL
 
+from creature.data.recordings.clips import organs_of
+from creature.data.recordings.schema import FACE, RecordingsWriter, load_recordings
+from creature.data.text.tokenizer import load_tokenizer
 from creature.world import grammar, recording, scene, script
 from creature.world import room as rooms
 from creature.world import teacher as teachers
 from creature.world.body import HINGED, JOINTS, angles_of, quaternions_of
-from creature.world.recording import record_lives
+from creature.world.recording import record_life, record_lives
 from creature.world.room import Room
 from creature.world.scene import SIDE_PLACES, draw_setting
 from creature.world.speech import Voice, speak
 from creature.world.teacher import Teacher
+from processing_creature import CreatureProcessor
 
 JOINTED = ("joint_positions", "joint_rotations")
 
@@ -277,6 +282,38 @@ def test_the_teacher_does_what_is_asked_and_one_who_does_nothing_fails(toned):
 # ---------------------------------------------------------------------------------------------------------------------
 # Recordings
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_recorded_life_gives_the_commands_of_the_teacher_as_targets(room, tmp_path, monkeypatch):
+    given = []
+    act = Room.act
+    monkeypatch.setattr(Room, "act", lambda self, **command: given.append(command) or act(self, **command))
+    row = record_life(room, seed=3, number=0, life_ticks=60)
+    with RecordingsWriter(tmp_path / "lives") as writer:
+        writer.add(row, "train", recording.NAMES)
+    recordings, facts = load_recordings(tmp_path / "lives")
+    organs = organs_of(recordings, facts)
+    assert (organs["num_joints"], organs["num_blend_shapes"], organs["num_cameras"]) == (24, 51, 2)
+    from configuration_creature import CreatureConfig
+
+    processor = CreatureProcessor.from_config(CreatureConfig(**GPT2, **organs), load_tokenizer())
+    arguments = processor.encode(recordings["train"][0])
+    assert {len(value) for value in arguments.values()} == {60}
+    for tick, command in enumerate(given[:59], start=1):
+        for name, target in (("rotations", "rotation_targets"), ("blend_shapes", "blend_shape_targets"),
+                             ("eyes", "eye_targets")):  # fmt: skip
+            assert np.allclose(arguments[target][tick], command[name], atol=1e-6), (name, tick)
+        parts = [command[name].reshape(-1) for name in ("rotations", "blend_shapes", "eyes")]
+        assert np.allclose(arguments["animation"][tick], np.concatenate(parts), atol=1e-6)
+    assert arguments["animation_target_mask"].all() and arguments["pixel_mask"].all()
+    felt, commanded = arguments["joint_rotations"], arguments["rotation_targets"]
+    assert not np.allclose(felt, commanded, atol=1e-3)  # what is felt is another thing
+    without = {name: value for name, value in recordings["train"][0].items() if name not in FACE}
+    assert np.array_equal(processor.encode(without)["rotation_targets"], felt)
+    lacking = recordings.remove_columns(list(FACE))  # a folder written before
+    lacking.save_to_disk(tmp_path / "before")
+    (tmp_path / "before/recordings.json").write_bytes((tmp_path / "lives/recordings.json").read_bytes())
+    assert "command_rotations" not in load_recordings(tmp_path / "before")[0]["train"].column_names
 
 
 def test_a_killed_recording_goes_on_and_workers_change_nothing(tmp_path, monkeypatch):
