@@ -121,9 +121,22 @@ def test_a_recorded_life_and_what_is_said_to_it(creature):
     ]
     np.testing.assert_allclose(now.numbers["action 0"][0, -1], recorded[-1][0], atol=1e-5)
     assert {contact["name"] for contact in now.contacts} <= {f"point {point}" for point in range(10)}
+    assert now.contacts and all(contact["joint"] is None for contact in now.contacts)
     viewer.reset()
     assert viewer.moment().seconds == 0 and not viewer.moment().words["thought"]
     assert int(viewer.step().arguments["external_voice_ids"]) == GPT2["null_token_id"]
+
+
+def test_points_that_are_numbered_as_the_joints_lie_on_them(creature):
+    recording = make_recording()
+    contact = {"surface": 1, "force": 2.0, "x": 0.0, "y": 0.0, "z": 0.0, "temperature": 31.0}
+    recording["touch"] = [contact | {"time": 0.01, "point": 2}, contact | {"time": 0.1, "point": 0}]
+    viewer = Viewer(creature, recording, JOINTS)
+    for name, joint in (("right_foot", 2), ("hip", 0)):
+        viewer.step()
+        assert viewer.moment().contacts == [{"name": name, "joint": joint, "force": 2.0, "temperature": 31.0}]
+    viewer.step()
+    assert viewer.moment().contacts == []
 
 
 def test_a_life_without_a_recording_hears_what_is_typed(creature):

@@ -52,11 +52,15 @@ class Viewer:
         self.cameras = [camera["name"] for camera in (recording or {}).get("images") or ()]
         self.length = len(next(iter(self.life.values()))) if self.life else None
         self.skeleton = self.sight = None
+        self.has_parts = False  # whether the points of its skin are the parts of its joints
         if "joint_positions" in self.life and self.life["body_mask"].any():
             felt = self.life["body_mask"]
             poses = self.life["joint_positions"][felt][:, -1]
             self.skeleton = Skeleton(poses, self.life["joint_rotations"][felt][:, -1])
             self.sight = sight_from_behind(poses.mean(axis=0), self.names)
+            if "touch_mask" in self.life:
+                points = self.life["touch_points"][self.life["touch_mask"]]
+                self.has_parts = bool((points < poses.shape[1]).all())
         self.reset()
 
     def reset(self, seed: int | None = None) -> None:
@@ -143,14 +147,11 @@ class Viewer:
         return mel.reshape(-1, bands)
 
     def _contacts(self, now: dict[str, np.ndarray]) -> list[dict]:
-        """Where a point of the skin is the part of a joint, as in the room, its name and place are the joint's."""
-        joints, contacts = self.config.num_joints if self.skeleton is not None else 0, []
-        has_parts = 0 < joints and self.config.num_touch_points <= joints
+        contacts = []
         for point, values, there in zip(now["touch_points"], now["touch_values"], now["touch_mask"], strict=True):
             if there:
-                named = has_parts and point < len(self.names)
-                name, joint = self.names[point] if named else f"point {point}", int(point) if has_parts else None
-                force, *_, temperature = map(float, values)
+                joint, (force, *_, temperature) = int(point) if self.has_parts else None, map(float, values)
+                name = self.names[point] if self.has_parts and point < len(self.names) else f"point {point}"
                 contacts.append({"name": name, "joint": joint, "force": force, "temperature": temperature})
         return contacts
 
