@@ -1,14 +1,18 @@
-"""Let a trained creature live, tick by tick: through a recording, or in a world that connects to it.
+"""Let a trained creature live, tick by tick: through a recording, in the room, or in a world that connects to it.
 
 examples:
   python scripts/live.py --checkpoint checkpoints/hear --recording recordings/speech
   python scripts/live.py --checkpoint checkpoints/move --recording recordings/motion --id walk_03 --real_time
+  python scripts/live.py --checkpoint checkpoints/whole --world
+  python scripts/live.py --checkpoint checkpoints/whole --world 100 --teacher --without vision
   python scripts/live.py --checkpoint checkpoints/whole --serve
   python scripts/live.py --checkpoint checkpoints/whole --serve 9000 --sampling_rate 44100
 
 With --recording it perceives what was recorded, as fast as the machine can, and lives on what it thinks, says and does
-itself; a time line shows it beside what was thought and said in the recording. With --serve it is at 127.0.0.1:7880
-until Ctrl+C, for a world in another process of this machine; docs/live.md has the format and a client of 40 lines.
+itself; a time line shows it beside what was thought and said in the recording. With --world it lives in rooms that no
+training has seen; a table shows how often it did what it was asked, beside one who picks at random. With --serve it is
+at 127.0.0.1:7880 until Ctrl+C, for a world in another process of this machine; docs/live.md has the format and a client
+of 40 lines.
 """
 
 import argparse
@@ -30,20 +34,35 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--recording", type=user_path, metavar="FOLDER", help="folder of recordings, to play one of")
     parser.add_argument("--id", help="recording_id of the one to play (default: the first of the validation split)")
-    parser.add_argument("--seconds", type=float, help="of the recording to play (default: all)")
+    parser.add_argument("--seconds", type=float, help="of each life (default: all)")
     parser.add_argument("--real_time", action="store_true", help="play one tick every 80 ms, no faster")
+    parser.add_argument(
+        "--world", type=int, nargs="?", const=1, metavar="LIVES", help="live in so many held-out rooms (default 1)"
+    )
+    parser.add_argument("--teacher", action="store_true", help="with --world: the recorded teacher in the same rooms")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="SENSE",
+        choices=("audio", "vision", "proprioception", "touch", "external_voice"),
+        help="with --world: senses that it has to live without (audio, vision, proprioception, touch, external_voice)",
+    )  # fmt: skip
     parser.add_argument(
         "--serve", type=int, nargs="?", const=7880, metavar="PORT", help="let a world connect (default port 7880)"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
-    parser.add_argument("--sampling_rate", type=int, default=16000, help="of the sound it hears, in Hz (default 16000)")
+    parser.add_argument(
+        "--sampling_rate", type=int, default=16000, help="with --serve: of its sound, in Hz (default 16000)"
+    )
     parser.add_argument("--temperature", type=float, help="of words: below 1 is more predictable (default 0.8)")
     parser.add_argument("--null_bias", type=float, help="more is more silent (default: as silent as in training)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed and senses give the same life (default 0)")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: a GPU if there is one")
     arguments = parser.parse_args()
-    if (arguments.serve is None) == (arguments.recording is None):
-        parser.error("say in what it lives: --recording FOLDER or --serve")
+    if sum(getattr(arguments, name) is not None for name in ("recording", "world", "serve")) != 1:
+        parser.error("say in what it lives: --recording FOLDER, --world or --serve")
+    if arguments.serve is None and arguments.sampling_rate != 16000:
+        parser.error("--sampling_rate goes with --serve: recordings and the room have their own")
+    if arguments.world is not None and arguments.world < 1:
+        parser.error("--world must be at least 1")
     if arguments.seconds is not None and not arguments.seconds > 0:
         parser.error("--seconds must be above 0")
     for name, least in (("sampling_rate", 1), ("seed", 0)):
@@ -62,7 +81,9 @@ def main() -> None:
         arguments.checkpoint, arguments.device, seed=arguments.seed, sampling_rate=arguments.sampling_rate
     )
     draw_as_asked(creature, arguments)
-    if recording is None:
+    if arguments.world:
+        live_in_world(creature, arguments)
+    elif recording is None:
         serve(creature, arguments.host, arguments.serve)
     else:
         play(creature, recording, arguments.seconds, arguments.real_time)
@@ -81,11 +102,11 @@ def draw_as_asked(creature, arguments: argparse.Namespace) -> None:
 
 def play(creature, recording: dict, seconds: float | None, real_time: bool) -> None:
     """Print the time line of a recording, and the clock."""
-    from creature.live.playback import HEADING, clock_line, time_line
+    from creature.live.playback import clock_line, heading, time_line
 
     print(
         f"{recording['recording_id']}, {recording['duration']:.1f} s; a window of {creature.window} ticks; emits "
-        f"{', '.join(creature.streams) or 'nothing'}\n{HEADING}"
+        f"{', '.join(creature.streams) or 'nothing'}\n{heading()}"
     )
     started = time.perf_counter()
     try:
@@ -96,6 +117,36 @@ def play(creature, recording: dict, seconds: float | None, real_time: bool) -> N
     except KeyboardInterrupt:
         print("ended")
     print(clock_line(creature, time.perf_counter() - started))
+
+
+def live_in_world(creature, arguments: argparse.Namespace) -> None:
+    """Live in one held-out room after another, and print what it was asked and did: of one life also its time line."""
+    from creature.live.in_room import count, live_as_teacher, live_in_room, make_room, success_table
+    from creature.live.playback import clock_line, event_lines, heading
+    from ticks_creature import TICK_SECONDS
+
+    room, done, by_teacher = make_room(creature), {}, {}
+    ticks = None if arguments.seconds is None else max(1, round(arguments.seconds / TICK_SECONDS))
+    if arguments.world == 1:
+        print(heading(("hears", "thinks", "says")))
+    for seed in range(arguments.world):
+        started = time.perf_counter()
+        for emission, heard in live_in_room(creature, room, seed, arguments.without, ticks):
+            if arguments.world == 1:
+                words = enumerate((heard, emission.thought, emission.said))
+                events = [(word["start"], column, word["word"]) for column, said in words for word in said]
+                for line in event_lines(events):
+                    print(line, flush=True)
+            if arguments.real_time:
+                time.sleep(max(0.0, started + (emission.tick + 1) * TICK_SECONDS - time.perf_counter()))
+        print(
+            f"life {seed + 1} of {arguments.world}: {clock_line(creature, time.perf_counter() - started)}", flush=True
+        )
+        count(room, done)
+        if arguments.teacher:
+            live_as_teacher(room, seed)
+            count(room, by_teacher)
+    print("\n".join(success_table(done, by_teacher if arguments.teacher else None)))
 
 
 def serve(creature, host: str, port: int) -> None:

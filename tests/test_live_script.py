@@ -9,6 +9,7 @@ from lives import make_recording
 
 from creature.data.recordings.made_up import write_made_up_recordings
 from creature.data.text.tokenizer import load_tokenizer
+from creature.errors import UserError
 from creature.live import LiveCreature, playback
 from creature.live.playback import play
 from processing_creature import CreatureProcessor
@@ -62,8 +63,9 @@ def test_its_flags(place, run_script):
     [
         (("--id", "nobody"), "has no recording nobody"),
         (("--temperature", -1), "a temperature is at least 0"),
+        (("--world", 0), "--recording FOLDER, --world or --serve"),
         (("--seconds", 0), "--seconds must be above 0"),
-        (("--serve", 7000), "--recording FOLDER or --serve"),
+        (("--serve", 7000), "--recording FOLDER, --world or --serve"),
         (("--recording", "nowhere"), "nowhere is no folder of recordings"),
         (("--checkpoint", "nowhere"), "there is no folder nowhere"),
     ],
@@ -93,3 +95,62 @@ def test_its_own_outputs_are_not_those_of_the_recording():
         assert {"input_features", "body_state"} <= emission.arguments.keys()
         before = emission
     assert before.tick == 12
+
+
+def test_a_life_in_the_room(run_script, tmp_path):
+    """Its commands move the body one tick later, what it is asked is judged, and the teacher stands beside it."""
+    pytest.importorskip("espeakng_loader")
+    pytest.importorskip("creature.world", exc_type=(ImportError, UserError))  # without mujoco or OpenGL
+    from creature.live.in_room import Success, count, live_in_room, make_room, success_table
+    from creature.world.script import Request
+
+    sizes = dict(num_joints=24, num_blend_shapes=51, subframes_per_tick=4, vision_image_size=24, body_state_size=0)
+    model = micro_model(**GPT2, **sizes, action_size=0, num_touch_points=64)
+    model.save_pretrained(tmp_path / "creature")
+    load_tokenizer().save_pretrained(tmp_path / "creature")
+    creature = LiveCreature.from_pretrained(tmp_path / "creature", "cpu", sampling_rate=16000)
+    try:
+        room = make_room(creature)
+    except UserError as error:
+        pytest.skip(str(error))
+    lived = list(live_in_room(creature, room, 0, ticks=12))
+    names = {"input_features", "pixel_values", "joint_rotations", "joint_positions", "external_voice_ids"}
+    assert len(lived) == 12 and all(names <= emission.arguments.keys() for emission, _ in lived)
+    assert any(heard for _, heard in lived)
+    first, last = (lived[place][0].arguments["joint_rotations"] for place in (0, -1))
+    assert not torch.allclose(first, last, atol=0.05)  # a random head moves wildly
+    blind = list(live_in_room(creature, room, 0, without=["vision", "proprioception"], ticks=2))
+    assert all(not names & {"pixel_values", "joint_rotations"} & e.arguments.keys() for e, _ in blind)
+
+    parts = {field: None for field in Request.__dataclass_fields__}
+    room.requests = [
+        Request(**{**parts, "kind": kind, "chance": chance, "outcome": outcome, "options": ()})
+        for kind, chance, outcome in (
+            ("look", 0.5, True),
+            ("look", 0.3, False),
+            ("greet", None, None),
+            ("push", 0.5, None),
+        )
+    ]
+    kinds = {}
+    count(room, kinds)
+    assert kinds == {"look": Success(2, 1, 0.8), "push": Success(1, 0, 0.5)}
+    table = [line.split() for line in success_table(kinds, {"look": Success(2, 2, 0.8)})]
+    assert table[1:3] == [["look", "2", "0.50", "0.40", "1.00"], ["push", "1", "0.00", "0.50"]]
+    assert table[3] == ["all", "3", "0.33", "0.43", "1.00"]
+
+    flags = (
+        "--checkpoint",
+        tmp_path / "creature",
+        "--device",
+        "cpu",
+        "--world",
+        "--seconds",
+        1.6,
+        "--without",
+        "touch",
+    )
+    code, out, _ = run_script("live", *flags)
+    assert code == 0 and "life 1 of 1: 20 ticks, 1.6 s of life" in out and "asked for" in out
+    with pytest.raises(UserError, match="3 joints"):
+        make_room(LiveCreature(micro_model(**GPT2), creature.processor))

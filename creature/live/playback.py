@@ -18,7 +18,6 @@ OWN = {"input_ids"} | {
 }
 # The columns of a time line, and where the words of a recording stand in it.
 COLUMNS, WIDTH = ("hears", "thinks", "recorded", "says", "recorded"), 16
-HEADING = f"{'time':>9}  " + "".join(f"{column:{WIDTH}}" for column in COLUMNS).rstrip()
 RECORDED = {"external_voice": 0, "internal_text": 2, "external_text": 4}
 THINKS, SAYS = 1, 3
 
@@ -74,17 +73,22 @@ def time_line(
         waiting = waiting[len(come) :]
         come += [(word["start"], THINKS, word["word"]) for word in emission.thought]
         come += [(word["start"], SAYS, word["word"]) for word in emission.said]
-        yield from _lines(come)
+        yield from event_lines(come)
         if seconds is not None and end >= seconds:
             return
         if real_time:
             time.sleep(max(0.0, started + end - time.perf_counter()))
     for column, stream in ((THINKS, creature.thinking), (SAYS, creature.saying)):
-        yield from _lines([(word["start"], column, word["word"]) for word in stream.finish()])
-    yield from _lines(waiting)
+        yield from event_lines([(word["start"], column, word["word"]) for word in stream.finish()])
+    yield from event_lines(waiting)
 
 
-def _lines(events: list[tuple[float, int, str]]) -> Iterator[str]:
+def heading(columns: tuple[str, ...] = COLUMNS) -> str:
+    """The line above a time line."""
+    return f"{'time':>9}  " + "".join(f"{column:{WIDTH}}" for column in columns).rstrip()
+
+
+def event_lines(events: list[tuple[float, int, str]]) -> Iterator[str]:
     """(seconds, column, words) of one tick, a line each."""
     for moment, column, words in sorted(events):
         yield f"{moment:7.2f} s  {' ' * (WIDTH * column)}{one_line(words)}"
