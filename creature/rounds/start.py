@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, set_seed
+from transformers.utils import logging as transformers_logging
 
 from codec_creature import CreatureCodec, CreatureCodecConfig, check_codec, codec_organs, load_codec
 from configuration_creature import SENSES, STREAMS, CreatureConfig
@@ -126,6 +127,7 @@ def find_codec(settings: Settings) -> PreTrainedModel | None:
 
     Raises UserError for one that cannot be loaded, or is not that with which the creature has learned to speak.
     """
+    transformers_logging.disable_progress_bar()  # of reading it
     named, start = settings.data.codec, settings.round.init_from
     own = saved_codec(find_model(start)) if start else None
     if named is None and not own and not settings.data_names and "audio" in (settings.round.train_streams or ()):
