@@ -33,6 +33,7 @@ TOOLS = (
     "evaluate_recordings",
     "inspect_corpus",
     "import_recordings",
+    "train_codec",
     "export",
     "check_environment",
 )
