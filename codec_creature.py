@@ -314,6 +314,11 @@ class CreatureCodec(PreTrainedModel):
             raise ValueError(
                 f"`audio_codes` has the shape {list(codes.shape)}: give [rows, {self.config.num_quantizers}, ticks]."
             )
+        if codes.numel() and not 0 <= codes.min() <= codes.max() < self.config.codebook_size:
+            raise ValueError(
+                f"`audio_codes` holds {codes.min()} to {codes.max()}: a book has the codes 0 to "
+                f"{self.config.codebook_size - 1}."
+            )
         places, levels = (torch.tensor(x, device=codes.device) for x in (self._places(), self.config.levels))
         digits = (codes.transpose(1, 2)[..., None] // places % levels).flatten(2)
         return digits * 2 / (self._levels(digits) - 1) - 1

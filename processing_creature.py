@@ -118,12 +118,13 @@ class CreatureProcessor(ProcessorMixin):
         where = {
             name: options[name] for name in ("cache_dir", "local_files_only", "token", "revision") if name in options
         }
+        where["subfolder"] = "/".join(filter(None, (options.get("subfolder"), CODEC_FOLDER)))
         found = cached_file(
-            pretrained_model_name_or_path, "config.json", subfolder=CODEC_FOLDER,
-            _raise_exceptions_for_missing_entries=False, **where,
+            pretrained_model_name_or_path, "config.json", **where, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
         )  # fmt: skip
         if found:
-            processor.codec = load_codec(pretrained_model_name_or_path, subfolder=CODEC_FOLDER, **where)
+            processor.codec = load_codec(pretrained_model_name_or_path, **where)
         return processor
 
     def save_pretrained(self, save_directory, **options) -> None:

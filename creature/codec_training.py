@@ -42,7 +42,8 @@ def read_voices(recordings: "DatasetDict", column: str, rate: int) -> dict[str, 
             if row[column] is not None:
                 try:
                     samples, given = read_sound(row[column])
-                    voices[split].append(resample(to_mono(samples), given, rate))
+                    sound = resample(to_mono(samples), given, rate)
+                    voices[split] += [sound] if len(sound) else []
                 except (ValueError, ImportError) as error:
                     raise UserError(f"{column} of {row['recording_id']} cannot be used: {error}") from error
     if not voices.get("train"):

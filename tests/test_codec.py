@@ -252,6 +252,8 @@ def test_what_does_not_fit_is_told_in_a_sentence(tokenizer, tmp_path):
         codec.encode(torch.zeros(2, TICK))
     with pytest.raises(ValueError, match="give .rows, 2, ticks."):
         codec.decode(torch.zeros(1, 3, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="holds 0 to 16: a book has the codes 0 to 15"):
+        codec.decode(torch.tensor([[[0], [16]]]))
 
 
 def test_clips_hold_the_codes_and_another_codec_makes_others(spoken, tokenizer, tmp_path):
