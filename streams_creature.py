@@ -271,7 +271,7 @@ class AudioStream(nn.Module):
                 x = x + self.code_proj(code_table[book - 1, codes[-1]])
             for layer, kept in zip(self.layers, cache, strict=True):
                 x = layer.step(x, kept, book)
-            logits.append(self._logits(x[:, None], table[None])[:, 0])
+            logits.append(F.linear(self.out_proj(self.norm(x)), table.to(x.dtype)))
             codes.append(sample(logits[-1], sampling, noise=None if noise is None else noise[book]))
         return torch.stack(codes, dim=1), torch.stack(logits, dim=1)
 
