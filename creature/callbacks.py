@@ -265,10 +265,12 @@ class Samples(TrainerCallback):
 
 class HealthAdvice(TrainerCallback):
     """
-    Prints what to look at when the loss jumps, stays above 5 after 40 M tokens, or the run is slow.
+    Prints what to look at when the loss jumps, stays above 5 after 40 M tokens, that of the evaluation rises, or the
+    run is slow.
 
     A fresh model starts at ln(50304) = 10.8, and a loss above 5 is normal for the first tens of millions of tokens. A
-    jump is compared with the mean of the `patience` logs before it; each of the other two is printed once.
+    jump is compared with the mean of the `patience` logs before it. The evaluation's loss rises when two in a row are
+    more than 1 % above its lowest. Each but the jump is printed once.
     """
 
     def __init__(self, loss_limit=5.0, after_tokens=40e6, patience=10, min_samples_per_second=5.0, say=None):
@@ -277,13 +279,28 @@ class HealthAdvice(TrainerCallback):
         self.min_samples_per_second = min_samples_per_second
         self.say = say or _say
         self._losses: deque[float] = deque(maxlen=patience)
+        self._evaluations: list[tuple[float, int]] = []  # loss, step
         self._said: set[str] = set()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._losses.extend(entry["loss"] for entry in state.log_history if "loss" in entry)  # of a resumed run
+        # Of a resumed run.
+        self._losses.extend(entry["loss"] for entry in state.log_history if "loss" in entry)
+        self._evaluations = [(entry["eval_loss"], entry["step"]) for entry in state.log_history if "eval_loss" in entry]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
+        if not logs or not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            self._evaluations.append((logs["eval_loss"], state.global_step))
+            (lowest, step), loss_now = min(self._evaluations), logs["eval_loss"]
+            if len(self._evaluations) > 2 and all(loss > 1.01 * lowest for loss, _ in self._evaluations[-2:]):
+                self._say_once(
+                    "overfits",
+                    f"the loss of the evaluation has risen since step {step} ({lowest:.4g}) to {loss_now:.4g}: "
+                    f"the model overfits; give more data or --max_steps {step}; --load_best_model_at_end true "
+                    "with --save_steps equal to --eval_steps keeps the best checkpoint",
+                )
+        if "loss" not in logs:
             return
         loss, rate = logs["loss"], logs.get("samples_per_second", math.inf)
         if logs.get("tokens", 0) >= self.after_tokens and loss > self.loss_limit:

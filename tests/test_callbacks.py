@@ -137,6 +137,22 @@ def test_advice_says_what_to_look_at():
     assert len(spike) == 1 and "jumped" in spike[0] and "step 16" in spike[0]
 
 
+def test_an_evaluation_that_rises_is_told_once_and_one_that_wavers_is_not():
+    def evaluate(losses, before=()):
+        said = []
+        health = callbacks.HealthAdvice(say=said.append)
+        history = [{"eval_loss": loss, "step": 10 * place} for place, loss in enumerate(before, start=1)]
+        health.on_train_begin(arguments(), state(log_history=history), TrainerControl())
+        for place, loss in enumerate(losses, start=len(before) + 1):
+            health.on_log(arguments(), state(global_step=10 * place), TrainerControl(), logs={"eval_loss": loss})
+        return said
+
+    assert evaluate([9.0, 5.0, 5.06, 4.9, 4.94, 4.93]) == []
+    (said,) = evaluate([9.0, 5.0, 5.2, 5.4, 5.9, 6.0])
+    assert "risen since step 20 (5) to 5.4" in said and "--max_steps 20" in said
+    assert len(evaluate([5.4], before=[9.0, 5.0, 5.2])) == 1
+
+
 def test_a_jump_right_after_a_resume_is_reported_too():
     said = []
     health = callbacks.HealthAdvice(say=said.append)
