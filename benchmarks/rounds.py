@@ -12,6 +12,7 @@ robot     robot_g1                        state -> action
 seeing    robot_g1                        state and camera -> action
 reading   speech_read                     sound -> words
 orders    orders_0 to orders_4            sound -> intent and slots; five folds, whose mean is a seed's figure
+whole     room                            all senses -> all streams, with --flags "--codec codecs/room"
 
 Every run is run_clm_creature.py in a process of its own, --at_once of them at a time, spread over the GPUs. A figure is
 that of the last evaluation, the median over the seeds, with the lowest and highest in parentheses. "text" is how much
@@ -50,6 +51,7 @@ TASKS = {
     "seeing": (["robot_g1"], "move", "--train_senses proprioception vision"),
     "reading": (["speech_read"], "hear", "--max_steps 150"),
     "orders": ([f"orders_{fold}" for fold in range(5)], "hear", ""),
+    "whole": (["room"], "whole", ""),
 }
 
 
