@@ -12,6 +12,7 @@ docs/room.md says what happens in a life.
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -41,12 +42,13 @@ def main() -> None:
     from creature.world.film import write_film
     from creature.world.recording import record_lives
 
-    progress = sys.stderr.isatty()
+    progress, began = sys.stderr.isatty(), time.perf_counter()
     facts = record_lives(
         arguments.output, arguments.minutes, arguments.workers, arguments.seed, arguments.eye, progress
     )
     report = facts["report"]
-    print(f"{report['lives']} lives, {report['minutes']:g} minutes, one life of ten for validation")
+    seconds = time.perf_counter() - began
+    print(f"{report['lives']} lives, {report['minutes']:g} minutes, one life of ten for validation, in {seconds:,.0f} s")
     print(f"{arguments.output}\n{draw_recordings(arguments.output)}\n{write_film(arguments.output)}")
 
 

@@ -6,9 +6,10 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,7 @@ def record_lives(
             _record_missing(parts, missing, workers, settings, bar.update)
         with writer, tqdm(total=count, desc="joining", unit="life", disable=not progress) as bar:
             for number in range(count):
-                writer.add(_read_row(_part(parts, number)), split_of(number), NAMES)
+                writer.add(_read_part(_part(parts, number)), split_of(number), NAMES)
                 bar.update()
             minutes = round(count * life_ticks * TICK_SECONDS / 60, 2)
             writer.facts["report"] = {"lives": count, "minutes": minutes} | settings
@@ -146,7 +147,7 @@ def _record_missing(parts: Path, missing: list[int], workers: int, settings: dic
             done()
         return
     # Processes are spawned: OpenGL and MuJoCo do not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent) as pool:
         lives = [pool.submit(_record_part, parts, number, **settings) for number in missing]
         try:
             for life in as_completed(lives):
@@ -155,6 +156,16 @@ def _record_missing(parts: Path, missing: list[int], workers: int, settings: dic
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work forever."""
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 _ROOMS: dict[tuple[str, int], Room] = {}  # of this process: OpenGL is opened once
@@ -180,25 +191,25 @@ def _part(parts: Path, number: int) -> Path:
     return parts / f"{number:06d}.arrow"
 
 
-def _read_row(path: Path) -> dict:
-    """The row of a part; tracks as numpy, because Python lists of so many numbers take seconds."""
-    with pyarrow.OSFile(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
-        table = stream.read_all()
+def read_row(table: pyarrow.Table) -> dict:
+    """The only row of a table of recordings; tracks as numpy, because Python lists of so many numbers take seconds."""
     row = table.drop_columns(list(TRACKS)).to_pylist()[0]
     for name in TRACKS:
-        column = table.column(name).chunk(0)
+        column = table.column(name).combine_chunks()
         if column.null_count:
             continue
-        values, shape = column.field("values"), []
+        (values, times), shape = column.flatten(), []
         while pyarrow.types.is_list(values.type):
             values = values.flatten()
             shape.append(len(values))
         shape = [after // before for before, after in zip([1, *shape], shape, strict=False)]
-        row[name] = {
-            "values": values.to_numpy().reshape(shape),
-            "times": column.field("times").flatten().to_numpy(),
-        }
+        row[name] = {"values": values.to_numpy().reshape(shape), "times": times.flatten().to_numpy()}
     return row
+
+
+def _read_part(path: Path) -> dict:
+    with pyarrow.OSFile(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+        return read_row(stream.read_all())
 
 
 def _check_settings(path: Path, settings: dict) -> None:

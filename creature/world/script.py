@@ -22,9 +22,9 @@ KINDS = {
     "hand": (1.8, 3.8),
     "who": (0.8, 2.8),
     "felt": (1.5, 3.4),
-    "saw": (0.6, 2.0),
-    "cook": (0.4, 2.0),
-    "buy": (0.4, 2.0),
+    "saw": (1.0, 2.0),
+    "cook": (0.8, 2.0),
+    "buy": (0.8, 2.0),
 }
 TOLD = {"saw": ("saw?", "place", grammar.PLACES), "cook": ("cook?", "food", grammar.FOODS),
         "buy": ("buy?", "item", grammar.ITEMS)}  # fmt: skip
