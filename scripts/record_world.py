@@ -48,7 +48,9 @@ def main() -> None:
     )
     report = facts["report"]
     seconds = time.perf_counter() - began
-    print(f"{report['lives']} lives, {report['minutes']:g} minutes, one life of ten for validation, in {seconds:,.0f} s")
+    print(
+        f"{report['lives']} lives, {report['minutes']:g} minutes, one life of ten for validation, in {seconds:,.0f} s"
+    )
     print(f"{arguments.output}\n{draw_recordings(arguments.output)}\n{write_film(arguments.output)}")
 
 

@@ -26,13 +26,18 @@ HANDS = {
     "high": (0.10, 0.25, 1.95),
     "front": (0.60, 0.22, 1.40),
     "side": (0.05, 0.80, 1.42),
-    "chest": (0.24, 0.1, 1.28),
+    "chest": (0.30, 0.1, 1.28),
 }
 
 # How visitors speak, by split and kind; {what} names a thing, the rest is drawn in `script.py`.
 SAY = {
     "train": {
-        "greet": ("Hello, I am {name}.", "Good morning, my name is {name}.", "Hi there, this is {name}."),
+        "greet": (
+            "Hello, I am {name} and I have a {item}.",
+            "Good morning, my name is {name} from the {place}.",
+            "Hi there, this is {name} and I like {food}.",
+            "I am {name} with the {animal}.",
+        ),
         "touch": ("Touch the {what}, please.", "Could you touch the {what}?", "Put your hand on the {what}.",
                   "I want you to touch the {what} now."),
         "push": ("Push the {what}, please.", "Could you push the {what} away?", "Move the {what} a little.",
@@ -53,7 +58,11 @@ SAY = {
         "buy?": ("What is it that my {relative} has now?", "Tell me which thing my {relative} has."),
     },
     "validation": {
-        "greet": ("Hi, I am {name}.", "Hello there, my name is {name}."),
+        "greet": (
+            "Hi, my name is {name} and I have a {animal}.",
+            "Hello there, I am {name} with the {item}.",
+            "Good morning, this is {name} from the {place} and I like {food}.",
+        ),
         "touch": ("Please touch the {what} now.", "Could you put your hand on the {what}?"),
         "push": ("Please push the {what} a little.", "Could you move the {what} now?"),
         "look": ("Please look at the {what} now.", "Could you see the {what}?"),

@@ -394,7 +394,7 @@ class Room:
     def resting_place(self, draw: np.random.Generator, side: str) -> np.ndarray:
         """Where a hand may rest: on the table beside the things, at the belly, before the chest."""
         top = self.setting.table_height
-        places = ((0.32, 0.43, top + 0.02), (0.36, 0.45, top + 0.02), (0.225, 0.10, 1.16), (0.26, 0.12, 1.27))
+        places = ((0.32, 0.43, top + 0.02), (0.36, 0.45, top + 0.02), (0.23, 0.10, 1.16), (0.27, 0.12, 1.27))
         place = np.array(places[int(draw.integers(len(places)))]) + draw.uniform(-0.015, 0.015, 3) * [1, 1, 0.3]
         return place * [1, SIDES[side], 1]
 

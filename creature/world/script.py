@@ -69,7 +69,8 @@ def write_script(draw: np.random.Generator, setting: Setting) -> list[Request]:
     """What is said in a life, in order: both visitors greet, then events follow until the end."""
     requests, time, told, pushed = [], draw.uniform(0.3, 0.7), [], set()
     for visitor in setting.visitors:
-        requests.append(_spoken(draw, setting, "greet", time, visitor, {"name": visitor[0]}, GREET_SECONDS))
+        details = _details(draw, setting, "greet") | {"name": visitor[0]}
+        requests.append(_spoken(draw, setting, "greet", time, visitor, details, GREET_SECONDS))
         time = requests[-1].until
     kinds, weights = list(KINDS), np.array([share for share, _ in KINDS.values()])
     while True:
