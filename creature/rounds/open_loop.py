@@ -72,8 +72,7 @@ def forecast(model, windows: list[dict[str, np.ndarray]], command: str, ahead: i
     What a creature commands in the ticks after each window, from its own commands alone: [windows, ahead, ...] as
     `forward` emits it, on the CPU.
 
-    Every tick is a pass over the whole window, without a cache: windows of different lengths then need no padding on
-    the left, which attention would have to be kept from.
+    Windows of one length are computed together, WINDOWS at a time, with a cache.
 
     Args:
         model: a MultiModalCreature in evaluation mode; autocast, where wanted, is the caller's.
@@ -81,19 +80,27 @@ def forecast(model, windows: list[dict[str, np.ndarray]], command: str, ahead: i
             all others are absent.
         command: "animation" or "action", which the senses have to hold: what is emitted, and fed back as its copy.
     """
-    last = torch.tensor([max(map(len, window.values())) - 1 for window in windows], device=model.device)
-    batch = collate_clips(windows, ticks=int(last.max()) + ahead)
-    batch = {name: value.to(model.device) for name, value in batch.items()}
-    if "input_ids" in batch and model.config.null_token_id is not None:  # the inner voice goes on, and says nothing
-        ahead_of = torch.arange(batch["input_ids"].shape[1], device=model.device) > last[:, None]
-        batch["input_ids"] = batch["input_ids"].masked_fill(ahead_of, model.config.null_token_id)
-    rows, found = torch.arange(len(windows), device=model.device), []
-    for now in last + torch.arange(ahead, device=model.device)[:, None]:  # [windows] ticks
-        if found:
-            batch[command][rows, now] = found[-1]
-            batch[f"{command}_mask"][rows, now] = True
-        output = model(**batch, output_streams=("animation",), return_logits=False, use_cache=False)
-        found.append(output[command][rows, now].float())
+    lengths, found = [max(map(len, window.values())) for window in windows], {}
+    for length in dict.fromkeys(lengths):
+        places = [place for place, other in enumerate(lengths) if other == length]
+        for group in (places[first : first + WINDOWS] for first in range(0, len(places), WINDOWS)):
+            commands = _forecast_together(model, [windows[place] for place in group], command, ahead)
+            found |= dict(zip(group, commands, strict=True))
+    return torch.stack([found[place] for place in range(len(windows))])
+
+
+def _forecast_together(model, windows: list[dict[str, np.ndarray]], command: str, ahead: int) -> torch.Tensor:
+    """`forecast` of windows of one length."""
+    senses = {name: value.to(model.device) for name, value in collate_clips(windows).items()}
+    silent, cache, found = {}, None, []
+    if "input_ids" in senses and model.config.null_token_id is not None:  # the inner voice goes on, and says nothing
+        silent["input_ids"] = senses["input_ids"].new_full((len(windows), 1), model.config.null_token_id)
+    there = torch.ones(len(windows), 1, dtype=torch.bool, device=model.device)
+    for _ in range(ahead):
+        options = {"output_streams": ("animation",), "use_cache": True, "logits_to_keep": 1}
+        output = model(**senses, past_key_values=cache, return_logits=False, **options)
+        found.append(output[command][:, -1].float())
+        senses, cache = silent | {command: found[-1][:, None], f"{command}_mask": there}, output.past_key_values
     return torch.stack(found, dim=1).cpu()
 
 
@@ -131,8 +138,7 @@ def measure_open_loop(
         windows = list(open_loop_windows(chosen, name, min(PAST, context - AHEAD + 1)))
         if windows:
             known, comes, last = zip(*windows, strict=True)
-            groups = [known[first : first + WINDOWS] for first in range(0, len(known), WINDOWS)]
-            found = torch.cat([forecast(model, [*group], command) for group in groups])
+            found = forecast(model, [*known], command)
             target, last = (torch.from_numpy(np.stack(values)) for values in (comes, last))
             still = last[:, None, None].expand_as(target)
         if part == "rotation":
