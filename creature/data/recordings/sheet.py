@@ -115,6 +115,7 @@ def _draw_lines(axis, track: dict, end: float) -> None:
     times = np.array(track["times"])
     shown = times <= end
     values = np.array(track["values"], dtype=np.float64).reshape(len(times), -1)[shown]
+    values = values[:, ~np.isnan(values).all(axis=0)]  # without the parts that nothing touches until then
     if len(values) == 1:  # one row: all its numbers, side by side
         axis.plot(np.linspace(0, end, values.shape[1] + 2)[1:-1], values[0], ".", markersize=4)
     else:  # those that move most
