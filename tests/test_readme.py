@@ -163,7 +163,8 @@ def test_files_and_flags_of_a_command_exist(page, mark, command, monkeypatch):
     monkeypatch.chdir(PROJECT)
     words = shlex.split(command)
     if words[:2] == ["pip", "install"]:
-        assert words[2:5] in (["-c", "constraints.txt", "-e"],) and words[5] in (".", ".[test]")
+        assert words[2:5] == ["-c", "constraints.txt", "-e"] and re.fullmatch(r"\.(\[\w+\])?", words[5]), command
+        assert f'"{words[5][2:-1]}": [' in (PROJECT / "setup.py").read_text(encoding="utf-8") or words[5] == "."
         return
     for word in words:
         if word.endswith((".py", ".yaml")):
