@@ -393,22 +393,23 @@ class CreatureProcessor(ProcessorMixin):
             elif not isinstance(picture, Image.Image):
                 picture = Image.fromarray(np.asarray(picture))
             picture = ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), (width, height))
-        except (OSError, TypeError, KeyError, AttributeError, SyntaxError, ValueError) as error:
+        except (OSError, TypeError, KeyError, AttributeError, SyntaxError, ValueError, ZeroDivisionError) as error:
             reason = str(error) or type(error).__name__
             raise ValueError(f"A picture cannot be decoded ({reason}): take it out, or record it again.") from error
         return np.asarray(picture).transpose(2, 0, 1)
 
     def normalize(self, name: str, values: np.ndarray) -> np.ndarray:
         """body_state or action [..., size] in physical units as the model takes them; ValueError without statistics."""
-        mean, std = self._statistics(name)
+        mean, std = self.require_statistics(name)
         return ((values - mean) / std).astype(np.float32)
 
     def denormalize(self, name: str, values: np.ndarray) -> np.ndarray:
         """The inverse of `normalize`."""
-        mean, std = self._statistics(name)
+        mean, std = self.require_statistics(name)
         return (values * std + mean).astype(np.float32)
 
-    def _statistics(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def require_statistics(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(mean, standard deviation) of body_state or action; ValueError where the configuration has none."""
         mean, std = getattr(self.config, f"{name}_mean"), getattr(self.config, f"{name}_std")
         if mean is None or std is None:
             raise ValueError(

@@ -28,6 +28,7 @@ BODY = dict(
 SIZES = {**GPT2, **BODY, "num_mel_bins": 8, "audio_frames_per_tick": 8, "tie_word_embeddings": False}
 ALL_GREEDY = dict.fromkeys(ALL_STREAMS[:3], GREEDY)
 OWN = ("input_ids", "external_text_ids", "audio_codes", "animation", "animation_mask", "action", "action_mask")
+CONTACT = dict(point=1, surface=0, force=1, x=0, y=0, z=0, temperature=20)
 EXACT = dict(atol=2e-4, rtol=1e-4)
 
 
@@ -149,6 +150,14 @@ def test_streams_that_were_not_trained_are_not_emitted(processor, life):
         LiveCreature(model, processor, streams=("voice",))
 
 
+def test_an_action_without_statistics_is_refused_before_the_first_tick():
+    model = micro_model(**SIZES | {"action_mean": None, "action_std": None})
+    processor = CreatureProcessor.from_config(model.config, load_tokenizer())
+    with pytest.raises(ValueError, match="no statistics of action: set action_mean"):
+        LiveCreature(model, processor)
+    assert LiveCreature(model, processor, streams=("internal_text",)).tick().action is None
+
+
 def test_a_recorded_graph_gives_the_same_life(processor, life, monkeypatch):
     """
     In place of a CUDA graph, the recorded pass runs again: buffers, masks and what recording leaves are those of a GPU.
@@ -261,14 +270,30 @@ def test_a_wrong_sense_is_a_sentence_and_changes_nothing(creature, life):
             r"\[4\]: give \[5\]",
         ),
         (dict(images=[picture(1)]), "2 cameras"),
-        (dict(touch=[dict(point=99, surface=0, force=1, x=0, y=0, z=0, temperature=20)]), "the point 99"),
+        (dict(touch=[CONTACT | dict(point=99)]), "the point 99"),
         (dict(audio=np.zeros((2, 99, 3))), "samples"),
         (dict(images=[b"no picture"] * 2), "cannot be decoded"),
+        (dict(images=[np.zeros((0, 8, 3), np.uint8)] * 2), "cannot be decoded"),
+        (dict(images=5), "a picture for each camera"),
+        (dict(joint_rotations="turned"), "joint_rotations is an array of <U6"),
+        (dict(joint_rotations=[[1], [1, 2]]), "no array of numbers"),
+        (dict(state=["hot"] * 5), "give one of numbers"),
+        (dict(touch=np.zeros((2, 7))), "no list of contacts"),
+        (dict(touch=[dict(point=1)]), "no list of contacts: give a dict of point, surface, force"),
+        (dict(touch=[CONTACT | dict(force="much")]), "force of touch is an array of <U4"),
+        (dict(words=5), '"words" is a text'),
+        (dict(words=[None]), '"words" is a text'),
+        (dict(words=["\ud800"]), "half a character"),
+        # Numbers that overflow in the model: without a check, every later tick is NaN.
+        (dict(audio=np.full(1280, 3e38)), "audio has a number beyond 1e"),
+        (dict(touch=[CONTACT | dict(x=-3e38)]), "x of touch has a number beyond 1e"),
+        (dict(joint_positions=np.full((3, 3), 3e38)), "joint_positions has a number beyond 1e"),
+        (dict(state=np.full(5, 1e300)), "state has a number beyond 1e"),
     ):
         with pytest.raises(ValueError, match=message):
             creature.tick(**{"audio": np.ones(1280), "words": "hello", **wrong})
     assert creature.now == 1 and creature._past.get_seq_length() == 1
-    assert not np.array(creature.perception.ears.samples).any()
+    assert not np.array(creature.perception.ears.samples).any() and not creature.perception.words
     np.testing.assert_array_equal(creature.step(senses).arguments["pixel_values"][0, 0], life["pixel_values"][0])
 
 

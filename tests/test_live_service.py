@@ -16,7 +16,8 @@ from creature.data.text.tokenizer import load_tokenizer
 from creature.errors import UserError
 from creature.live import LiveCreature
 from creature.live.frames import DTYPES, LONGEST_ARRAYS, LONGEST_HEADER, pack, unpack
-from creature.live.service import CONTACT, EMITTED, LARGEST, MOST_LEAVING, REQUESTS, SENSES, Service
+from creature.live.perception import CONTACT_NOW, LARGEST
+from creature.live.service import EMITTED, MOST_LEAVING, REQUESTS, SENSES, Service
 from creature.settings import PROJECT
 from processing_creature import CreatureProcessor
 
@@ -110,7 +111,7 @@ def is_sentence(answer: dict) -> bool:
 
 def test_a_tick_over_the_socket_is_a_tick(client, model, processor, senses):
     creature = LiveCreature(model, processor)
-    touch = [dict(zip(CONTACT, contact, strict=True)) for contact in senses["touch"].tolist()]
+    touch = [dict(zip(CONTACT_NOW, contact, strict=True)) for contact in senses["touch"].tolist()]
     said = []
     for tick in range(9):
         given = {name: value for name, value in senses.items() if tick % 3 or name in ("audio", "images")}
@@ -162,7 +163,7 @@ def test_a_wrong_request_is_a_sentence_and_the_connection_goes_on(client, servic
     asked("A reset has no 'words'", kind="reset", words=[])
     for seed in (-1, 1 << 63, 0.5, "1", True):
         asked("whole number", kind="reset", seed=seed)
-    for words in ("hello", [1], {"word": "x"}, ["\ud800"]):
+    for words in (5, [1], {"words": "x"}, ["\ud800"]):
         asked('"words" holds|"words" is', words=words)
     asked("audio is an array of int32", {"audio": np.ones(1280, np.int32)})
     asked("out of uint8", {"audio": np.ones(1280, np.float64)})

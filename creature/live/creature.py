@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from configuration_creature import STREAMS
+from creature.errors import UserError, first_line
 from creature.live.emission import Emission, VoiceStream, WordStream
 from creature.live.perception import Perception
 from creature.loading import find_model, load_config, load_processor, load_to_generate, trained_ticks
@@ -74,6 +75,9 @@ class LiveCreature:
         sampling: how each stream is drawn, by name, where that differs from `default_sampling`.
         seed: of the draws: the same one with the same senses gives the same life.
         sampling_rate: of the sound that arrives, in Hz.
+
+    Raises:
+        ValueError: for a stream that the model does not have, and for an action without its mean and deviation.
     """
 
     def __init__(
@@ -94,6 +98,8 @@ class LiveCreature:
         self.model, self.processor, self.config = model.eval(), processor, config
         self.window = window or config.sliding_window or config.max_position_embeddings
         self.streams = trained if streams is None else tuple(streams)
+        if "animation" in self.streams and config.action_size:
+            processor.require_statistics("action")
         self.sampling = default_sampling(config) | (sampling or {})
         self.seed, self.generator = seed, torch.Generator(model.device)
         self.perception = Perception(processor, sampling_rate)
@@ -109,13 +115,18 @@ class LiveCreature:
             options: those of [`LiveCreature`].
 
         Raises:
-            UserError: for a folder without a creature, or a damaged one.
+            UserError: for a folder without a creature, a damaged one, or one that does not fit the options.
         """
         folder = find_model(folder)
         config = load_config(folder)
         model, _ = load_to_generate(folder, device)
         options.setdefault("window", config.sliding_window or trained_ticks(folder, config.max_position_embeddings))
-        return cls(model, load_processor(folder, config), **options)
+        try:
+            return cls(model, load_processor(folder, config), **options)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"{folder} cannot live: {first_line(error)}") from error
 
     def reset(self, seed: int | None = None) -> None:
         """Begin a new life: nothing is remembered. seed: of its draws, by default the one of the life before."""
@@ -151,12 +162,14 @@ class LiveCreature:
             state: [body_state_size] in physical units, or [sub-frames, body_state_size].
             joint_positions, joint_rotations: [joints, 3] m in the frame of the root and [joints, 4] quaternions (w, x,
                 y, z), or [sub-frames, joints, ...]. A body that measures both and a state is felt if all are there.
-            touch: contacts, {point, surface, force, x, y, z, temperature} each, in the units of recordings.
+            touch: contacts, {point, surface, force, x, y, z, temperature} each, in the units of recordings. A contact,
+                or a body, with a number that is not finite was not measured.
             words: heard at this tick, text or a list of words; their tokens are heard one a tick, in a burst the later
                 ones later. "" or [] is silence, None is nobody who could speak.
 
         Raises:
-            ValueError: for a sense that does not fit the model, in a sentence. The tick can be given again.
+            ValueError: for a sense that does not fit the model, or with a number beyond 1e9, which would overflow in
+                it. Nothing has changed then: the tick can be given again.
         """
         started = time.perf_counter()
         arguments = self.perception(audio, images, state, joint_positions, joint_rotations, touch, words)
