@@ -32,6 +32,8 @@ class Sampling:
     def __post_init__(self):
         if not (0 <= self.temperature < float("inf") and 0 <= (self.null_temperature or 0.0) < float("inf")):
             raise ValueError("Sampling: a temperature is at least 0, and 0 takes the likeliest.")
+        if self.null_bias != self.null_bias:
+            raise ValueError("Sampling: null_bias is not a number: give one, 0 for none.")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"Sampling: top_k ({self.top_k}) is at least 0, top_p ({self.top_p}) above 0, at most 1.")
 

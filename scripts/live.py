@@ -26,6 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from creature.errors import UserError, first_line, run_main  # noqa: E402
 from creature.files import user_path  # noqa: E402
 
+# Flags that say nothing about the other lives.
+GOES_WITH = {
+    "id": ("recording",), "seconds": ("recording", "world"), "real_time": ("recording", "world"),
+    "teacher": ("world",), "without": ("world",), "host": ("serve",), "sampling_rate": ("serve",),
+}  # fmt: skip
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,8 +65,10 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if sum(getattr(arguments, name) is not None for name in ("recording", "world", "serve")) != 1:
         parser.error("say in what it lives: --recording FOLDER, --world or --serve")
-    if arguments.serve is None and arguments.sampling_rate != 16000:
-        parser.error("--sampling_rate goes with --serve: recordings and the room have their own")
+    for name, lives in GOES_WITH.items():
+        given = getattr(arguments, name) != parser.get_default(name)
+        if given and all(getattr(arguments, life) is None for life in lives):
+            parser.error(f"--{name} goes with --{' or --'.join(lives)}: leave it out")
     if arguments.world is not None and arguments.world < 1:
         parser.error("--world must be at least 1")
     if arguments.seconds is not None and not arguments.seconds > 0:
@@ -144,7 +152,7 @@ def live_in_world(creature, arguments: argparse.Namespace) -> None:
         )
         count(room, done)
         if arguments.teacher:
-            live_as_teacher(room, seed)
+            live_as_teacher(room, seed, ticks)
             count(room, by_teacher)
     print("\n".join(success_table(done, by_teacher if arguments.teacher else None)))
 

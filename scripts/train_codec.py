@@ -42,6 +42,8 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("max_steps", "hidden_size", "learning_rate"):
         if not getattr(arguments, name) > 0:
             parser.error(f"--{name} must be above 0")
+    if arguments.seed < 0:
+        parser.error("--seed must be at least 0")
     return arguments
 
 

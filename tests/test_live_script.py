@@ -67,6 +67,10 @@ def test_its_flags(place, run_script):
         (("--seconds", 0), "--seconds must be above 0"),
         (("--serve", 7000), "--recording FOLDER, --world or --serve"),
         (("--recording", "nowhere"), "nowhere is no folder of recordings"),
+        (("--null_bias", "nan"), "null_bias is not a number"),
+        (("--without", "vision"), "--without goes with --world"),
+        (("--teacher",), "--teacher goes with --world"),
+        (("--host", "0.0.0.0"), "--host goes with --serve"),
         (("--checkpoint", "nowhere"), "there is no folder nowhere"),
     ],
 )
@@ -151,6 +155,20 @@ def test_a_life_in_the_room(run_script, tmp_path):
         "touch",
     )
     code, out, _ = run_script("live", *flags)
-    assert code == 0 and "life 1 of 1: 20 ticks, 1.6 s of life" in out and "asked for" in out
-    with pytest.raises(UserError, match="3 joints"):
-        make_room(LiveCreature(micro_model(**GPT2), creature.processor))
+    assert code == 0 and "life 1 of 1: 20 ticks, 1.6 s of life" in out and "nothing was asked for yet" in out
+
+    def refuse(message, **changes):
+        model = micro_model(**{**GPT2, **sizes, "action_size": 0, "num_touch_points": 64, **changes})
+        with pytest.raises(UserError, match=message):
+            make_room(LiveCreature(model, CreatureProcessor.from_config(model.config, load_tokenizer())))
+
+    refuse("has 3 joints", num_joints=3)
+    refuse("4 sub-frames a tick, and", num_blend_shapes=0)
+    felt = {"internal_text": 1.0}  # it does not move, and feels its joints and its skin
+    refuse("has 3 joints", num_joints=3, loss_weights=felt)
+    refuse("1 sub-frames", subframes_per_tick=1, loss_weights=felt)
+    refuse("has 10 points", num_touch_points=10, loss_weights=felt)
+    refuse("and 2 surfaces", num_touch_surfaces=2, loss_weights=felt)
+    model = micro_model(**GPT2, num_joints=0, num_cameras=0, num_touch_points=0, num_mel_bins=0, loss_weights=felt)
+    reader = LiveCreature(model, CreatureProcessor.from_config(model.config, load_tokenizer()))
+    assert len(list(live_in_room(reader, make_room(reader), 0, ticks=2))) == 2

@@ -10,6 +10,7 @@ from creature.live.creature import LiveCreature
 from creature.live.emission import Emission
 from creature.world.body import JOINTS
 from creature.world.room import NUM_BLEND_SHAPES, SAMPLES, SUBFRAMES, Room
+from creature.world.scene import SURFACES
 from creature.world.script import Request
 from creature.world.teacher import Teacher
 
@@ -21,6 +22,10 @@ SENSES = {
     "touch": ("touch",),
     "external_voice": ("words",),
 }
+
+
+BODY = len(JOINTS), NUM_BLEND_SHAPES, SUBFRAMES
+REMEDY = "take a creature that was trained on recordings of scripts/record_world.py"
 
 
 @dataclass
@@ -40,11 +45,20 @@ class Success:
 def make_room(creature: LiveCreature, split: str = "validation") -> Room:
     """A room that the creature has the body for; UserError for another body, and without the libraries of the room."""
     config = creature.config
-    body = config.num_joints, config.num_blend_shapes, config.subframes_per_tick
-    if "animation" in creature.streams and body != (len(JOINTS), NUM_BLEND_SHAPES, SUBFRAMES):
+    body, wanted = (config.num_joints, config.num_blend_shapes, config.subframes_per_tick), BODY
+    if "animation" not in creature.streams:  # it is not moved, and feels joints if it has any
+        body, wanted = body[::2], wanted[::2]
+    if body != wanted and ("animation" in creature.streams or config.num_joints):
         raise UserError(
-            f"the creature has {body[0]} joints and {body[1]} face shapes, and the body in the room {len(JOINTS)} and "
-            f"{NUM_BLEND_SHAPES}: take one that was trained on recordings of scripts/record_world.py"
+            f"the creature has {config.num_joints} joints, {config.num_blend_shapes} face shapes and "
+            f"{config.subframes_per_tick} sub-frames a tick, and the body in the room {BODY[0]}, {BODY[1]} and "
+            f"{BODY[2]}: {REMEDY}"
+        )
+    skin = config.num_touch_points, config.num_touch_surfaces
+    if 0 < skin[0] < len(JOINTS) or skin[0] and skin[1] <= max(SURFACES.values()):
+        raise UserError(
+            f"the skin of the creature has {skin[0]} points and {skin[1]} surfaces, and that of the body in the room "
+            f"{len(JOINTS)} and {max(SURFACES.values()) + 1}: {REMEDY}"
         )
     if config.num_cameras not in (0, 2) or len(set(config.image_shape)) > 1:
         raise UserError("the body in the room has two eyes with square pictures: take a creature that sees with them")
@@ -78,11 +92,11 @@ def live_in_room(
         room.act(**command, words=[word["word"] for word in emission.said])
 
 
-def live_as_teacher(room: Room, seed: int) -> None:
-    """The life of the recorded teacher in the room of a seed."""
+def live_as_teacher(room: Room, seed: int, ticks: int | None = None) -> None:
+    """The life of the recorded teacher in the room of a seed. ticks: after which it ends, by default the whole life."""
     room.reset(seed)
     teacher = Teacher(room, seed)
-    while not room.done:
+    while not room.done and (ticks is None or room.tick < ticks):
         room.act(**teacher.act())
 
 
@@ -95,6 +109,8 @@ def count(room: Room, kinds: dict[str, Success]) -> None:
 
 def success_table(creature: dict[str, Success], teacher: dict[str, Success] | None = None) -> list[str]:
     """The lines of a table: each kind of request, how often it was done, by the teacher, and by chance."""
+    if not creature:
+        return ["nothing was asked for yet: a longer life is asked to touch, to look and to tell"]
     lines = [f"{'asked for':<14}{'times':>7}{'done':>7}{'chance':>8}" + (f"{'teacher':>9}" if teacher else "")]
     rows = [(kind, creature[kind], (teacher or {}).get(kind)) for kind in sorted(creature)]
     parts = [[one for _, one, _ in rows], [one for *_, one in rows if one is not None]]
