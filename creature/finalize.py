@@ -145,12 +145,15 @@ def check_saved(model, checkpoint: Path, batch: dict) -> None:
 def _plot(folder: Path) -> None:
     from creature.plots import plot_runs, plot_senses
 
-    try:
-        plot_runs([folder], folder / "loss.png")
-        plot_runs([folder], folder / "throughput.png", ("tokens_per_second", "mfu"))
-        plot_senses(folder, folder / "senses.png")
-    except Exception as error:  # the run is finished, with or without plots
-        print(f"no plots were drawn: {error}", flush=True)
+    for name, draw in (
+        ("loss.png", lambda path: plot_runs([folder], path)),
+        ("throughput.png", lambda path: plot_runs([folder], path, ("tokens_per_second", "mfu"))),
+        ("senses.png", lambda path: plot_senses(folder, path)),
+    ):
+        try:
+            draw(folder / name)
+        except Exception as error:  # the run is finished, with or without plots
+            print(f"{name} was not drawn: {error}", flush=True)
 
 
 def resume_command(command: str) -> str:

@@ -56,7 +56,7 @@ def plot_runs(run_folders: list, output: str | Path, metrics=("loss", "tokens_pe
         metrics = (*metrics[:place], *sorted(streams), *metrics[place:])
     panels = [name for name in metrics if any(_points(e, x, n)[0] for e in runs.values() for n in _keys(name))]
     if not panels:
-        raise UserError("there is nothing to plot yet: nothing has been logged")
+        raise UserError(f"there is nothing to plot yet: no {' or '.join(metrics)} has been logged")
     times = [entry["time"] for entries in runs.values() for entry in entries if _is_finite(entry.get("time"))]
     hours = max(times, default=0) >= 7200
     label, scale = (f"time ({'hours' if hours else 'minutes'})", 3600 if hours else 60) if x == "time" else (x, 1)

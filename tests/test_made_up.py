@@ -197,6 +197,12 @@ def test_the_base_install_draws_them(made_up, monkeypatch, kind):
     assert picture_of([row | {column: None}]) != drawn
 
 
+def test_a_point_that_is_touched_after_the_picture_ends_is_no_warning(made_up, recwarn):
+    row = made_up["touch"][0]["train"][0]
+    contacts = [row["touch"][0] | {"point": point, "time": time} for point, time in ((0, 0.5), (0, 0.9), (1, 5.0))]
+    assert picture_of([row | {"touch": contacts, "duration": 6.0}], seconds=2.0) and not list(recwarn)
+
+
 def test_another_kind_and_a_folder_that_is_not_empty_are_refused(tmp_path):
     with pytest.raises(UserError, match="'smell': choose one of hear, see, touch, speak, move"):
         write_made_up_recordings(tmp_path / "new", "smell")

@@ -6,6 +6,7 @@ import math
 import matplotlib.figure
 import pytest
 
+from creature import finalize
 from creature.errors import UserError
 from creature.plots import plot_progression, plot_runs, smooth
 
@@ -103,6 +104,16 @@ def test_nan_and_a_single_point_are_drawn_around(tmp_path, figures):
     assert list(figures[0].axes[0].lines[0].get_xdata()) == [10]
 
 
+def test_a_figure_that_has_nothing_to_show_takes_no_other_away(tmp_path, capsys):
+    """A run of a few steps has logged no speed, and its senses all the same."""
+    entries = [{"step": 1, "tokens": 8, "time": 1.0, "loss": 3.0}]
+    entries += [{"step": 2, "tokens": 16, "time": 2.0, "eval_loss": 3.0, "eval_drop_audio": 3.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    finalize._plot(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["loss.png", "senses.png"]
+    assert capsys.readouterr().out.count("\n") == 1
+
+
 def test_nothing_to_plot_is_an_error(tmp_path):
     run = make_run(tmp_path / "run")
     with pytest.raises(UserError, match="no run folder"):
@@ -111,7 +122,7 @@ def test_nothing_to_plot_is_an_error(tmp_path):
     with pytest.raises(UserError, match="has no metrics.jsonl"):
         plot_runs([tmp_path / "empty"], tmp_path / "x.png")
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match="nothing to plot yet"):
+    with pytest.raises(UserError, match="nothing to plot yet: no loss or tokens_per_second has been logged"):
         plot_runs([tmp_path / "empty"], tmp_path / "x.png")
     with pytest.raises(UserError, match="unknown x axis 'epoch'"):
         plot_runs([run], tmp_path / "x.png", x="epoch")

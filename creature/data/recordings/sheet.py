@@ -119,7 +119,9 @@ def _draw_lines(axis, track: dict, end: float) -> None:
     if len(values) == 1:  # one row: all its numbers, side by side
         axis.plot(np.linspace(0, end, values.shape[1] + 2)[1:-1], values[0], ".", markersize=4)
     else:  # those that move most
-        chosen = np.argsort(-np.nanstd(values, axis=0), kind="stable")[:LINES]
+        spread, known = np.full(values.shape[1], -1.0), np.isfinite(values).any(axis=0)  # touched later: not shown
+        spread[known] = np.nanstd(values[:, known], axis=0)
+        chosen = np.argsort(-spread, kind="stable")[:LINES]
         axis.plot(times[shown], values[:, np.sort(chosen)], linewidth=0.8)
     axis.margins(y=0.1)
 
