@@ -30,9 +30,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="S", help="another one gives other lives (default 0)")
     add("--eye", type=int, default=64, metavar="N", help="pixels of a side of the pictures (default 64)")
     arguments = parser.parse_args()
-    for name, least in (("minutes", 0), ("workers", 1), ("eye", 16)):
-        if not getattr(arguments, name) >= least:
-            parser.error(f"--{name} must be at least {least}")
+    for name, least, most in (("minutes", 0, 1_000_000), ("workers", 1, 1024), ("eye", 16, 1024)):
+        if not least <= getattr(arguments, name) <= most:
+            parser.error(f"--{name} must be from {least} to {most:,}")
     return arguments
 
 

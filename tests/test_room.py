@@ -1,6 +1,10 @@
 """The room: its senses and commands, what each sense alone can tell, and the recordings that come out of it."""
 
 import dataclasses
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ pytest.importorskip("creature.world", exc_type=(ImportError, UserError))  # with
 from creature.data.recordings.clips import organs_of
 from creature.data.recordings.schema import FACE, RecordingsWriter, load_recordings
 from creature.data.text.tokenizer import load_tokenizer
+from creature.settings import PROJECT
 from creature.world import grammar, recording, scene, script
 from creature.world import room as rooms
 from creature.world import teacher as teachers
@@ -332,6 +337,10 @@ def test_a_killed_recording_goes_on_and_workers_change_nothing(tmp_path, monkeyp
     assert not (tmp_path / "lives").exists()
     with pytest.raises(UserError, match="record with the same settings"):
         record_lives(tmp_path / "lives", workers=1, **arguments | {"seed": 6})
+    (tmp_path / ".other.lives").mkdir()
+    for settings in ({"eye": 9999}, {"eye": 16}):  # what failed before its first life binds nobody
+        recording._check_settings(tmp_path / ".other.lives/settings.json", settings)
+    shutil.rmtree(tmp_path / ".other.lives")
     done.append(None)
     monkeypatch.setattr(recording, "_record_part", lambda *args, **settings: done.append(part(*args, **settings)))
     record_lives(tmp_path / "lives", workers=1, **arguments)
@@ -340,3 +349,17 @@ def test_a_killed_recording_goes_on_and_workers_change_nothing(tmp_path, monkeyp
         files = [next((tmp_path / name / split).glob("*.arrow")).read_bytes() for name in ("whole", "lives")]
         assert files[0] == files[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lives", "whole"]
+
+
+@pytest.mark.parametrize("flag", [("--minutes", "inf"), ("--minutes", -1), ("--eye", 20000), ("--workers", 0)])
+def test_flags_out_of_range_are_a_sentence(run_script, tmp_path, flag):
+    code, _, error = run_script("record_world", "--minutes", 1, "--output", tmp_path / "lives", *flag)
+    assert code == 2 and f"{flag[0]} must be from" in error and not list(tmp_path.iterdir())
+
+
+def test_a_mujoco_gl_that_is_no_name_is_a_sentence(tmp_path):
+    command = [sys.executable, PROJECT / "scripts/record_world.py", "--minutes", "1", "--output", tmp_path / "lives"]
+    ended = subprocess.run(command, env=os.environ | {"MUJOCO_GL": "bogus"}, capture_output=True, text=True)
+    assert (
+        ended.returncode == 1 and "set MUJOCO_GL to egl or osmesa" in ended.stderr and "Traceback" not in ended.stderr
+    )

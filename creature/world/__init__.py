@@ -18,5 +18,5 @@ except ModuleNotFoundError as error:
     raise UserError(
         f"{error.name} is not installed: pip install -c constraints.txt -e '.[world]' brings what the room needs"
     ) from error
-except (AttributeError, ImportError) as error:  # PyOpenGL, of a library that is missing
+except (AttributeError, ImportError, RuntimeError) as error:  # of a library that is missing, or MUJOCO_GL is no name
     raise UserError(NO_OPENGL.format(reason=first_line(error))) from error

@@ -213,7 +213,7 @@ def _read_part(path: Path) -> dict:
 
 
 def _check_settings(path: Path, settings: dict) -> None:
-    if path.is_file():
+    if path.is_file() and any(path.parent.glob("*.arrow")):
         before = json.loads(path.read_text(encoding="utf-8"))
         if before != settings:
             raise UserError(
