@@ -228,7 +228,8 @@ def read_sound(audio: dict) -> tuple[np.ndarray, int]:
     try:
         return soundfile.read(io.BytesIO(audio["bytes"]) if audio.get("bytes") else audio["path"], dtype="float32")
     except (soundfile.LibsndfileError, OSError, TypeError, KeyError) as error:
-        raise ValueError(f"The sound cannot be read ({error}): convert it to FLAC or WAV.") from error
+        reason = getattr(error, "error_string", error)  # without the address of the bytes
+        raise ValueError(f"The sound cannot be read ({reason}): convert it to FLAC or WAV.") from error
 
 
 def _read_wav(audio: dict) -> tuple[np.ndarray, int]:

@@ -33,7 +33,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen at (default 7860)")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: a GPU if there is one")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not 0 < arguments.port < 1 << 16:
+        parser.error("--port must be from 1 to 65535")
+    return arguments
 
 
 def main() -> None:

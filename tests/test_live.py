@@ -153,7 +153,7 @@ def test_streams_that_were_not_trained_are_not_emitted(processor, life):
 def test_an_action_without_statistics_is_refused_before_the_first_tick():
     model = micro_model(**SIZES | {"action_mean": None, "action_std": None})
     processor = CreatureProcessor.from_config(model.config, load_tokenizer())
-    with pytest.raises(ValueError, match="no statistics of action: set action_mean"):
+    with pytest.raises(UserError, match="no statistics of action: set action_mean"):
         LiveCreature(model, processor)
     assert LiveCreature(model, processor, streams=("internal_text",)).tick().action is None
 

@@ -286,3 +286,8 @@ def test_the_tab_in_a_browser(model, recordings, tmp_path):
     finally:
         page.close()
     assert not [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+
+
+def test_a_port_that_no_machine_has_is_a_sentence(run_script):
+    code, _, error = run_script("demo", "--checkpoint", "nowhere", "--port", 99999)
+    assert code == 2 and "--port must be from 1 to 65535" in error

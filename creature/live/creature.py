@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from configuration_creature import STREAMS
-from creature.errors import UserError, first_line
+from creature.errors import UserError
 from creature.live.emission import Emission, VoiceStream, WordStream
 from creature.live.perception import Perception
 from creature.loading import find_model, load_config, load_processor, load_to_generate, trained_ticks
@@ -77,7 +77,8 @@ class LiveCreature:
         sampling_rate: of the sound that arrives, in Hz.
 
     Raises:
-        ValueError: for a stream that the model does not have, and for an action without its mean and deviation.
+        ValueError: for a stream that the model does not have.
+        UserError: for a model that commands numbers (`action`) and has not their mean and standard deviation.
     """
 
     def __init__(
@@ -99,7 +100,10 @@ class LiveCreature:
         self.window = window or config.sliding_window or config.max_position_embeddings
         self.streams = trained if streams is None else tuple(streams)
         if "animation" in self.streams and config.action_size:
-            processor.require_statistics("action")
+            try:
+                processor.require_statistics("action")
+            except ValueError as error:
+                raise UserError(str(error)) from None
         self.sampling = default_sampling(config) | (sampling or {})
         self.seed, self.generator = seed, torch.Generator(model.device)
         self.perception = Perception(processor, sampling_rate)
@@ -115,18 +119,13 @@ class LiveCreature:
             options: those of [`LiveCreature`].
 
         Raises:
-            UserError: for a folder without a creature, a damaged one, or one that does not fit the options.
+            UserError: for a folder without a creature, a damaged one, or one that commands without statistics.
         """
         folder = find_model(folder)
         config = load_config(folder)
         model, _ = load_to_generate(folder, device)
         options.setdefault("window", config.sliding_window or trained_ticks(folder, config.max_position_embeddings))
-        try:
-            return cls(model, load_processor(folder, config), **options)
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(f"{folder} cannot live: {first_line(error)}") from error
+        return cls(model, load_processor(folder, config), **options)
 
     def reset(self, seed: int | None = None) -> None:
         """Begin a new life: nothing is remembered. seed: of its draws, by default the one of the life before."""
