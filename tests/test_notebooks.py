@@ -16,9 +16,9 @@ from creatures import MICRO
 nbformat = pytest.importorskip("nbformat")
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-NAMES = ("01_first_run", "02_generate", "03_compare_runs", "04_look_inside", "05_recordings")
+NAMES = ("01_first_run", "02_generate", "03_compare_runs", "04_look_inside", "05_recordings", "06_live")
 FIGURES = {"01_first_run": 1, "02_generate": 2, "03_compare_runs": 5, "04_look_inside": 3}
-FIGURES |= {"05_recordings hear": 3, "05_recordings move": 3}
+FIGURES |= {"05_recordings hear": 3, "05_recordings move": 3, "06_live hear": 2}
 ORGANS = ("num_joints", "num_blend_shapes")  # which follow the recordings
 
 
@@ -47,8 +47,8 @@ def test_a_notebook_is_committed_valid_small_and_without_outputs(name):
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     """
-    Every notebook after its execution: the first trains the run that the others look at, and the last is executed for
-    two kinds of recordings.
+    Every notebook after its execution: the first trains the run that the others look at, the fifth is executed for two
+    kinds of recordings, and the last lives in the first of them.
     """
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
@@ -88,8 +88,9 @@ def executed(tmp_path_factory):
         done = {NAMES[0]: execute(NAMES[0])}
         copy_run(*runs)
         with ThreadPoolExecutor(2) as pool:
-            others = [name for name in FIGURES if name != NAMES[0]]
+            others = [name for name in FIGURES if name not in (NAMES[0], "06_live hear")]
             done |= dict(zip(others, pool.map(execute, others), strict=True))
+        done["06_live hear"] = execute("06_live hear")  # lives what 05_recordings has trained
     if keep := os.environ.get("CREATURE_KEEP_NOTEBOOKS"):  # to look at them
         for name, notebook in done.items():
             nbformat.write(notebook, Path(keep) / f"{name}.ipynb")
@@ -158,3 +159,9 @@ def test_a_round_shows_its_arguments_and_what_is_thought_beside_the_true_words(e
     (table,) = outputs(heard, "text/html")
     assert "thought" in table and re.search(r"(low|middle|high) \(\d\.\d\d s\)", table)
     assert not outputs(moved, "text/html")
+
+
+def test_a_live_creature_thinks_beside_what_was_recorded(executed):
+    text = outputs(executed["06_live hear"], "text")
+    assert re.search(r"time +hears +thinks +recorded", text) and re.search(r"\d+ ticks, .* times real time", text)
+    assert re.search(r"\d\.\d\d s +\S", text) and "a tick takes" in text
