@@ -22,8 +22,9 @@ from creature.errors import UserError
 from creature.files import lock_folder, replace_file, require_writable
 from creature.world.body import JOINTS, SIDES
 from creature.world.room import NUM_BLEND_SHAPES, SUBFRAMES, Room
-from creature.world.script import LIFE_TICKS, TICK_SECONDS
+from creature.world.script import LIFE_TICKS
 from creature.world.teacher import Teacher
+from ticks_creature import TICK_SECONDS
 
 VALIDATION_EVERY = 10  # of ten lives, the second is for validation
 SEEN_AT = (SUBFRAMES - 1) / SUBFRAMES  # share of a tick after which the eyes see

@@ -22,8 +22,9 @@ from creature.world import NO_OPENGL
 from creature.world.body import ARM, HINGED, JOINTS, SIDES, angles_of, hinge_places, quaternions_of, reach
 from creature.world.grammar import HANDS
 from creature.world.scene import SHAPES, SURFACES, Setting, build, draw_setting
-from creature.world.script import LED_SECONDS, LIFE_TICKS, TICK_SECONDS, Request, remembered, write_script
+from creature.world.script import LED_SECONDS, LIFE_TICKS, Request, remembered, write_script
 from creature.world.speech import SAMPLING_RATE
+from ticks_creature import TICK_SECONDS
 
 SUBFRAMES, STEPS = 4, 5  # of a tick; of MuJoCo in a sub-frame
 SAMPLES = int(TICK_SECONDS * SAMPLING_RATE)

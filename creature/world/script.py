@@ -9,8 +9,9 @@ from creature.world import grammar
 from creature.world.grammar import choose
 from creature.world.scene import COLORS, SHAPES, SIDE_PLACES, Setting
 from creature.world.speech import speak
+from ticks_creature import TICK_SECONDS
 
-LIFE_TICKS, TICK_SECONDS = 512, 0.08  # 40.96 s
+LIFE_TICKS = 512  # 40.96 s
 # Kind of event: how often it comes, seconds from the end of what is said to the next event.
 KINDS = {
     "touch": (4.0, 5.8),

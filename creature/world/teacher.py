@@ -13,8 +13,9 @@ from creature.world.body import EYES, HINGED, SIDES, quaternions_of, reach
 from creature.world.grammar import ANSWER, FEEL, THINK, choose
 from creature.world.room import NUM_BLEND_SHAPES, SAMPLES, SUBFRAMES, Room, smooth
 from creature.world.scene import OWN_VOICE, SHAPES
-from creature.world.script import TICK_SECONDS, Request
+from creature.world.script import Request
 from creature.world.speech import SAMPLING_RATE, speak
+from ticks_creature import TICK_SECONDS
 
 WORD_TICKS = 2  # between two thought words: a word is one or two tokens, and a token takes a tick
 PAUSE = 3  # ticks between hearing and thinking, and between the side and the first movement
