@@ -384,11 +384,13 @@ class CreatureGenerationMixin(GenerationMixin):
         output_streams = self.streams.names if output_streams is None else output_streams
         check_names("output_streams", output_streams, self.streams.names)
         sampling = dict.fromkeys(STREAMS, Sampling(temperature or 0.0)) | (sampling or {})
+        names = {"input_ids", "inputs_embeds", "sense_embeds", *self.model.senses.shapes}
         given = {name: value for name, value in senses.items() if value is not None}
-        ticks = max((value.shape[1] for value in given.values() if value.dim() > 1), default=0)
-        known = given.keys() <= {"input_ids", "inputs_embeds", "sense_embeds", *self.model.senses.shapes}
-        fast = known and isinstance(past_key_values, Stepper | None) and can_step(self)
-        rows = len(next(iter(given.values()))) if given else 0
+        tensors = [value for name, value in given.items() if name in names]
+        ticks = max((value.shape[1] for value in tensors if value.dim() > 1), default=0)
+        rows = len(tensors[0]) if tensors else 0
+        # `forward` takes the rest, and refuses names that it does not know.
+        fast = len(tensors) == len(given) and isinstance(past_key_values, Stepper | None) and can_step(self)
         noise = self._noise(output_streams, sampling, rows, generator)
         if fast and (ticks == 1 or past_key_values is not None):
             past_key_values = past_key_values or Stepper(self, rows)

@@ -24,6 +24,7 @@ import numpy as np  # noqa: E402
 
 from benchmarks.baselines.common import need_scikit_learn  # noqa: E402
 from creature.errors import run_main  # noqa: E402
+from creature.files import user_path  # noqa: E402
 
 TICK = 0.08
 SENSES = ("eyes", "ears", "skin", "body", "command")
@@ -205,7 +206,7 @@ def inputs_of(moments: list[dict], subset: tuple[str, ...], vocabulary: dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="of recordings of the room")
+    parser.add_argument("folder", type=user_path, help="of recordings of the room")
     folder = parser.parse_args().folder
     need_scikit_learn()
     from creature.data.recordings.schema import load_recordings

@@ -23,6 +23,8 @@ from pathlib import Path
 # In place of this folder, whose tokenize.py would hide the standard library's module of that name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from creature.files import user_path  # noqa: E402
+
 STREAMS = ("internal_text", "external_text", "audio", "animation")
 # Name: the senses and the streams.
 ROWS = {
@@ -36,8 +38,8 @@ LINES = 10
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="a creature; default: an untrained tiny one")
-    parser.add_argument("--data", help="folder of recordings for the endurance; default: made up")
+    parser.add_argument("--checkpoint", type=user_path, help="a creature; default: an untrained tiny one")
+    parser.add_argument("--data", type=user_path, help="folder of recordings for the endurance; default: made up")
     parser.add_argument("--ticks", type=int, help="(default 400; of the endurance 45,000)")
     parser.add_argument("--endurance", action="store_true", help="memory, silence and loss over many ticks")
     parser.add_argument("--window", type=int, help="ticks that attention sees (default: the checkpoint's, else 512)")

@@ -114,7 +114,7 @@ def test_help_answers_without_heavy_imports(name, tmp_path):
 def test_a_tilde_is_the_home_folder_in_every_path(folder, tmp_path, monkeypatch):
     """Whatever takes text either expands it or is listed here."""
     no_paths = {"prompt", "host", "card", "text_column", "variants"}
-    no_paths |= {"split_group", "validation_groups", "label_column", "license", "senses", "streams"}
+    no_paths |= {"split_group", "validation_groups", "label_column", "license", "senses", "streams", "id", "flags"}
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setattr(sys, "path", sys.path[:])  # which some benchmarks change
