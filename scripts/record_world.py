@@ -43,9 +43,14 @@ def main() -> None:
     from creature.world.recording import record_lives
 
     progress, began = sys.stderr.isatty(), time.perf_counter()
-    facts = record_lives(
-        arguments.output, arguments.minutes, arguments.workers, arguments.seed, arguments.eye, progress
-    )
+    print(f"recording {arguments.minutes:g} minutes of life with {arguments.workers} process(es)", flush=True)
+    try:
+        facts = record_lives(
+            arguments.output, arguments.minutes, arguments.workers, arguments.seed, arguments.eye, progress
+        )
+    except KeyboardInterrupt:
+        print("the lives so far are kept: the same command goes on", file=sys.stderr, flush=True)
+        raise
     report = facts["report"]
     seconds = time.perf_counter() - began
     print(
