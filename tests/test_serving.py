@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("served") / "micro"
     tokenizer = load_tokenizer()
-    model = micro_model(max_position_embeddings=128, **GPT2)
+    model = micro_model(max_position_embeddings=128, action_mean=[0.0, 0.0], action_std=[1.0, 1.0], **GPT2)
     ids = {name: GPT2[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     words = [i for token, i in tokenizer.get_vocab().items() if re.fullmatch("Ġ[a-z]{3,}", token)]
     with torch.no_grad():  # only words, which a console and a page show unchanged
