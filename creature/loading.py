@@ -155,7 +155,9 @@ def ids_without_text(config: "CreatureConfig", tokenizer: "PreTrainedTokenizerBa
 
 def saved_codec(folder: str | Path) -> Path | None:
     """The folder of the codec that was saved with a model, or with the run around a checkpoint; None without one."""
-    places = (Path(place) / "codec" for place in (folder, Path(folder).parent))
+    from codec_creature import CODEC_FOLDER
+
+    places = (Path(place) / CODEC_FOLDER for place in (folder, Path(folder).parent))
     return next((place for place in places if (place / "config.json").is_file()), None)
 
 

@@ -11,6 +11,7 @@ moments and measures are those of `benchmarks/dedicated.py`, whose models stand 
 """
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -46,14 +47,15 @@ def main() -> None:
     config = load_config(folder)
     import torch
     import transformers
+    from datasets import DatasetDict
 
     from creature.callbacks import evaluation_lines
-    from creature.data.recordings.clips import WHOLE
+    from creature.data.recordings.clips import WHOLE, has_column, make_clips
     from creature.data.recordings.rows import EvaluationClips
     from creature.files import replace_file, require_writable
     from creature.hardware import device_info
     from creature.loading import load_model, trained_ticks
-    from creature.rounds.evaluation import sense_sizes
+    from creature.rounds.evaluation import code_habits, sense_sizes
     from creature.rounds.open_loop import MILLISECONDS, measure_open_loop
     from creature.settings import DataArguments
 
@@ -64,7 +66,13 @@ def main() -> None:
     device = device_info(arguments.device)
     processor = load_processor(folder, config)
     context = trained_ticks(folder, min(DataArguments.clip_ticks, config.max_position_embeddings))
-    clips, about, habits = open_clips(arguments, config, processor, context)
+    recordings, facts = open_recordings(arguments.data)
+    cut = functools.partial(make_clips, cache_dir=Path(arguments.cache_dir, "clips"))
+    held_out = DatasetDict({"validation": recordings["validation"]})
+    # How often each code occurs is counted in the training split, which nothing else here needs.
+    speaks = processor.codec is not None and has_column(recordings, "voice") and "train" in recordings
+    splits, about = cut(recordings if speaks else held_out, facts, processor, context)
+    clips, habits = splits["validation"], code_habits(config, [splits["train"]]) if speaks else None
     if not set(about["streams"]) & {name for name, weight in config.loss_weights.items() if weight}:
         raise UserError(
             f"{arguments.data} feeds {', '.join(about['streams']) or 'no stream'}, which {folder} has not learned: "
@@ -74,8 +82,8 @@ def main() -> None:
     print(f"evaluating {folder} on {device.name}: {len(clips)} clips of up to {context} ticks", file=sys.stderr)
     moves = "animation" in about["streams"]
     with torch.autocast(device.kind, dtype=torch.bfloat16, enabled=device.kind == "cuda" and device.bf16):
-        metrics, sizes = evaluate(model, clips, device.kind, habits), sense_sizes(model, EvaluationClips(clips))
-        whole = EvaluationClips(open_clips(arguments, config, processor, WHOLE)[0]) if moves else []
+        metrics, sizes = evaluate(model, clips, device.kind, habits), sense_sizes(model, clips)
+        whole = EvaluationClips(cut(held_out, facts, processor, WHOLE)[0]["validation"]) if moves else []
         commands = measure_open_loop(model, map(whole.__getitem__, range(len(whole))), context, milliseconds)
     print(f"loss {metrics['loss']:.4f}")
     print("\n".join(evaluation_lines({f"eval_{name}": value for name, value in metrics.items() if name != "loss"})))
@@ -100,26 +108,16 @@ def check_ahead(milliseconds: tuple[int, ...], config) -> tuple[int, ...]:
     return tuple(milliseconds)
 
 
-def open_clips(arguments: argparse.Namespace, config, processor, ticks: int):
-    """
-    (the clips of the validation split, cut to so many ticks; the facts of `make_clips`; the code habits of the training
-    split, where the creature has learned to speak and its recordings have a voice).
-    """
-    from creature.data.recordings.clips import has_column, make_clips
+def open_recordings(folder: str):
+    """(the splits of a folder of recordings, its facts); UserError for one without a validation split."""
     from creature.data.recordings.schema import load_recordings
-    from creature.rounds.evaluation import code_habits
 
-    recordings, facts = load_recordings(arguments.data)
+    recordings, facts = load_recordings(folder)
     if "validation" not in recordings:
         raise UserError(
-            f"{arguments.data} has no validation split: import it again with --validation_fraction or "
-            "--validation_groups"
+            f"{folder} has no validation split: import it again with --validation_fraction or --validation_groups"
         )
-    speaks = processor.codec is not None and has_column(recordings, "voice")
-    for split in [name for name in recordings if name != "validation" and not speaks]:
-        del recordings[split]
-    clips, about = make_clips(recordings, facts, processor, ticks, Path(arguments.cache_dir, "clips"))
-    return clips["validation"], about, code_habits(config, [clips["train"]]) if "train" in clips else None
+    return recordings, facts
 
 
 def evaluate(model, clips, device: str, habits) -> dict[str, float]:

@@ -46,25 +46,28 @@ def model(recordings):
 
 
 @pytest.fixture(scope="module")
-def clips(recordings, model, tmp_path_factory):
+def held_out(recordings, model, tmp_path_factory):
     """The whole validation recordings, 25 to 62 ticks each."""
     splits, facts = load_recordings(recordings)
     processor = CreatureProcessor.from_config(model.config, load_tokenizer())
-    made = EvaluationClips(
-        make_clips(splits, facts, processor, WHOLE, tmp_path_factory.mktemp("clips"))[0]["validation"]
-    )
+    return make_clips(splits, facts, processor, WHOLE, tmp_path_factory.mktemp("clips"))[0]["validation"]
+
+
+@pytest.fixture(scope="module")
+def clips(held_out):
+    made = EvaluationClips(held_out)
     return [made[number] for number in range(len(made))]
 
 
-def test_the_size_of_a_sense_is_that_of_what_it_adds(model, clips):
+def test_the_size_of_a_sense_is_that_of_what_it_adds(model, held_out):
     body = model.model.senses.proprioception.proj.weight
-    before, size = body.detach().clone(), sense_sizes(model, clips)["proprioception"]
-    assert set(sense_sizes(model, clips)) == {"proprioception", "own_action"} and size > 0
+    before, size = body.detach().clone(), sense_sizes(model, held_out)["proprioception"]
+    assert set(sense_sizes(model, held_out)) == {"proprioception", "own_action"} and size > 0
     with torch.no_grad():
         body.mul_(2)
-        assert sense_sizes(model, clips)["proprioception"] == pytest.approx(2 * size)
+        assert sense_sizes(model, held_out)["proprioception"] == pytest.approx(2 * size)
         body.zero_()  # as it is connected
-        assert sense_sizes(model, clips)["proprioception"] == 0
+        assert sense_sizes(model, held_out)["proprioception"] == 0
         body.copy_(before)
 
 

@@ -116,6 +116,8 @@ def test_a_life_in_the_room(run_script, tmp_path):
     try:
         room = make_room(creature)
     except UserError as error:
+        if "OpenGL" not in str(error):
+            raise
         pytest.skip(str(error))
     lived = list(live_in_room(creature, room, 0, ticks=12))
     names = {"input_features", "pixel_values", "joint_rotations", "joint_positions", "external_voice_ids"}

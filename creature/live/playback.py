@@ -8,14 +8,9 @@ import numpy as np
 from creature.errors import UserError, one_line
 from creature.live.creature import LiveCreature
 from creature.live.emission import Emission
-from processing_creature import TARGETS
-from senses_creature import SENSE_TABLE
+from generation_creature import OUTER_SENSES
 from ticks_creature import TICK_SECONDS
 
-# What a creature emitted itself, as the arguments in which it comes back.
-OWN = {"input_ids"} | {
-    name for sense in SENSE_TABLE if sense.copy_of for name in (*sense.arguments, sense.mask) if name
-}
 # The columns of a time line, and where the words of a recording stand in it.
 COLUMNS, WIDTH = ("hears", "thinks", "recorded", "says", "recorded"), 16
 RECORDED = {"external_voice": 0, "internal_text": 2, "external_text": 4}
@@ -38,7 +33,7 @@ def find_recording(folder: str, wanted: str | None = None) -> dict:
 
 def outer_senses(life: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The arguments of `forward` that come from outside, out of those of a recording."""
-    return {name: value for name, value in life.items() if name not in OWN and name not in TARGETS}
+    return {name: value for name, value in life.items() if name in OUTER_SENSES}
 
 
 def play(creature: LiveCreature, recording: dict) -> Iterator[Emission]:

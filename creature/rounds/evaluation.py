@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -127,16 +128,19 @@ def clip_sums(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sense_sizes(model, clips: EvaluationClips) -> dict[str, float]:
+def sense_sizes(model, clips: "Dataset") -> dict[str, float]:
     """
     The root mean square of the vectors that each sense adds, beside the internal voice, divided by that of the token
     table, over the first clips that have it: 0 before training, and far above 1 where a sense drowns the voice.
     """
     table, sizes = model.model.embed_tokens.weight.float().square().mean(), {}
+    rows = EvaluationClips(clips)
     for sense in SENSE_TABLE:
-        having = [clip for clip in map(clips.__getitem__, range(len(clips))) if set(clip) & set(sense.arguments)]
-        if having:
-            batch = collate_clips(having[:SIZED])
+        names = set(sense.arguments) & set(clips.column_names)
+        having = (clip for clip in map(rows.__getitem__, range(len(rows)) if names else ()) if names & clip.keys())
+        measured = list(islice(having, SIZED))
+        if measured:
+            batch = collate_clips(measured)
             given = {name: batch[name].to(model.device) for name in ARGUMENTS[sense.name] if name in batch}
             for vectors in model.model.senses(given, model.model.embed_tokens):
                 felt = vectors[vectors.abs().amax(-1) > 0].float()

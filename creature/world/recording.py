@@ -17,7 +17,7 @@ import pyarrow
 from tqdm import tqdm
 
 from creature.data.recordings.media import encode_sound
-from creature.data.recordings.schema import TRACKS, RecordingsWriter, recording_features
+from creature.data.recordings.schema import TRACKS, RecordingsWriter, recording_features, to_arrow
 from creature.errors import UserError
 from creature.files import lock_folder, replace_file, require_writable
 from creature.world.body import JOINTS, SIDES
@@ -178,11 +178,7 @@ def _record_part(parts: Path, number: int, seed: int, eye: int, life_ticks: int)
     if (split, eye) not in _ROOMS:
         _ROOMS[split, eye] = Room(split=split, eye=eye)
     row = dict.fromkeys(recording_features()) | record_life(_ROOMS[split, eye], seed, number, life_ticks)
-    for name in TRACKS:
-        if row[name] is not None:
-            values = row[name]["values"]
-            rows = list(values) if values.ndim == 2 else [list(joints) for joints in values]
-            row[name] = {"values": rows, "times": row[name]["times"]}
+    row |= {name: to_arrow(row[name]) for name in TRACKS if row[name] is not None}
     batch = pyarrow.RecordBatch.from_pylist([row], schema=recording_features().arrow_schema)
     with replace_file(_part(parts, number)) as file, pyarrow.ipc.new_stream(file, batch.schema) as stream:
         stream.write_batch(batch)

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from creature.data.recordings.media import encode_picture
-from creature.data.recordings.schema import NAMED, TICK_SECONDS, TRACKS, RecordingError, load_recordings, untimed
+from creature.data.recordings.schema import NAMED, TRACKS, RecordingError, load_recordings, untimed
 from creature.data.recordings.sound import sound_rows
 from creature.data.recordings.sources import HELD_OUT, ImportOptions, Job, Notes, list_files
 from creature.data.recordings.transcripts import TEXT_COLUMNS, flatten_values
 from creature.data.text.sources import is_arrow_folder
 from creature.errors import UserError, first_line
+from ticks_creature import TICK_SECONDS
 
 if TYPE_CHECKING:
     from datasets import Dataset

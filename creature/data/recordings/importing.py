@@ -18,7 +18,6 @@ from creature.data.recordings.lerobot import find_episodes
 from creature.data.recordings.schema import (
     RECORDINGS_FILE,
     TEXTS,
-    TICK_SECONDS,
     TRACKS,
     RecordingError,
     RecordingsWriter,
@@ -28,6 +27,7 @@ from creature.data.recordings.sources import SOUND_FILES, TABLE_FILES, ImportOpt
 from creature.data.recordings.tables import find_tables
 from creature.data.text.sources import is_arrow_folder, is_hub_name
 from creature.errors import UserError, first_line
+from ticks_creature import TICK_SECONDS
 
 FINDERS = {
     "lerobot": find_episodes,

@@ -46,7 +46,6 @@ FACE = {"command_rotations": 3, "blend_shapes": 2, "eyes": 3}  # commands of a j
 TRACKS = {"joint_positions": 3, "joint_rotations": 3, "body_state": 2, "action": 2} | FACE
 NAMED = {name: "joints" if "joint_" in name or name == "command_rotations" else name for name in TRACKS}
 SPLITS = ("train", "validation")
-TICK_SECONDS = 0.08
 PART_SECONDS = 600.0  # importers cut longer recordings into several
 BATCH_ROWS, BATCH_SECONDS = 500, 300.0  # of one record batch: what is held in memory while writing
 
@@ -141,11 +140,7 @@ class RecordingsWriter:
         for name in ("body_state", "action"):
             if row[name] is not None and split == "train":
                 self._sums.setdefault(name, _Sums()).add(np.asarray(row[name]["values"], np.float64))
-        for name in TRACKS:
-            if row[name] is not None:
-                values = np.asarray(row[name]["values"], np.float32)
-                rows = list(values) if values.ndim == 2 else [list(joints) for joints in values]
-                row[name] = {"values": rows, "times": np.asarray(row[name]["times"], np.float64)}
+        row |= {name: to_arrow(row[name]) for name in TRACKS if row[name] is not None}
         if split not in self._splits:
             self._splits[split] = _ArrowFile(self._part / split)
         self._splits[split].add(row)
@@ -172,6 +167,13 @@ class RecordingsWriter:
             if self.folder.exists():  # empty, as __init__ has seen; Windows renames over nothing
                 self.folder.rmdir()
             self._part.rename(self.folder)
+
+
+def to_arrow(track: dict) -> dict:
+    """A track as pyarrow takes it: arrays of one dimension in lists."""
+    values = np.asarray(track["values"], np.float32)
+    rows = list(values) if values.ndim == 2 else [list(joints) for joints in values]
+    return {"values": rows, "times": np.asarray(track["times"], np.float64)}
 
 
 class _ArrowFile:

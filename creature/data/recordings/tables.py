@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from creature.data.recordings.schema import PART_SECONDS, TICK_SECONDS, RecordingError, untimed
+from creature.data.recordings.schema import PART_SECONDS, RecordingError, untimed
 from creature.data.recordings.sources import HELD_OUT, TABLE_FILES, ImportOptions, Job, Notes, guess_groups, list_files
 from creature.data.recordings.transcripts import GROUP_COLUMNS
 from creature.errors import first_line
+from ticks_creature import TICK_SECONDS
 
 CHUNK = 50_000  # rows in memory
 TIME = re.compile(
