@@ -232,6 +232,15 @@ def read_sound(audio: dict) -> tuple[np.ndarray, int]:
         raise ValueError(f"The sound cannot be read ({reason}): convert it to FLAC or WAV.") from error
 
 
+def wav_bytes(samples: np.ndarray, sampling_rate: int) -> bytes:
+    """Samples [N] in [-1, 1] as a WAV file of 16 bits, mono."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setparams((1, 2, sampling_rate, len(samples), "NONE", ""))
+        sound.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+    return file.getvalue()
+
+
 def _read_wav(audio: dict) -> tuple[np.ndarray, int]:
     """What soundfile would return of a WAV file of 16 bits; wave.Error for any other."""
     with wave.open(io.BytesIO(audio["bytes"]) if audio.get("bytes") else str(audio["path"]), "rb") as file:

@@ -1,8 +1,6 @@
 """Training of a CreatureCodec on the voices of recordings, and what it makes of voices that were held out."""
 
-import io
 import math
-import wave
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +14,7 @@ from transformers.audio_utils import mel_filter_bank
 from codec_creature import CreatureCodec, decode_voice, encode_voice
 from creature.errors import UserError
 from creature.files import replace_file
-from feature_extraction_creature import CreatureFeatureExtractor, read_sound, resample, to_mono
+from feature_extraction_creature import CreatureFeatureExtractor, read_sound, resample, to_mono, wav_bytes
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -174,12 +172,3 @@ def write_samples(codec: CreatureCodec, voices: list[np.ndarray], folder: Path, 
     with replace_file(paths[-1]) as file:
         figure.savefig(file, format="png", dpi=90)
     return paths
-
-
-def wav_bytes(samples: np.ndarray, rate: int) -> bytes:
-    """Samples [N] in [-1, 1] as a WAV file of 16 bits."""
-    file = io.BytesIO()
-    with wave.open(file, "wb") as sound:
-        sound.setparams((1, 2, rate, len(samples), "NONE", ""))
-        sound.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
-    return file.getvalue()

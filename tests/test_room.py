@@ -25,6 +25,7 @@ from creature.world import grammar, recording, scene, script
 from creature.world import room as rooms
 from creature.world import teacher as teachers
 from creature.world.body import HINGED, JOINTS, angles_of, quaternions_of
+from creature.world.film import write_film
 from creature.world.recording import record_life, record_lives
 from creature.world.room import Room
 from creature.world.scene import SIDE_PLACES, draw_setting
@@ -347,6 +348,11 @@ def test_a_killed_recording_goes_on_and_workers_change_nothing(tmp_path, monkeyp
     monkeypatch.setattr(recording, "_record_part", lambda *args, **settings: done.append(part(*args, **settings)))
     record_lives(tmp_path / "lives", workers=1, **arguments)
     assert len(done) == 3 + 2  # those that were there are not recorded again
+    av = pytest.importorskip("av")
+    with av.open(str(write_film(tmp_path / "lives"))) as film:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+        assert len(pictures) == 2 * 4 and np.std(pictures[0]) > 20 and len(film.streams.audio) == 1
+    (tmp_path / "lives/recordings.mp4").unlink()
     for split in ("train", "validation"):
         files = [next((tmp_path / name / split).glob("*.arrow")).read_bytes() for name in ("whole", "lives")]
         assert files[0] == files[1]

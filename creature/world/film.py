@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from creature.data.recordings.schema import TEXTS, TICK_SECONDS, load_recordings
+from creature.data.recordings.schema import TEXTS, load_recordings
 from creature.data.recordings.sheet import TEXT_COLORS
 from creature.files import replace_file
 from creature.world.body import JOINTS, PARENTS
 from creature.world.scene import SURFACES
 from feature_extraction_creature import read_sound
+from ticks_creature import TICK_SECONDS
 
 WIDTH, HEIGHT, EYE = 800, 480, 256  # pixels
 SECONDS_OF_WORDS = 4.0  # how long a word stays to be read

@@ -23,6 +23,7 @@ import numpy as np
 
 from creature.data.recordings.schema import RecordingsWriter, untimed
 from creature.errors import UserError
+from feature_extraction_creature import wav_bytes
 
 SHORTEST, LONGEST = 2.0, 5.0  # s of a recording
 GROUPS = 5  # instruments, sizes of shapes, hands, arms; the last one is for validation
@@ -98,11 +99,7 @@ def _speak(draw: np.random.Generator, duration: float, trait: float) -> dict:
 
 def _wav(samples: np.ndarray, name: str) -> dict:
     """Samples [N] as a column of sound."""
-    file = io.BytesIO()
-    with wave.open(file, "wb") as sound:
-        sound.setparams((1, 2, SAMPLING_RATE, len(samples), "NONE", ""))
-        sound.writeframes((samples * 32767).astype("<i2").tobytes())
-    return {"bytes": file.getvalue(), "path": name}
+    return {"bytes": wav_bytes(samples, SAMPLING_RATE), "path": name}
 
 
 def _see(draw: np.random.Generator, duration: float, trait: float) -> dict:
