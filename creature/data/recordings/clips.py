@@ -17,6 +17,7 @@ import numpy as np
 from creature.data.text.tokenizer import tokenizer_hash
 from creature.errors import UserError, first_line
 from creature.files import explain_write_errors, require_writable
+from creature.hardware import cpu_cores
 from creature.loading import codec_hash
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from processing_creature import CreatureProcessor
 
 BATCH_SECONDS, MOST_ROWS = 60.0, 64  # of the recordings that are held in memory at a time
+ROWS_OF_PROCESS = 32  # recordings that are worth the start of a process
 WHOLE = 1 << 20  # ticks of a clip that no recording is as long as
 FEWEST_TICKS = 2  # of a clip: from the first tick, the second is predicted
 ABOUT = ("recording_id", "split_group", "source", "license", "duration")  # columns that hold no life
@@ -119,7 +121,7 @@ def make_clips(
         processor: of the model, whose organs decide what is used.
         clip_ticks: the most ticks of a clip, at least 2.
         cache_dir: where the clips are kept; they are made again only if recordings, processor or code have changed.
-        num_proc: processes that make them.
+        num_proc: processes that make them; by default one a core, where each has `ROWS_OF_PROCESS` recordings to make.
 
     Returns:
         The columns of a clip are arguments of `MultiModalCreature.forward`, numpy arrays [T, ...], or None where its
@@ -199,16 +201,18 @@ def _clips_of_split(
     # The arrays are stored as .npy files: `datasets` takes 8 times as long to read its own arrays of more dimensions.
     kinds = ABOUT_CLIP | dict.fromkeys(ABSENT, "large_binary")
     seconds = float(np.mean(split.data.column("duration").to_numpy()))
+    if num_proc is None:
+        num_proc = max(1, min(cpu_cores(), len(split) // ROWS_OF_PROCESS))
     with explain_write_errors(file, lambda: "start again"):
         made = split.map(
-            partial(_clips_of_rows, processor=processor, clip_ticks=clip_ticks),
+            partial(_clips_of_rows, processor=processor, clip_ticks=clip_ticks, alone=num_proc == 1),
             batched=True,
             batch_size=max(1, min(MOST_ROWS, int(BATCH_SECONDS / seconds))),
             remove_columns=split.column_names,
             features=Features({column: Value(kind) for column, kind in kinds.items()}),
             cache_file_name=str(file),
             new_fingerprint=file.stem.rpartition("-")[2],
-            num_proc=num_proc,
+            num_proc=num_proc if num_proc > 1 else None,
             desc=f"clips of {name}",
         )
     about = made.select_columns([*ABOUT_CLIP]).to_dict()
@@ -229,10 +233,14 @@ def _clips_of_split(
     }
 
 
-def _clips_of_rows(rows: dict, processor: "CreatureProcessor", clip_ticks: int) -> dict:
+def _clips_of_rows(rows: dict, processor: "CreatureProcessor", clip_ticks: int, alone: bool) -> dict:
     """Recordings, column by column -> their clips; a recording that cannot be used is one row that says why."""
     from processing_creature import ABSENT
 
+    if not alone:
+        import torch
+
+        torch.set_num_threads(1)  # of the codec: a forked process waits for ever for the threads of its parent
     clips = []
     for values in zip(*rows.values(), strict=True):
         recording = dict(zip(rows, values, strict=True))
