@@ -292,7 +292,7 @@ def _open_recordings(settings: Settings, config: CreatureConfig, plan: Plan, arg
     for folder, facts in info["clips"].items():
         notes += [f"{folder}: {text}" for text in _about_clips(facts)]
     if data.text_data:
-        notes.append(f"{info['text_rows']:.1%} of the rows are text, for {data.text_share:.0%} of the targets")
+        notes.append(f"{info['text_rows']:.0%} of the rows are text")
     limit = data.max_eval_blocks or (DRY_RUN_EVAL_CLIPS if settings.dry_run else None)
     for name in ("validation", "text"):
         if limit and name in splits and limit < len(splits[name]):

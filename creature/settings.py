@@ -138,7 +138,7 @@ class DataArguments:
         default=None,
         metadata={"help": "Text that is trained beside recordings, named like --data, so that none is lost."},
     )
-    text_share: float = field(default=0.5, metadata={"help": "Share of --text_data in the targets of all streams."})
+    text_share: float = field(default=0.5, metadata={"help": "Share of the rows that --text_data has."})
     codec: str | None = field(
         default=None,
         metadata={

@@ -12,7 +12,7 @@ from creature.data.loading import load_data
 from creature.data.mixture import mixture_rows
 from creature.data.recordings.clips import make_clips, unpack_rows
 from creature.data.recordings.schema import load_recordings
-from processing_creature import ABSENT, TARGETS, pad_ticks
+from processing_creature import ABSENT, pad_ticks
 from senses_creature import SENSE_TABLE
 
 if TYPE_CHECKING:
@@ -164,13 +164,7 @@ def open_rows(
     texts, text_facts = {}, None
     if data.text_data:
         texts, text_facts = _load_text(data, processor, count or rows, seed)
-        targets = float(
-            np.dot([float(share) for share in shares], [_targets_of_row(p, processor.config) for p in parts])
-        )
-        of_text = (
-            data.text_share * targets / (data.text_share * targets + (1 - data.text_share) * (data.clip_ticks - 1))
-        )
-        of_text = Fraction(round(of_text * STEPS_OF_SHARE), STEPS_OF_SHARE)
+        of_text = Fraction(round(data.text_share * STEPS_OF_SHARE), STEPS_OF_SHARE)
         if of_text:
             parts.append(TextRows(texts["train"]))
             shares = [*(share * (1 - of_text) for share in shares), of_text]
@@ -212,31 +206,6 @@ def _load_text(data: "DataArguments", processor: "CreatureProcessor", count: int
     """`load_data` of text_data in blocks of a row's length."""
     given = replace(data, data=data.text_data, block_size=None)
     return load_data(given, data.clip_ticks, processor.config.vocab_size, mixture_blocks=count, seed=seed)
-
-
-def _targets_of_row(part: PackedClips, config) -> float:
-    """
-    The mean number of targets in a row; a silence counts `null_loss_weight`, a motor command and the codes of a voice
-    one a tick.
-    """
-    columns = [
-        name
-        for name in TARGETS
-        if name in part.clips.column_names and name not in ("rotation_targets", "action_targets")
-    ]
-    total = 0.0
-    for clip in part.clips.select_columns(columns):
-        for name, value in clip.items():
-            if value is None:
-                continue
-            if name == "animation_target_mask":
-                total += value[1:].sum()
-            elif name == "audio_targets":
-                total += (value[1:] != TARGETS[name]).all(axis=1).sum()
-            else:
-                known = value[1:] != TARGETS[name]
-                total += np.where(value[1:] == config.null_token_id, config.null_loss_weight, 1.0)[known].sum()
-    return total / len(part)
 
 
 def _example(part: PackedClips | TextRows) -> dict[str, np.ndarray]:
