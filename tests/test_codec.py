@@ -219,6 +219,22 @@ def test_what_is_emitted_is_heard_on_its_clock(tokenizer):
         processor(voice=heard, sampling_rate=16000)
 
 
+@pytest.mark.parametrize("ticks", [1000, 20])
+def test_clips_have_the_codes_of_the_voice(spoken, tokenizer, tmp_path, ticks):
+    codec, (recordings, facts) = micro_codec(), load_recordings(spoken)
+    config = micro_config(**GPT2, **codec_organs(codec))
+    processor = CreatureProcessor.from_config(config, tokenizer, codec)
+    clips = make_clips(recordings, facts, processor, ticks, tmp_path)[0]["train"]
+    for name in ("audio_codes", "audio_targets"):
+        pieces = {}
+        for clip in clips:
+            pieces.setdefault(clip["recording_id"], []).append(clip[name])
+        for row in recordings["train"]:
+            whole = processor.encode(row)[name]
+            np.testing.assert_array_equal(np.concatenate(pieces[row["recording_id"]]), whole)
+            assert len(np.unique(whole[:, 0])) > 1 and not np.array_equal(whole[:, 0], whole[:, 1])
+
+
 def test_the_codec_is_saved_with_the_processor(tokenizer, tmp_path):
     codec = micro_codec()
     processor = CreatureProcessor.from_config(micro_config(**GPT2, **codec_organs(codec)), tokenizer, codec)

@@ -267,7 +267,7 @@ def _clips_of_rows(rows: dict, processor: "CreatureProcessor", clip_ticks: int, 
 
 def _pack(value: np.ndarray) -> bytes:
     file = io.BytesIO()
-    np.save(file, value, allow_pickle=False)
+    np.save(file, np.ascontiguousarray(value), allow_pickle=False)  # row by row, as `_unpack` reads it
     return file.getvalue()
 
 
