@@ -17,6 +17,8 @@ pytest.importorskip("soundfile")
 pytest.importorskip("av")
 pytest.importorskip("creature.world", exc_type=(ImportError, UserError))  # without mujoco or OpenGL
 
+import mujoco
+
 from creature.data.recordings.clips import organs_of
 from creature.data.recordings.schema import FACE, RecordingsWriter, load_recordings
 from creature.data.text.tokenizer import load_tokenizer
@@ -272,6 +274,20 @@ def test_splits_share_no_room_voice_or_frame_but_every_word():
     for attribute in ("kind", "color", "heat", "feel", "weight"):  # sides say nothing of them
         values = [(getattr(thing, attribute), thing.side) for one in train for thing in one.things]
         assert len(set(values)) == len({value for value, _ in values}) * 3
+
+
+def test_walls_stand_behind_the_things():
+    for seed in range(40):
+        model = scene.build(draw_setting(np.random.default_rng(seed), "train"), 24)
+        walls = [n for n in range(model.ngeom) if model.geom(n).type == 6 and model.geom(n).size[2] > 1]
+        assert len(walls) == 4
+        for wall in walls:
+            ahead, place = np.zeros(9), model.geom(wall).pos
+            mujoco.mju_quat2Mat(ahead, model.geom(wall).quat)
+            away = [
+                (place - point) @ ahead.reshape(3, 3)[:, 0] for point in ([0, 0, 0], [0.73, 0.56, 0], [0.73, -0.56, 0])
+            ]
+            assert min(away) > 0, seed  # of the creature and the far corners of the table, on the inner side of it
 
 
 def test_the_teacher_does_what_is_asked_and_one_who_does_nothing_fails(toned):

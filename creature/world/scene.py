@@ -133,9 +133,9 @@ def build(setting: Setting, eye: int) -> mujoco.MjModel:
     text = lambda numbers: " ".join(f"{number:.5g}" for number in numbers)  # noqa: E731
     body, servos = body_xml(setting.colors["skin"], FIELD_OF_VIEW)
     still = 'contype="2" conaffinity="3" friction="0.5 0.005 0.0001"'  # floor and table; walls touch nobody
-    size, top = CELL * CELLS / 2 + 0.6, setting.table_height
+    size, top = CELL * CELLS / 2 + 0.7, setting.table_height  # no wall cuts a table
     place = (np.array(setting.cell) + 0.5) * CELL - CELL * CELLS / 2
-    turn, centre = setting.heading, -_turned(place, -setting.heading)
+    turn, centre = setting.heading, -_turned(place, setting.heading)
     geoms = [f'<geom name="floor" type="plane" size="6 6 1" rgba="{text(setting.colors["floor"])} 1" {still}/>']
     for number in range(4):
         angle = turn + number * np.pi / 2
