@@ -31,6 +31,7 @@ SENSES = ("eyes", "ears", "skin", "body", "command")
 WITNESS = {
     "request": ("ears",), "speaker": ("ears",), "side": ("eyes", "ears"), "color": ("eyes",), "shape": ("eyes", "ears"),
     "heat": ("skin",), "surface": ("skin",), "weight": ("skin",), "hand": ("body",),
+    "seen color": ("eyes",), "seen shape": ("eyes",), "seen side": ("eyes",),
 }  # fmt: skip
 HEARD_SECONDS = 8.0  # of what was heard before a word
 RECENT, TOUCHED = 6, 14  # ticks of the body, and of the skin, before it
@@ -50,6 +51,9 @@ def facts_of(row: dict) -> list[tuple[str, str, float]]:
             sentences.append([])
         sentences[-1].append((entry["word"], entry["start"]))
     for sentence in sentences:
+        if [word for word, _ in sentence[:2]] == ["I", "see"]:
+            found += _seen(sentence[2:], list(SIDE_PLACES))
+            continue
         words, times = [word for word, _ in sentence], [time for _, time in sentence]
         if words[:2] == ["that", "is"]:
             names.append(words[2])
@@ -70,6 +74,20 @@ def facts_of(row: dict) -> list[tuple[str, str, float]]:
         elif words[-1] in HANDS and "hand" in words:
             found.append(("hand", words[-1], times[-1]))
     assert set(SHAPES).isdisjoint(COLORS)
+    return found
+
+
+def _seen(sentence: list[tuple[str, float]], sides: list[str]) -> list[tuple[str, str, float]]:
+    """The facts of "the red ball left the blue box right", without what is told by the words before and by memory."""
+    found, count = [], len(sentence) // 4
+    for number in range(count):
+        (color, at), (shape, then), (side, last) = sentence[4 * number + 1 : 4 * number + 4]
+        found.append(("seen color", color, at))
+        if count - number > 1:  # shapes stay what they are: the last one is the one that is left
+            found.append(("seen shape", shape, then))
+        if count - number < len(sides):  # things come from the left to the right: it has more than one place to be
+            found.append(("seen side", side, last))
+        sides = sides[sides.index(side) + 1 :]
     return found
 
 
@@ -228,7 +246,7 @@ def main() -> None:
                 rooms[fact].append(row["split_group"])
     subsets = [subset for size in range(1, 6) for subset in itertools.combinations(SENSES, size)]
     heads = "".join(f"{sense:<9}" for sense in SENSES)
-    print(f"fact      times  chance  {heads}all     witness          without it, at best")
+    print(f"fact        times  chance  {heads}all     witness          without it, at best")
     for fact, witness in WITNESS.items():
         truth, groups = np.array(labels[fact]), np.array(rooms[fact])
         share = max(Counter(labels[fact]).values()) / len(truth)
@@ -240,7 +258,7 @@ def main() -> None:
         best = max((subset for subset in subsets if witness[0] not in subset), key=found.get)
         cells = "".join(f"{mark(found[sense,]):<9}" for sense in SENSES) + f"{mark(found[SENSES]):<8}"
         cells += f"{mark(found[witness])} {'+'.join(witness):<11}{mark(found[best])} {'+'.join(best)}"
-        print(f"{fact:<9} {len(truth):>5}  {share:.2f}    {cells}", flush=True)
+        print(f"{fact:<11} {len(truth):>5}  {share:.2f}    {cells}", flush=True)
 
 
 if __name__ == "__main__":

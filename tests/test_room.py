@@ -217,6 +217,66 @@ def test_only_the_eyes_know_the_side_and_the_color(toned, monkeypatch):
     assert twins(toned, monkeypatch, seed, paint, thinks(*colors)) == {"images"}
 
 
+def test_only_the_eyes_know_how_the_table_was_changed(toned, monkeypatch):
+    seed = first_life(toned, "change")
+    until = thinks(*scene.COLORS)
+    first, things, colors = live(toned, seed, until), toned.setting.things, list(scene.COLORS)
+
+    def otherwise(draw, things):
+        new = scene.rearrange(draw, things)
+        places = [(one.side, one.place) for one in new]
+        return [
+            dataclasses.replace(one, color=colors[colors.index(one.color) - 1], side=side, place=place)
+            for one, (side, place) in zip(new, places[1:] + places[:1], strict=True)
+        ]
+
+    monkeypatch.setattr(script, "rearrange", otherwise)
+    second = live(toned, seed, until)
+    assert toned.setting.things != things and first[-1]["thoughts"] != second[-1]["thoughts"]
+    assert differing(first, second) == {"images"}
+    dark = [not tick["images"].any() for tick in first]
+    assert sum(dark) > 8 and not all(dark[-4:])  # a blink is no night
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_it_thinks_what_is_on_the_changed_table(toned, count):
+    seed = first_life(toned, "change", lambda setting, request: len(setting.things) == count)
+    toned.reset(seed)
+    before = toned.setting.things
+    ticks = live(toned, seed, lambda tick: len(toned.requests) > 3)
+    thoughts, there = [word for tick in ticks for word in tick["thoughts"]], []
+    for number in sorted(range(count), key=lambda number: -toned.thing_place(number)[1]):
+        shade, place = toned.model.geom(f"thing{number}").rgba[:3], toned.thing_place(number)
+        color = min(scene.COLORS, key=lambda color: np.abs(scene.COLORS[color] - shade).sum())
+        side = min(SIDE_PLACES, key=lambda side: abs(SIDE_PLACES[side] - place[1]))
+        there += ["the", color, before[number].kind, side]
+        assert np.allclose(place[:2], toned.setting.things[number].place, atol=1e-3)
+    assert thoughts[6:] == ["I", "see", *there]  # behind both greetings
+    assert before != toned.setting.things
+
+
+def test_requests_are_about_the_table_as_it_is(monkeypatch):
+    monkeypatch.setattr(script, "speak", tones)
+    changes = 0
+    for seed in range(30):
+        draw = np.random.default_rng(seed)
+        setting = draw_setting(draw, "train")
+        lasting = [(one.kind, one.heat, one.temperature, one.feel, one.weight, one.mass) for one in setting.things]
+        things = setting.things
+        for request in script.write_script(draw, setting):
+            assert (request.things != things) == (request.kind == "change")
+            changes, things = changes + (request.kind == "change"), request.things
+            assert lasting == [(one.kind, one.heat, one.temperature, one.feel, one.weight, one.mass) for one in things]
+            for attribute in ("color", "side"):
+                assert len({getattr(one, attribute) for one in things}) == len(things)
+            if request.thing is not None:
+                thing, details = things[request.thing], request.details
+                assert {details["what"], details["other"]} == {thing.kind, f"{thing.color} one"}
+                assert details["side"] == thing.side
+                assert request.answer == {"color": thing.color, "where": thing.side}.get(request.kind)
+    assert 1.5 < changes / 30 < 2.5
+
+
 def test_only_the_skin_knows_heat_and_surface(toned, monkeypatch):
     seed = first_life(toned, "touch")
     change = change_things(

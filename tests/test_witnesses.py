@@ -16,6 +16,7 @@ pytest.importorskip("av")
 pytest.importorskip("creature.world", exc_type=(ImportError, UserError))  # without mujoco or OpenGL
 
 from benchmarks import witnesses
+from benchmarks.leaks import WITNESS, facts_of
 from creature.data import collate_clips
 from creature.data.recordings.clips import make_clips
 from creature.data.recordings.rows import EvaluationClips
@@ -109,6 +110,24 @@ def test_a_fact_is_the_word_at_its_tick(found, model):
     for fact in ("speaker", "shape", "side", "heat"):
         assert figures[fact]["words"] == 3 and figures[fact]["nats"] == pytest.approx(np.mean(nats[fact]), rel=1e-4)
     assert "color" not in figures and figures["side"]["witness"] == ("eyes", "ears")
+
+
+def test_seen_facts_are_those_that_neither_memory_nor_the_words_before_tell():
+    two, three = (
+        "I see the red ball left the blue box right",
+        "I see the red ball left the blue box middle the red can right",
+    )
+    after = "I see the white can middle the blue box right"
+    for words, expected in (
+        (two, "color red shape ball side left color blue side right"),
+        (three, "color red shape ball color blue shape box color red"),
+        (after, "color white shape can side middle color blue"),
+    ):
+        thoughts = text({10: words})
+        found = facts_of({"internal_text": thoughts})
+        assert " ".join(f"{fact.removeprefix('seen ')} {word}" for fact, word, _ in found) == expected
+        assert {(word, time) for _, word, time in found} <= {(one["word"], one["start"]) for one in thoughts}
+        assert all(WITNESS[fact] == ("eyes",) for fact, _, _ in found)
 
 
 def test_chance_is_the_entropy_of_the_answers(found):

@@ -50,6 +50,8 @@ SAY = {
                  "And your {side} hand, where is it?"),
         "who": ("What is my name?", "Tell me who I am.", "Who is speaking now?"),
         "felt": ("What was {quality}?", "Tell me what was {quality}.", "Which thing was {quality} before?"),
+        "change": ("Now I change the things.", "I move the things now.", "Now the table will change.",
+                   "Now I put the things on another side."),
         "saw": ("On {day} I saw a {animal} near the {place}.", "Last {season} there was a {animal} at the {place}."),
         "cook": ("My {relative} made {food} on {day}.", "Last {season} my {relative} could only make {food}."),
         "buy": ("On {day} my {relative} found a {item}.", "Last {season} I gave my {relative} a {item}."),
@@ -72,6 +74,7 @@ SAY = {
         "hand": ("Tell me, where is your {side} hand now?",),
         "who": ("Tell me my name.", "Who am I?"),
         "felt": ("Tell me which thing was {quality}.", "And before, what was {quality}?"),
+        "change": ("I change the table now.", "The things move now."),
         "saw": ("Last {season} I saw a {animal} at the {place}.", "On {day} there was a {animal} near the {place}."),
         "cook": ("On {day} my {relative} made {food}.",),
         "buy": ("Last {season} my {relative} found a {item}.", "On {day} I gave my {relative} a {item}."),
@@ -91,6 +94,7 @@ THINK = {
     "count": "{name} asks how many I see {answer}",
     "hand": "{name} asks for my {which} hand I feel it {answer}",
     "who": "I hear that this is {answer}",
+    "change": "I see {table}",
     "felt": "{name} asks what was {quality} I remember {answer}",
     "saw": "{name} saw a {animal}",
     "cook": "the {relative} of {name} made {food}",
@@ -99,6 +103,7 @@ THINK = {
     "cook?": "{name} asks what was made I remember the {answer}",
     "buy?": "{name} asks for the thing I remember the {answer}",
 }
+SEEN = "the {color} {kind} {side}"  # of a thing on the table
 FEEL = {"touch": "it feels {heat} and {feel}", "push": "it feels {weight}"}
 ANSWER = {
     "greet": ("Hello {name}.", "Good morning {name}."),
@@ -133,7 +138,7 @@ def vocabulary() -> set[str]:
     """Every word that can be heard, thought or said, lower case."""
     from creature.world.scene import COLORS, FEELS, NAMES, SHAPES, SIDE_PLACES, TEMPERATURES, WEIGHTS
 
-    frames = [*THINK.values(), *FEEL.values(), *(frame for frames in ANSWER.values() for frame in frames)]
+    frames = [*THINK.values(), SEEN, *FEEL.values(), *(frame for frames in ANSWER.values() for frame in frames)]
     words = {word.strip(".,?!").lower() for frame in frames for word in frame.split() if "{" not in word}
     drawn = (ANIMALS, PLACES, FOODS, ITEMS, RELATIVES, DAYS, SEASONS, COUNTS, HANDS, COLORS, FEELS, NAMES, SHAPES)
     words |= {word.lower() for words in (*drawn, SIDE_PLACES, TEMPERATURES, WEIGHTS) for word in words}

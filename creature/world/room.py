@@ -12,7 +12,7 @@ A command takes effect one tick after it was given, as nerves and muscles take t
 what was sensed while the body did what was given with the `act` before the last.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mujoco
 import numpy as np
@@ -21,7 +21,7 @@ from creature.errors import UserError, first_line
 from creature.world import NO_OPENGL
 from creature.world.body import ARM, HINGED, JOINTS, SIDES, angles_of, hinge_places, quaternions_of, reach
 from creature.world.grammar import HANDS
-from creature.world.scene import SHAPES, SURFACES, Setting, build, draw_setting
+from creature.world.scene import COLORS, SHAPES, SURFACES, Setting, Thing, build, draw_setting
 from creature.world.script import LED_SECONDS, LIFE_TICKS, Request, remembered, write_script
 from creature.world.speech import SAMPLING_RATE
 from ticks_creature import TICK_SECONDS
@@ -48,8 +48,8 @@ class Room:
         split: "train" or "validation": they share no room, no voice, no place to stand and no way to ask.
         eye: pixels of a side of the pictures.
 
-    `requests` holds what was asked so far, `done` whether the life of 512 ticks is over, `setting` the room; a creature
-    learns of them through its senses alone. UserError without the libraries or without OpenGL.
+    `requests` holds what was asked so far, `done` whether the life of 512 ticks is over, `setting` the room as it
+    is now; a creature learns of them through its senses alone. UserError without the libraries or without OpenGL.
     """
 
     def __init__(self, seed: int = 0, split: str = "train", eye: int = 64):
@@ -72,6 +72,7 @@ class Room:
         for _ in range(200):  # the feet settle
             mujoco.mj_step(self.model, self.data)
         self._places = {number: self.thing_place(number) for number in range(len(self.setting.things))}
+        self._settled = self.data.qpos.copy()
         self._error = JOINT_ERROR * self._draw.standard_normal(len(self._hinges))
         self._sounding, self._loud = self._sounds(), set()
         self._waiting = self.resting()
@@ -138,7 +139,8 @@ class Room:
 
     def _advance(self, command: dict) -> None:
         """Live through the present tick with a command, and keep what the senses get."""
-        led, self.dark = self._led()
+        led = self._led()
+        self.dark = led is not None or self._changing()
         angles = np.clip(angles_of(command["rotations"]).reshape(SUBFRAMES, -1), *self._limits)
         positions, rotations, contacts = [], [], {}
         for subframe in range(SUBFRAMES):
@@ -178,9 +180,9 @@ class Room:
                 request.answer = remembered(self.setting, self.felt, request.details["quality"])
         return words
 
-    def _led(self) -> "tuple[Lead | None, bool]":
+    def _led(self) -> "Lead | None":
         """
-        (how a visitor leads a hand now, or None; whether the light is out).
+        How a visitor leads a hand now, or None.
 
         While it is dark, a visitor takes a hand and puts it somewhere: the command says nothing of where it is.
         """
@@ -188,9 +190,30 @@ class Room:
             if request.kind == "hand" and request.begins - LED_SECONDS <= self.time + 1e-9 < request.until - 0.3:
                 if self._leading is None:
                     self._leading = self._lead(request)
-                return self._leading, True
+                return self._leading
         self._leading = None
-        return None, False
+        return None
+
+    def _changing(self) -> bool:
+        """Whether a visitor changes the table now: in the dark, and all at once in the last tick of it."""
+        for request in self.script:
+            if request.kind == "change" and request.begins <= self.time + 1e-9 < request.heard:
+                if (self.tick + 1) * TICK_SECONDS >= request.heard:
+                    self._arrange(request.things)
+                return True
+        return False
+
+    def _arrange(self, things: list[Thing]) -> None:
+        """Put the things where they are now, at rest, in the colors that they have now."""
+        self.setting = replace(self.setting, things=things)
+        for geom, number in self._things.items():
+            body = self.model.geom_bodyid[geom]
+            joints = self.model.body_jntadr[body] + np.arange(3)
+            slides = self.model.jnt_qposadr[joints]
+            self.data.qpos[slides[:2]] = things[number].place - self.model.body_pos[body, :2]
+            self.data.qpos[slides[2]] = self._settled[slides[2]]
+            self.data.qvel[self.model.jnt_dofadr[joints]] = 0.0
+            self.model.geom_rgba[geom, :3] = COLORS[things[number].color]
 
     def _lead(self, request: Request) -> "Lead":
         """How the hand of a request is led: over the table first, then to its place."""

@@ -6,7 +6,7 @@ its weight.
 """
 
 import colorsys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mujoco
 import numpy as np
@@ -107,7 +107,7 @@ def draw_setting(draw: np.random.Generator, split: str) -> Setting:
     things = []
     for kind, color, side in zip(kinds, colors, sides, strict=True):
         heat, weight = draw.choice(list(TEMPERATURES)), draw.choice(list(WEIGHTS))
-        place = (draw.uniform(0.42, 0.48), SIDE_PLACES[side] + draw.uniform(-0.03, 0.03))
+        place = _draw_place(draw, side)
         temperature, mass = draw.uniform(*TEMPERATURES[heat]), draw.uniform(*WEIGHTS[weight])
         things.append(
             Thing(str(kind), str(color), str(side), place, str(heat), temperature, str(draw.choice(FEELS)), str(weight),
@@ -126,6 +126,20 @@ def draw_setting(draw: np.random.Generator, split: str) -> Setting:
         split, things, visitors, draw.uniform(0.96, 1.03), (column, row), draw.uniform(0, 2 * np.pi),
         tones | {"skin": tuple(skin)},
     )  # fmt: skip
+
+
+def rearrange(draw: np.random.Generator, things: list[Thing]) -> list[Thing]:
+    """The same things elsewhere on the table and in other colors, drawn as if they had never been there."""
+    sides = draw.choice(list(SIDE_PLACES), len(things), replace=False)
+    colors = draw.choice(list(COLORS), len(things), replace=False)
+    return [
+        replace(thing, color=str(color), side=str(side), place=_draw_place(draw, side))
+        for thing, color, side in zip(things, colors, sides, strict=True)
+    ]
+
+
+def _draw_place(draw: np.random.Generator, side: str) -> tuple[float, float]:
+    return draw.uniform(0.42, 0.48), SIDE_PLACES[side] + draw.uniform(-0.03, 0.03)
 
 
 def build(setting: Setting, eye: int) -> mujoco.MjModel:

@@ -1,13 +1,16 @@
-"""What happens in a life, whoever lives it: who says what and when, when the light goes out, whose hand is led."""
+"""
+What happens in a life, whoever lives it: who says what and when, when the light goes out, whose hand is led, and what
+is then on the table.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from creature.world import grammar
 from creature.world.grammar import choose
-from creature.world.scene import COLORS, SHAPES, SIDE_PLACES, Setting
+from creature.world.scene import COLORS, SHAPES, SIDE_PLACES, Setting, Thing, rearrange
 from creature.world.speech import speak
 from ticks_creature import TICK_SECONDS
 
@@ -22,6 +25,7 @@ KINDS = {
     "count": (0.5, 3.2),
     "hand": (1.8, 3.8),
     "who": (0.8, 2.8),
+    "change": (9.0, 2.8),
     "felt": (1.5, 3.4),
     "saw": (1.0, 2.0),
     "cook": (0.8, 2.0),
@@ -41,9 +45,9 @@ class Request:
 
     kind: of `KINDS`, "greet", or one that ends in "?" and asks for what was told before. begins, heard, until: seconds
     at which the sentence begins, is over, and the next event comes. name: who said it. details: what the frames of
-    `grammar.py` are filled with. thing: number of the thing that it is about, or None. options: the words of which one
-    is the answer; answer: that one, known from `heard` on. chance: how often one succeeds who picks a thing, or a word
-    of the options, at random; None if nothing is asked.
+    `grammar.py` are filled with. things: those on the table, as they are once it is heard. thing: number of the one
+    that it is about, or None. options: the words of which one is the answer; answer: that one, known from `heard` on.
+    chance: how often one succeeds who picks a thing, or a word of the options, at random; None if nothing is asked.
     """
 
     kind: str
@@ -55,6 +59,7 @@ class Request:
     details: dict
     samples: np.ndarray
     words: list[tuple[str, float]]
+    things: list[Thing]
     thing: int | None = None
     options: tuple[str, ...] = ()
     answer: str | None = None
@@ -81,6 +86,8 @@ def write_script(draw: np.random.Generator, setting: Setting) -> list[Request]:
             request = _spoken(draw, setting, kind, time, visitor, details, RECALL_SECONDS)
         else:
             visitor = setting.visitors[int(draw.integers(2))]
+            if kind == "change":
+                setting, pushed = replace(setting, things=rearrange(draw, setting.things)), set()
             details = _details(draw, setting, kind) | {"name": visitor[0]}
             if kind == "push" and details["thing"] in pushed:  # pushed twice, it would be out of reach
                 kind = "touch"
@@ -106,7 +113,11 @@ def _details(draw: np.random.Generator, setting: Setting, kind: str) -> dict:
         ("relative", grammar.RELATIVES), ("day", grammar.DAYS), ("season", grammar.SEASONS), ("quality", QUALITIES),
         ("which", ("left", "right")), ("where", list(grammar.HANDS)),
     )}  # fmt: skip
-    return words | {"thing": number, "what": names[0], "other": names[1], "side": thing.side}
+    table = sorted(setting.things, key=lambda one: -one.place[1])  # from the left to the right
+    return words | {
+        "thing": number, "what": names[0], "other": names[1], "side": thing.side,
+        "table": " ".join(grammar.SEEN.format(**vars(one)) for one in table),
+    }  # fmt: skip
 
 
 def _spoken(draw, setting: Setting, kind: str, time: float, visitor: tuple, details: dict, seconds: float) -> Request:
@@ -115,7 +126,7 @@ def _spoken(draw, setting: Setting, kind: str, time: float, visitor: tuple, deta
     samples, words = speak(text, visitor[1])
     heard = time + len(samples) / 16_000
     request = Request(kind, time, heard, heard + seconds, visitor[0], text, details, samples * draw.uniform(0.35, 0.6),
-                      [(word, time + start) for word, start in words])  # fmt: skip
+                      [(word, time + start) for word, start in words], setting.things)  # fmt: skip
     if kind in ("touch", "push", "look", "color", "where"):
         request.thing = details["thing"]
     request.options, request.answer = _answers(setting, kind, details)

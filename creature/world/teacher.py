@@ -97,7 +97,7 @@ class Teacher:
                 self._say(choose(self.draw, ANSWER["look"]))
                 yield from self._wait(12)
             return
-        if request.kind in ("saw", "cook", "buy"):
+        if request.kind in ("change", "saw", "cook", "buy"):
             return
         kind = "nothing" if request.answer == "nothing" else request.kind
         self._say(choose(self.draw, ANSWER[kind]).format(**details))
@@ -195,7 +195,7 @@ class Teacher:
         self._turn("head", [HINGED.index("neck"), HINGED.index("head")], goal, 0.45)
 
     def _idle(self) -> None:
-        """What moves for no reason: gaze and head wander, hands change their place."""
+        """What moves for no reason: gaze and head wander, hands change their place if there is light to see it by."""
         if self.target is None and self.tick >= self.glance:
             self.glance = self._in(0.4, 1.4)
             self.gaze = np.array(RESTING_GAZE) + [*(GAZE_WANDER * self.draw.standard_normal(2)), 0]
@@ -203,7 +203,7 @@ class Teacher:
                 wander = HEAD_WANDER * self.draw.standard_normal(2).clip(-2, 2)
                 goal = [[0, pitch + wander[0] / 2, wander[1] / 2] for pitch in RESTING_PITCH.values()]
                 self._turn("head", [HINGED.index("neck"), HINGED.index("head")], np.array(goal), 0.6)
-        if self.task is None and self.tick >= self.hands:
+        if self.task is None and not self.room.dark and self.tick >= self.hands:
             self.hands = self._in(3, 8)
             side = choose(self.draw, list(SIDES))
             self._start_move(side, self.room.resting_place(self.draw, side), 1.0)
