@@ -221,8 +221,11 @@ def main() -> None:
     options = parse_arguments()
     from benchmarks.baselines.common import print_table, say
     from creature.data.recordings.schema import load_recordings
+    from creature.files import replace_file, require_writable
 
     started = time.perf_counter()
+    if options.output:
+        require_writable(Path(options.output).parent)
     splits, _ = load_recordings(options.folder)
     splits = {name: with_words(split) for name, split in splits.items()}
     creature = open_creature(options)
@@ -266,9 +269,8 @@ def main() -> None:
     print(f"{len(words)} words, {minutes:.1f} minutes of validation")
     print_table(HEAD, rows)
     if options.output:
-        Path(options.output).write_text(
-            json.dumps({"words": words, "minutes": minutes, "rows": rows}), encoding="utf-8"
-        )
+        with replace_file(options.output, "w") as file:
+            file.write(json.dumps({"words": words, "minutes": minutes, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

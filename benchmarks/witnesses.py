@@ -28,6 +28,7 @@ import numpy as np  # noqa: E402
 from benchmarks.leaks import WITNESS, facts_of  # noqa: E402
 from creature.errors import UserError, run_main  # noqa: E402
 from creature.files import user_path  # noqa: E402
+from scripts.evaluate_recordings import add_arguments, open_recordings  # noqa: E402
 
 # What is taken away; the ears hear sound and words.
 TAKEN = {
@@ -197,14 +198,7 @@ def print_tables(found: dict[str, dict]) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=user_path, help="of recordings of the room, with a validation split")
-    parser.add_argument(
-        "--checkpoint", type=user_path, required=True, help="folder of a run, of a checkpoint or of a saved model"
-    )
-    parser.add_argument("--output", type=user_path, help="JSON file for all figures")
-    parser.add_argument(
-        "--cache_dir", type=user_path, default="data", help="where clips are kept once they are made (default data)"
-    )
-    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: a GPU if there is one")
+    add_arguments(parser)
     return parser.parse_args()
 
 
@@ -221,7 +215,6 @@ def main() -> None:
     from creature.loading import find_model, load_config, load_model, load_processor, trained_ticks
     from creature.settings import DataArguments
     from creature.world.recording import ABOUT
-    from scripts.evaluate_recordings import open_recordings
 
     transformers.utils.logging.disable_progress_bar()
     if arguments.output:

@@ -24,19 +24,24 @@ from creature.files import user_path  # noqa: E402
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint", type=user_path, required=True, help="folder of a run, of a checkpoint or of a saved model"
-    )
     parser.add_argument("--data", type=user_path, required=True, help="folder of recordings with a validation split")
     parser.add_argument(
         "--ahead", nargs="+", type=int, metavar="MS", help="of joint angles (default 80 160 320 400 1000; at most 1040)"
+    )
+    add_arguments(parser)
+    return parser.parse_args()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of everything that evaluates a creature on the clips of recordings."""
+    parser.add_argument(
+        "--checkpoint", type=user_path, required=True, help="folder of a run, of a checkpoint or of a saved model"
     )
     parser.add_argument("--output", type=user_path, help="JSON file for all figures")
     parser.add_argument(
         "--cache_dir", type=user_path, default="data", help="where clips are kept once they are made (default data)"
     )
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: a GPU if there is one")
-    return parser.parse_args()
 
 
 def main() -> None:

@@ -201,11 +201,10 @@ def _clips_of_split(
     # The arrays are stored as .npy files: `datasets` takes 8 times as long to read its own arrays of more dimensions.
     kinds = ABOUT_CLIP | dict.fromkeys(ABSENT, "large_binary")
     seconds = float(np.mean(split.data.column("duration").to_numpy()))
-    if num_proc is None:
-        num_proc = max(1, min(cpu_cores(), len(split) // ROWS_OF_PROCESS))
+    num_proc = num_proc or min(cpu_cores(), len(split) // ROWS_OF_PROCESS)
     with explain_write_errors(file, lambda: "start again"):
         made = split.map(
-            partial(_clips_of_rows, processor=processor, clip_ticks=clip_ticks, alone=num_proc == 1),
+            partial(_clips_of_rows, processor=processor, clip_ticks=clip_ticks, alone=num_proc < 2),
             batched=True,
             batch_size=max(1, min(MOST_ROWS, int(BATCH_SECONDS / seconds))),
             remove_columns=split.column_names,
