@@ -131,7 +131,7 @@ class CreatureConfig(PreTrainedConfig):
     vision_image_size: int | list[int] = 64
     vision_patch_size: int = 16
     vision_hidden_size: int = 192
-    vision_num_layers: int = 4
+    vision_num_layers: int = 1
     vision_num_heads: int = 3
     num_joints: int = 24
     subframes_per_tick: int = 4

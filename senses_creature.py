@@ -11,6 +11,7 @@ and the shapes of its arguments in `sense_shapes`.
 """
 
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -191,31 +192,40 @@ class PatchLayer(nn.Module):
 
 class VisionSense(nn.Module):
     """
-    The eyes: a small transformer over patches (Dosovitskiy et al. 2021). All cameras are the channels of one image, so
-    that every patch can compare left and right; what is seen is the mean of the patches.
+    The eyes: a small transformer over patches (Dosovitskiy et al. 2021) that begins with cells of a few pixels, as its
+    convolutional variants do (Xiao et al. 2021). All cameras are the channels of one image, so that every patch can
+    compare left and right. Each patch keeps its place in what is seen: where a thing is, is half of what eyes tell.
     """
 
     def __init__(self, config: CreatureConfig):
         super().__init__()
         self.patch_size = config.vision_patch_size
+        self.cell_size = math.gcd(self.patch_size, 4)
         self.grid = tuple(size // self.patch_size for size in config.image_shape)  # patches in height and width
-        self.patch_proj = nn.Linear(config.num_cameras * 3 * self.patch_size**2, config.vision_hidden_size, bias=False)
-        self.position = nn.Embedding(self.grid[0] * self.grid[1], config.vision_hidden_size)
+        patches, cells = math.prod(self.grid), (self.patch_size // self.cell_size) ** 2
+        size, cell = config.vision_hidden_size, max(1, config.vision_hidden_size // 4)
+        self.cell_proj = nn.Linear(config.num_cameras * 3 * self.cell_size**2, cell)
+        self.patch_proj = nn.Linear(cells * cell, size, bias=False)
+        self.position = nn.Embedding(patches, size)
         self.layers = nn.ModuleList(PatchLayer(config) for _ in range(config.vision_num_layers))
-        self.norm = nn.RMSNorm(config.vision_hidden_size, eps=config.rms_norm_eps)
-        self.proj = SenseProjection(config.vision_hidden_size, config)
+        self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.up_proj = nn.Linear(patches * size, config.sense_hidden_size)
+        self.act = nn.GELU()
+        self.proj = SenseProjection(config.sense_hidden_size, config)
 
     def _encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        (rows, columns), size = self.grid, self.patch_size
-        # [..., cameras, 3, H, W] -> [N, cameras, 3, rows, size, columns, size]
-        patches = pictures.flatten(0, -5).unflatten(-1, (columns, size)).unflatten(-3, (rows, size))
-        patches = patches.permute(0, 3, 5, 1, 2, 4, 6).flatten(3).flatten(1, 2)  # [N, patches, cameras * 3 * size**2]
+        (rows, columns), side = self.grid, self.patch_size // self.cell_size
+        # [..., cameras, 3, H, W] -> [N, cameras, 3, rows, side, cell_size, columns, side, cell_size]
+        cells = pictures.flatten(0, -5).unflatten(-1, (columns, side, self.cell_size))
+        cells = cells.unflatten(3, (rows, side, self.cell_size)).permute(0, 3, 6, 4, 7, 1, 2, 5, 8)
+        cells = cells.flatten(5).flatten(3, 4).flatten(1, 2)  # [N, patches, side**2, cameras * 3 * cell_size**2]
         # Bytes to numbers of about unit variance; bfloat16, too, holds each of them exactly.
-        x = self.patch_proj((patches.to(compute_dtype(self.patch_proj.weight)) - 127.5) / 64)
+        cells = self.act(self.cell_proj((cells.to(compute_dtype(self.cell_proj.weight)) - 127.5) / 64))
+        x = self.patch_proj(cells.flatten(2))
         x = x + self.position.weight.to(x.dtype)
         for layer in self.layers:
             x = layer(x)
-        return self.proj(self.norm(x).mean(dim=1)).unflatten(0, pictures.shape[:-4])
+        return self.proj(self.act(self.up_proj(self.norm(x).flatten(1)))).unflatten(0, pictures.shape[:-4])
 
     def forward(self, pixel_values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """pixel_values [B, T, cameras, 3, H, W] bytes from 0 to 255, mask [B, T] bool -> [B, T, hidden_size]."""

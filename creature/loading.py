@@ -103,9 +103,10 @@ def check_weights(folder: str | Path, config: "CreatureConfig | None" = None) ->
 
 
 def _least_eyes(config: "CreatureConfig") -> int:
-    height, width = (size // config.vision_patch_size for size in config.image_shape)
-    inputs = config.num_cameras * config.vision_patch_size**2 + height * width
-    return config.vision_hidden_size * (inputs + config.vision_num_layers * config.vision_hidden_size)
+    size, (height, width) = config.vision_hidden_size, (side // config.vision_patch_size for side in config.image_shape)
+    cells = config.vision_patch_size**2 // 16 * (size // 4)  # of a patch, each of 4 x 4 pixels at most
+    inputs = config.num_cameras + cells + height * width * config.sense_hidden_size
+    return size * (inputs + config.vision_num_layers * size)
 
 
 def load_model(folder: str | Path, device: str, dtype: "torch.dtype | None" = None) -> "MultiModalCreature":

@@ -344,8 +344,9 @@ def test_a_round_on_text_measures_nothing(monkeypatch):
 
 def test_fewer_clips_with_pictures_fit():
     small = {"device": replace(GPU, free_bytes=2 * 2**30), "precision": "bf16"}
-    assert fit_micro_batch(CreatureConfig(), 256, **small) > fit_micro_batch(
-        CreatureConfig(), 256, **small, senses=("internal_voice", "vision")
+    config = CreatureConfig(vision_num_layers=4)
+    assert fit_micro_batch(config, 256, **small) > fit_micro_batch(
+        config, 256, **small, senses=("internal_voice", "vision")
     )
 
 
