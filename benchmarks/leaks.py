@@ -51,12 +51,12 @@ def facts_of(row: dict) -> list[tuple[str, str, float]]:
             sentences.append([])
         sentences[-1].append((entry["word"], entry["start"]))
     for sentence in sentences:
-        if [word for word, _ in sentence[:2]] == ["I", "see"]:
-            found += _seen(sentence[2:], list(SIDE_PLACES))
-            continue
+        if [word for word, _ in sentence[:2]] == ["that", "is"]:
+            names.append(sentence[2][0])
+            sentence = sentence[3:]
         words, times = [word for word, _ in sentence], [time for _, time in sentence]
-        if words[:2] == ["that", "is"]:
-            names.append(words[2])
+        if words[:2] == ["I", "see"]:
+            found += _seen(sentence[2:], list(SIDE_PLACES))
             continue
         if len(words) > 1 and words[1] in ("wants", "asks"):
             found.append(("speaker", str(names.index(words[0])), times[0]))

@@ -83,9 +83,12 @@ SAY = {
         "buy?": ("And my {relative}, which thing is it now?",),
     },
 }  # fmt: skip
+for _frames in SAY.values():
+    _frames["meet"] = _frames["greet"]  # what the second visitor says
 # What the creature thinks: first who spoke, then what was asked, and last what another sense adds.
 THINK = {
     "greet": "that is {name}",
+    "meet": "that is {name} I see {table}",
     "touch": "{name} wants the {what} the {other} {side}",
     "push": "{name} wants the {what} the {other} {side}",
     "look": "{name} wants the {what} the {other} {side}",
@@ -105,21 +108,23 @@ THINK = {
 }
 SEEN = "the {color} {kind} {side}"  # of a thing on the table
 FEEL = {"touch": "it feels {heat} and {feel}", "push": "it feels {weight}"}
+# What it says, one frame each: which of several it would take, nothing that it senses could tell.
 ANSWER = {
-    "greet": ("Hello {name}.", "Good morning {name}."),
-    "touch": ("It is {heat}.", "It is {heat} and {feel}."),
-    "push": ("It is {weight}.",),
-    "look": ("I see it.", "There it is."),
-    "color": ("It is {answer}.",),
-    "where": ("It is on the {answer}.",),
-    "count": ("There are {answer}.", "I see {answer}."),
-    "hand": ("My hand is {answer}.",),
-    "who": ("You are {answer}.", "This is {answer}."),
-    "felt": ("The {answer} was {quality}.",),
-    "nothing": ("I felt nothing {quality}.",),
-    "saw?": ("Near the {answer}.", "At the {answer}."),
-    "cook?": ("It was {answer}.",),
-    "buy?": ("It is a {answer}.",),
+    "greet": "Hello {name}.",
+    "meet": "Good morning {name}.",
+    "touch": "It is {heat} and {feel}.",
+    "push": "It is {weight}.",
+    "look": "There it is.",
+    "color": "It is {answer}.",
+    "where": "It is on the {answer}.",
+    "count": "There are {answer}.",
+    "hand": "My hand is {answer}.",
+    "who": "You are {answer}.",
+    "felt": "The {answer} was {quality}.",
+    "nothing": "I felt nothing {quality}.",
+    "saw?": "Near the {answer}.",
+    "cook?": "It was {answer}.",
+    "buy?": "It is a {answer}.",
 }
 
 
@@ -138,7 +143,7 @@ def vocabulary() -> set[str]:
     """Every word that can be heard, thought or said, lower case."""
     from creature.world.scene import COLORS, FEELS, NAMES, SHAPES, SIDE_PLACES, TEMPERATURES, WEIGHTS
 
-    frames = [*THINK.values(), SEEN, *FEEL.values(), *(frame for frames in ANSWER.values() for frame in frames)]
+    frames = [*THINK.values(), SEEN, *FEEL.values(), *ANSWER.values()]
     words = {word.strip(".,?!").lower() for frame in frames for word in frame.split() if "{" not in word}
     drawn = (ANIMALS, PLACES, FOODS, ITEMS, RELATIVES, DAYS, SEASONS, COUNTS, HANDS, COLORS, FEELS, NAMES, SHAPES)
     words |= {word.lower() for words in (*drawn, SIDE_PLACES, TEMPERATURES, WEIGHTS) for word in words}

@@ -43,27 +43,16 @@ SPLITS = ("train", "validation")
 # Hue of walls, floor and table; train has those below, validation those above.
 HUES = {"train": (0.0, 0.75), "validation": (0.8, 0.95)}
 CELL, CELLS = 0.5, 6  # m: places to stand are cells of a chessboard, the black ones for train, the white for validation
-# Without the variants that breathe (f2, f3, f5 ...): their noise comes from memory that eSpeak NG never set.
+# Of eSpeak NG, each with a rate and a pitch that are drawn for a life. Without the variants that breathe (f2, f3, f5
+# ...): their noise comes from memory that eSpeak NG never set.
 VOICES = {
-    "train": [
-        Voice("en-us+m1", 165, 30),
-        Voice("en-us+f1", 165, 60),
-        Voice("en-gb-x-rp+m3", 180, 45),
-        Voice("en-gb-x-rp+Annie", 150, 75),
-        Voice("en-us+m7", 150, 15),
-        Voice("en-us+belinda", 185, 90),
-        Voice("en-us-nyc+m2", 170, 65),
-        Voice("en-gb-scotland+f1", 160, 40),
-        Voice("en-us+m6", 190, 80),
-        Voice("en-gb-x-gbclan+m8", 155, 5),
-    ],
-    "validation": [
-        Voice("en-029+m4", 160, 25),
-        Voice("en-gb-x-gbclan+anika", 170, 70),
-        Voice("en-us+steph", 155, 45),
-        Voice("en-gb-x-rp+m5", 175, 55),
-    ],
-}
+    "train": (
+        "en-us+m1", "en-us+f1", "en-gb-x-rp+m3", "en-gb-x-rp+Annie", "en-us+m7", "en-us+belinda", "en-us-nyc+m2",
+        "en-gb-scotland+f1", "en-us+m6", "en-gb-x-gbclan+m8",
+    ),
+    "validation": ("en-029+m4", "en-gb-x-gbclan+anika", "en-us+steph", "en-gb-x-rp+m5"),
+}  # fmt: skip
+RATES, PITCHES, APART = (150, 191), 100, 30  # words a minute; pitches of eSpeak NG, and how far two visitors are apart
 OWN_VOICE = Voice("en-us+f4", 175, 95)
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Julia", "Leo", "Maria", "Paul")
 FIELD_OF_VIEW = 85.0  # degrees
@@ -113,9 +102,13 @@ def draw_setting(draw: np.random.Generator, split: str) -> Setting:
             Thing(str(kind), str(color), str(side), place, str(heat), temperature, str(draw.choice(FEELS)), str(weight),
                   mass)
         )  # fmt: skip
-    voices = draw.choice(len(VOICES[split]), 2, replace=False)
-    names = draw.choice(NAMES, 2, replace=False)
-    visitors = [(str(name), VOICES[split][voice]) for name, voice in zip(names, voices, strict=True)]
+    voices, names = draw.choice(VOICES[split], 2, replace=False), draw.choice(NAMES, 2, replace=False)
+    pitch = int(draw.integers(PITCHES))
+    pitches = pitch, (pitch + int(draw.integers(APART, PITCHES - APART))) % PITCHES
+    visitors = [
+        (str(name), Voice(str(voice), int(draw.integers(*RATES)), pitch))
+        for name, voice, pitch in zip(names, voices, pitches, strict=True)
+    ]
     column, row = (int(number) for number in draw.integers(0, CELLS, 2))
     row += (row + column + SPLITS.index(split)) % 2 * (1 if row + 1 < CELLS else -1)
     tones = {}

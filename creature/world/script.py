@@ -33,7 +33,7 @@ KINDS = {
 }
 TOLD = {"saw": ("saw?", "place", grammar.PLACES), "cook": ("cook?", "food", grammar.FOODS),
         "buy": ("buy?", "item", grammar.ITEMS)}  # fmt: skip
-GREET_SECONDS, RECALL_SECONDS = 1.9, 3.4
+GREET_SECONDS, RECALL_SECONDS = {"greet": 1.9, "meet": 4.4}, 3.4
 LED_SECONDS = 1.4  # from the light going out until the hand is where it will be asked for
 QUALITIES = ("hot", "cold", "rough", "soft", "heavy")
 
@@ -43,9 +43,9 @@ class Request:
     """
     Something that a visitor said, and whether the creature did as it was asked.
 
-    kind: of `KINDS`, "greet", or one that ends in "?" and asks for what was told before. begins, heard, until: seconds
-    at which the sentence begins, is over, and the next event comes. name: who said it. details: what the frames of
-    `grammar.py` are filled with. things: those on the table, as they are once it is heard. thing: number of the one
+    kind: of `KINDS`, "greet", "meet", or one that ends in "?" and asks for what was told before. begins, heard, until:
+    seconds at which the sentence begins, is over, and the next event comes. name: who said it. details: what the frames
+    of `grammar.py` are filled with. things: those on the table, as they are once it is heard. thing: number of the one
     that it is about, or None. options: the words of which one is the answer; answer: that one, known from `heard` on.
     chance: how often one succeeds who picks a thing, or a word of the options, at random; None if nothing is asked.
     """
@@ -72,11 +72,11 @@ class Request:
 
 
 def write_script(draw: np.random.Generator, setting: Setting) -> list[Request]:
-    """What is said in a life, in order: both visitors greet, then events follow until the end."""
+    """What is said in a life, in order: both visitors say who they are, then events follow until the end."""
     requests, time, told, pushed = [], draw.uniform(0.3, 0.7), [], set()
-    for visitor in setting.visitors:
-        details = _details(draw, setting, "greet") | {"name": visitor[0]}
-        requests.append(_spoken(draw, setting, "greet", time, visitor, details, GREET_SECONDS))
+    for visitor, (kind, seconds) in zip(setting.visitors, GREET_SECONDS.items(), strict=True):
+        details = _details(draw, setting, kind) | {"name": visitor[0]}
+        requests.append(_spoken(draw, setting, kind, time, visitor, details, seconds))
         time = requests[-1].until
     kinds, weights = list(KINDS), np.array([share for share, _ in KINDS.values()])
     while True:

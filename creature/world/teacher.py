@@ -94,13 +94,13 @@ class Teacher:
             if request.kind != "look":
                 yield from self._handle(request)
             else:
-                self._say(choose(self.draw, ANSWER["look"]))
+                self._say(ANSWER["look"])
                 yield from self._wait(12)
             return
         if request.kind in ("change", "saw", "cook", "buy"):
             return
         kind = "nothing" if request.answer == "nothing" else request.kind
-        self._say(choose(self.draw, ANSWER[kind]).format(**details))
+        self._say(ANSWER[kind].format(**details))
 
     def _handle(self, request: Request) -> Iterator[None]:
         """Touch a thing from above, or push it away from behind, and say how it is."""
@@ -133,7 +133,7 @@ class Teacher:
             self.mood = np.zeros(NUM_BLEND_SHAPES)
             yield from self._think(FEEL[request.kind].format(**felt))
             self.mood[list(FROWN if request.kind == "touch" and thing.heat != "warm" else SMILE)] = 0.7
-            self._say(choose(self.draw, ANSWER[request.kind]).format(**felt))
+            self._say(ANSWER[request.kind].format(**felt))
         now = room.data.site(f"{side}_hand").xpos.copy()
         yield from self._move(side, now + [-0.05, 0, top_of_thing - now[2] + 0.14], 0.35)
         self.target = None
