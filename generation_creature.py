@@ -13,16 +13,14 @@ from transformers.utils import ModelOutput
 try:
     from .configuration_creature import STREAMS
     from .decoding_creature import can_decode, decode, has_plain_inputs
-    from .motor_creature import last_command
     from .sampling_creature import Sampling, sample
-    from .senses_creature import SENSE_TABLE, check_ids, check_names, check_shapes
+    from .senses_creature import SENSE_TABLE, check_names
     from .stepping_creature import Stepper, can_step
 except ImportError:
     from configuration_creature import STREAMS
     from decoding_creature import can_decode, decode, has_plain_inputs
-    from motor_creature import last_command
     from sampling_creature import Sampling, sample
-    from senses_creature import SENSE_TABLE, check_ids, check_names, check_shapes
+    from senses_creature import SENSE_TABLE, check_names
     from stepping_creature import Stepper, can_step
 
 
@@ -239,7 +237,7 @@ class CreatureGenerationMixin(GenerationMixin):
                 senses[name] = _at_ticks(name, value, stepper.ticks, stepper.ticks + 1)
             senses["input_ids"] = tokens[:, None]
             noise = self._noise(streams, sampling, rows, None)
-            read = self._live_tick(stepper, senses, streams, sampling, noise)
+            read = stepper(self, senses, streams, sampling["audio"], noise)
         if streamer is not None:
             streamer.end()
         return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=stepper)
@@ -336,21 +334,6 @@ class CreatureGenerationMixin(GenerationMixin):
             emitted["external_text"] = sample(logits, sampling["external_text"], null, generator)
         return emitted
 
-    def _live_tick(
-        self, stepper: Stepper, senses: dict, streams: tuple[str, ...], sampling: dict, noise: torch.Tensor | None
-    ) -> dict:
-        """One tick of `senses` [B, 1, ...], through the fast step."""
-        ids, embeds = senses.get("input_ids"), senses.get("inputs_embeds")
-        if ids is not None:
-            check_ids("input_ids", ids, self.config.vocab_size)
-        others = {name: value for name, value in senses.items() if name not in ("input_ids", "inputs_embeds")}
-        vectors = self.model.embed(ids, embeds, others)
-        last = {}
-        if "animation" in streams:
-            check_shapes(self.model.senses.shapes, {"joint_rotations": others.get("joint_rotations")}, B=len(vectors))
-            last = last_command(self.config, others, vectors)
-        return stepper(self, vectors, last, streams, sampling["audio"], noise)
-
     @torch.no_grad()
     def step(
         self,
@@ -397,14 +380,14 @@ class CreatureGenerationMixin(GenerationMixin):
             for tick in range(ticks):
                 streams = output_streams if tick == ticks - 1 else ()
                 now = {name: value[:, tick : tick + 1] for name, value in given.items()}
-                read = self._live_tick(past_key_values, now, streams, sampling, noise)
+                read = past_key_values(self, now, streams, sampling["audio"], noise)
         else:
             outputs = self(
                 past_key_values=past_key_values,
                 use_cache=True,
                 logits_to_keep=1,
                 output_streams=tuple(stream for stream in output_streams if stream != "audio"),
-                **senses,
+                **senses | {name: value.to(self.device) for name, value in given.items() if name in names},
             )
             past_key_values = outputs.past_key_values
             if fast:

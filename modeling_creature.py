@@ -34,6 +34,7 @@ try:
     from .losses_creature import IGNORE_INDEX, linear_cross_entropy, linear_token_losses
     from .motor_creature import COMMAND_PARTS, CommandProjection, last_command
     from .senses_creature import (
+        NO_INPUT,
         SENSE_TABLE,
         CreatureSenses,
         SenseProjection,
@@ -57,6 +58,7 @@ except ImportError:
     from losses_creature import IGNORE_INDEX, linear_cross_entropy, linear_token_losses
     from motor_creature import COMMAND_PARTS, CommandProjection, last_command
     from senses_creature import (
+        NO_INPUT,
         SENSE_TABLE,
         CreatureSenses,
         SenseProjection,
@@ -180,7 +182,7 @@ class CreatureModel(CreaturePreTrainedModel):
             others.append(senses["sense_embeds"])
         if hidden_states is None:
             if not others:
-                raise ValueError("The creature has no input: give `input_ids`, `inputs_embeds` or another sense.")
+                raise ValueError(NO_INPUT)
             # A creature without an internal voice at any tick: the sum begins at the first sense that is there.
             hidden_states = others.pop(0)
         for vectors in others:

@@ -31,6 +31,7 @@ except ImportError:
 
 # Root mean square of the features that every sense brings to its last matrix: see `SenseProjection`.
 SENSE_SCALE = 0.05
+NO_INPUT = "The creature has no input: give `input_ids`, `inputs_embeds` or another sense."
 
 
 class SenseProjection(nn.Linear):
@@ -58,7 +59,7 @@ def encode_present(encode, mask: torch.Tensor | None, *inputs: torch.Tensor) -> 
     """
     if mask is None:
         return encode(*inputs)
-    if torch.compiler.is_compiling():
+    if encodes_everywhere(mask):
         # A shape that depends on the data would break the graph: encode every place, with zeros where nothing is.
         def fill(value):
             return value.masked_fill(~mask.view(*mask.shape, *[1] * (value.dim() - mask.dim())), 0)
@@ -71,17 +72,37 @@ def encode_present(encode, mask: torch.Tensor | None, *inputs: torch.Tensor) -> 
     return scatter_present(mask, vectors)
 
 
-def check_ids(name: str, ids: torch.Tensor, size: int, smallest: int | None = None, ignored: int | None = None) -> None:
+def encodes_everywhere(mask: torch.Tensor) -> bool:
+    """
+    Whether all places of a mask [B, T, ...] are encoded, and not those alone where it is true: in a compiled graph, and
+    of one tick on a GPU, where the host would wait for the number of places, which a CUDA graph cannot record.
+    """
+    return torch.compiler.is_compiling() or (mask.is_cuda and mask.shape[1] == 1 and not torch.is_grad_enabled())
+
+
+def check_ids(
+    name: str,
+    ids: torch.Tensor,
+    size: int,
+    smallest: int | None = None,
+    ignored: int | None = None,
+    mask: torch.Tensor | None = None,
+) -> None:
     """
     ValueError for ids that are not below `size`, or below `smallest`; without one, negative ids are absent ticks.
-    `ignored` is allowed in any case.
+    `ignored` is allowed in any case, and anything where the mask is false.
 
-    Not while a GPU trains, where reading the largest id would make the host wait for all work before it.
+    Not while a GPU trains, where reading the largest id would make the host wait for all work before it, nor while a
+    CUDA graph is recorded: whoever replays it checks the ids before.
     """
-    if torch.compiler.is_compiling() or ids.numel() == 0 or ids.is_meta or (ids.is_cuda and torch.is_grad_enabled()):
+    if torch.compiler.is_compiling() or ids.numel() == 0 or ids.is_meta:
+        return
+    if ids.is_cuda and (torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing()):
         return
     if ignored is not None:
         ids = ids.masked_fill(ids == ignored, 0)
+    if mask is not None:
+        ids = ids.masked_fill(~mask.bool(), 0)
     low, high = torch.stack(ids.aminmax()).tolist()  # one wait for a GPU, not two
     if high >= size or (smallest is not None and low < smallest):
         bad = high if high >= size else low
@@ -284,8 +305,6 @@ class TouchSense(nn.Module):
         force, place, temperature = values.float().split((1, 3, 1), dim=-1)
         # Forces span decades; skin temperature (about 33 degrees Celsius) is the zero of warmth, 10 degrees its unit.
         scaled = torch.cat((force.clamp(min=0).log1p(), place, (temperature - 33.0) / 10.0), dim=-1)
-        check_ids("touch_points", points, self.point_embedding.num_embeddings, smallest=0)
-        check_ids("touch_surfaces", surfaces, self.surface_embedding.num_embeddings, smallest=0)
         contact = self.point_embedding(points) + self.surface_embedding(surfaces)
         contact = contact + self.value_proj(scaled.to(contact.dtype))
         return self.act(self.up_proj(contact))
@@ -321,7 +340,6 @@ class VoiceCopy(nn.Module):
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         """codes [B, T, codebooks]; a tick with a negative code is absent -> [B, T, hidden_size]."""
-        check_ids("audio_codes", codes, self.num_codes)
         return encode_present(self._encode, (codes >= 0).all(dim=-1), codes)
 
 
@@ -471,6 +489,17 @@ def sense_shapes(config: CreatureConfig) -> dict[str, tuple[int | str, ...]]:
     }
 
 
+def id_sizes(config: CreatureConfig) -> dict[str, int]:
+    """Of each argument of the senses that holds ids, how many there are."""
+    return {
+        "external_voice_ids": config.vocab_size,
+        "touch_points": config.num_touch_points,
+        "touch_surfaces": config.num_touch_surfaces,
+        "external_text_ids": config.vocab_size,
+        "audio_codes": config.audio_codebook_size,
+    }
+
+
 class CreatureSenses(nn.Module):
     """All senses beside the internal voice, and the efference copies of what the creature itself emitted."""
 
@@ -491,6 +520,23 @@ class CreatureSenses(nn.Module):
             token_table: the backbone's embedding, shared by every use of text.
 
         Raises:
+            TypeError, ValueError: of `check`.
+        """
+        vectors = []
+        for sense in self.check(inputs):
+            tensors, mask = [inputs.get(name) for name in sense.arguments], inputs.get(sense.mask)
+            if sense.is_text:
+                tensors.append(token_table)
+            elif sense.mask:
+                tensors.append(None if mask is None else mask.bool())
+            vectors.append(getattr(self, sense.name)(*tensors))
+        return vectors
+
+    def check(self, inputs: dict) -> list[Sense]:
+        """
+        The senses that are there.
+
+        Raises:
             TypeError: for an argument that no sense has.
             ValueError: for a sense that the creature has no organ for, a part of a sense without the others, a wrong
                 shape, and ids out of range.
@@ -498,7 +544,7 @@ class CreatureSenses(nn.Module):
         for name in inputs:
             if name not in self.shapes:
                 raise unknown_argument("senses", name, self.shapes)
-        vectors = []
+        present, ids = [], id_sizes(self.config)
         for sense in SENSE_TABLE:
             given = [name for name in sense.arguments if inputs.get(name) is not None]
             mask = inputs.get(sense.mask)
@@ -512,14 +558,12 @@ class CreatureSenses(nn.Module):
             if missing or not given:
                 names = " and ".join(f"`{name}`" for name in missing or sense.arguments)
                 raise ValueError(f"`{(given or [sense.mask])[0]}` is one part of a sense: give {names} with it.")
-            tensors = [inputs.get(name) for name in sense.arguments]
-            if sense.is_text:
-                check_ids(given[0], tensors[0], token_table.num_embeddings)
-                tensors.append(token_table)
-            elif sense.mask:
-                tensors.append(None if mask is None else mask.bool())
-            vectors.append(getattr(self, sense.name)(*tensors))
-        return vectors
+            for name in given:
+                if name in ids:
+                    # Negative ids are absent ticks, except where a mask says what is absent.
+                    check_ids(name, inputs[name], ids[name], smallest=0 if sense.mask else None, mask=mask)
+            present.append(sense)
+        return present
 
 
 __all__ = ["SENSE_TABLE", "CreatureSenses", "Sense"]

@@ -1,5 +1,7 @@
 # Copyright 2026 The MultiModalCreature developers. Licensed under the Apache License, Version 2.0.
-"""A tick of all streams, fast: a cache written in place, both texts from one product, on a GPU a CUDA graph."""
+"""A tick of all senses and streams, fast: a cache in place, both texts from one product, on a GPU a CUDA graph."""
+
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -8,14 +10,21 @@ from transformers.cache_utils import Cache
 
 try:
     from .decoding_creature import SHORTEST, Decoder, DecodingCache, fingerprint, head_logits, is_bare, is_recordable
-    from .losses_creature import compute_dtype
-    from .motor_creature import COMMAND_PARTS
+    from .losses_creature import IGNORE_INDEX, compute_dtype
+    from .motor_creature import COMMAND_PARTS, last_command
     from .sampling_creature import Sampling
+    from .senses_creature import NO_INPUT, SENSE_TABLE, check_ids, check_shapes
 except ImportError:
     from decoding_creature import SHORTEST, Decoder, DecodingCache, fingerprint, head_logits, is_bare, is_recordable
-    from losses_creature import compute_dtype
-    from motor_creature import COMMAND_PARTS
+    from losses_creature import IGNORE_INDEX, compute_dtype
+    from motor_creature import COMMAND_PARTS, last_command
     from sampling_creature import Sampling
+    from senses_creature import NO_INPUT, SENSE_TABLE, check_ids, check_shapes
+
+CONTACTS = 8  # a graph has room for a multiple of so many, so that few of their numbers need another one
+# What says that a tick has none of these, which have no mask; noise is always there, or never.
+ABSENT = {"input_ids": IGNORE_INDEX, "inputs_embeds": 0.0, "sense_embeds": 0.0}
+ABSENT |= {name: absent for sense in SENSE_TABLE if not sense.mask for name, absent in sense.arguments.items()}
 
 
 class Stepper(Decoder):
@@ -23,6 +32,10 @@ class Stepper(Decoder):
     What the ticks so far left behind in the backbone, and the step to the next one; `past_key_values` of `step`.
 
     It holds no reference to the model. Without a window, its memory grows with the ticks.
+
+    On a GPU the whole tick is one CUDA graph, senses included. It is recorded at the first tick, and again when a sense
+    arrives that it does not have; a sense that it has and that does not arrive is masked. So there are few recordings,
+    whichever senses come and go, and what never arrives is never computed.
 
     Args:
         model: a MultiModalCreature, as it will be called.
@@ -35,7 +48,7 @@ class Stepper(Decoder):
         window = window or config.sliding_window
         weight = model.lm_head.weight
         self.tick, self.windowed = stream_tick, window is not None
-        self.graph, self.fingerprint, self.recorded = None, None, None
+        self.graph, self.fingerprint, self.recorded, self.buffers = None, None, None, None
         self.recordable = is_bare(model) and is_recordable(model)
         self.ticks = 0
         with torch.inference_mode(False):  # inference tensors could not be written outside of inference mode
@@ -81,8 +94,7 @@ class Stepper(Decoder):
     def __call__(
         self,
         model: nn.Module,
-        vectors: torch.Tensor,
-        last: dict[str, torch.Tensor],
+        senses: dict[str, torch.Tensor],
         streams: tuple[str, ...],
         sampling: Sampling,
         noise: torch.Tensor | None,
@@ -91,42 +103,67 @@ class Stepper(Decoder):
         One tick.
 
         Args:
-            vectors: [B, 1, hidden_size] the sum of the senses. last: of `last_command`, {} without animation.
+            senses: those that are there, [B, 1, ...] each, by the arguments of `forward`; on the model's device, or on
+                the CPU, from where a graph fetches them all at once.
             streams: to emit. sampling, noise: of the audio stream, see `AudioStream.emit`.
 
         Returns:
             See `stream_tick`.
+
+        Raises:
+            TypeError, ValueError: as `forward`. Nothing has changed then.
         """
-        inputs = {"vectors": vectors, **last} | ({} if noise is None else {"noise": noise})
+        inputs = senses | ({} if noise is None else {"noise": noise})
         if not self.windowed:
             self._make_room(self.ticks + 1)
-        self.ticks += 1
         self.how = (streams, sampling)
-        self.cache.visible = min(self.cache.visible + 1, self.cache.length)
-        if not self.recordable:
-            self.inputs = inputs
-            return self._pass(model, self.tick)
-        wanted = (streams, sampling, self.cache.length, *inputs)
-        if self.recorded != wanted or self.fingerprint != fingerprint(model):
+        if self.recordable:
+            outputs = self._replay(model, inputs)
+        else:
+            self.cache.visible = min(self.ticks + 1, self.cache.length)
+            self.inputs = {name: value.to(self.mask.device) for name, value in inputs.items()}
+            outputs = self._pass(model, self.tick)
+        self.ticks += 1
+        return outputs
+
+    def _pass(self, model: nn.Module, tick) -> dict[str, torch.Tensor]:
+        # Before the cache is written, because it refuses what is wrong.
+        self.perceived = perceive(model, self.inputs, self.how[0])
+        return super()._pass(model, tick)
+
+    def _outputs(self, model: nn.Module, tick, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        return tick(model, self.perceived, self.position_ids, mask, self.cache, *self.how)
+
+    def _replay(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tick as a CUDA graph, recorded where there is none that has these inputs and the present weights."""
+        check(model, inputs)
+        wanted = (*self.how, self.cache.length, "noise" in inputs)
+        fits = self.buffers is not None and self.buffers.fit(inputs)
+        if fits and self.recorded == wanted and self.fingerprint == fingerprint(model):
+            self.buffers.write(inputs)
+        else:
             self._record(model, inputs, wanted)
-        for name, value in inputs.items():
-            self.inputs[name].copy_(value)
         self.graph.replay()
         return {name: value.clone() for name, value in self.outputs.items()}
 
-    def _outputs(self, model: nn.Module, tick, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        return tick(model, self.inputs, self.position_ids, mask, self.cache, *self.how)
-
     def _record(self, model: nn.Module, inputs: dict[str, torch.Tensor], wanted: tuple) -> None:
-        """Record the step as a CUDA graph; what its trial runs write is undone."""
+        """Record the tick with these inputs and those of the graph before; what its trial runs write is undone."""
+        self.graph = self.outputs = self.perceived = self.recorded = None  # frees the memory of the graph before
         self.cache.visible = self.cache.length  # a graph reads all slots, masked
         with torch.inference_mode(False):
-            self.inputs = {name: value.clone() for name, value in inputs.items()}
+            self.buffers = GraphInputs(inputs, self.buffers, self.mask.device)
+            self.buffers.write(inputs)
+            self.inputs = self.buffers.tensors
             state = [*self.cache.keys, *self.cache.values, self.cache.slot, self.position_ids, self.mask]
             before = [value.clone() for value in state]
-            self.capture(model)
-            for value, kept in zip(state, before, strict=True):
-                value.copy_(kept)
+            try:
+                self.capture(model)
+            except BaseException:
+                self.buffers = None  # or what was refused would be in the next graph as well
+                raise
+            finally:
+                for value, kept in zip(state, before, strict=True):
+                    value.copy_(kept)
         self.recorded = wanted
 
     def _make_room(self, ticks: int) -> None:
@@ -137,6 +174,90 @@ class Stepper(Decoder):
                 self.cache.extend(2 * self.cache.length)
 
 
+class GraphInputs:
+    """
+    What a recorded tick reads, where it reads it: `tensors` by the arguments of `forward`, each sense with its mask.
+
+    They lie in one buffer, with a copy on the host, so that what comes from there is uploaded at once.
+
+    Args:
+        inputs: of the tick to be recorded, noise among them. before: those of the graph before, which stay.
+    """
+
+    def __init__(self, inputs: dict[str, torch.Tensor], before: "GraphInputs | None", device: torch.device):
+        layout = {} if before is None else {name: (x.shape, x.dtype) for name, x in before.tensors.items()}
+        for name, other in (("input_ids", "inputs_embeds"), ("inputs_embeds", "input_ids")):
+            if name in inputs:  # there is one inner voice
+                layout.pop(other, None)
+        layout.pop("noise", None)
+        for name, value in inputs.items():
+            shape = list(value.shape)
+            if name.startswith("touch"):
+                known = layout[name][0][2] if name in layout else 1
+                shape[2] = -(-max(shape[2], known) // CONTACTS) * CONTACTS
+            layout[name] = torch.Size(shape), value.dtype
+        self.masks = {}  # of each mask, the arguments that must be there
+        for sense in SENSE_TABLE:
+            names = tuple(name for name in sense.arguments if name in layout)
+            if names and sense.mask:
+                self.masks[sense.mask] = names
+                layout[sense.mask] = layout[names[0]][0][: 3 if sense.name == "touch" else 2], torch.bool
+        if "joint_rotations" in layout:  # which may be there without the rest of the body
+            self.masks["pose_mask"] = ("joint_rotations",)
+            layout["pose_mask"] = layout["body_mask"]
+        self.absent = {name: ABSENT[name] for name in layout if name in ABSENT}
+        places, size = {}, 0
+        for name, (shape, dtype) in layout.items():
+            places[name] = slice(size, size + prod(shape) * dtype.itemsize)
+            size = -(-places[name].stop // 16) * 16
+        self.buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.staging = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.tensors, self.host = (
+            {name: buffer[place].view(layout[name][1]).view(layout[name][0]) for name, place in places.items()}
+            for buffer in (self.buffer, self.staging)
+        )
+
+    def fit(self, inputs: dict[str, torch.Tensor]) -> bool:
+        """Whether there is room for these inputs."""
+        for name, value in inputs.items():
+            held = self.tensors.get(name)
+            if held is None or (held.dtype != value.dtype and name not in self.masks):
+                return False
+            if held.shape != value.shape and not (
+                name.startswith("touch")
+                and value.shape[2] <= held.shape[2]
+                and value.shape[:2] + value.shape[3:] == held.shape[:2] + held.shape[3:]
+            ):
+                return False
+        return True
+
+    def write(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Fill in the inputs of a tick: those on the host by one copy, which is over when this returns."""
+        values = dict(inputs)
+        for mask, names in self.masks.items():
+            given = inputs.get("body_mask" if mask == "pose_mask" else mask)
+            there = all(name in inputs for name in names)
+            values[mask] = False if not there else True if given is None else given
+        for name, absent in self.absent.items():
+            if name not in inputs:
+                self.host[name].fill_(absent)
+        contacts = inputs["touch_points"].shape[2] if "touch_points" in inputs else 0
+        on_device = {}
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+                on_device[name] = value
+            elif name.startswith("touch"):
+                self.host[name][:, :, :contacts] = value
+            else:
+                self.host[name][...] = value
+        if "touch_mask" in self.host:
+            self.host["touch_mask"][:, :, contacts:] = False
+        self.buffer.copy_(self.staging)
+        for name, value in on_device.items():
+            held = self.tensors[name]
+            (held[:, :, :contacts] if name.startswith("touch") else held).copy_(value)
+
+
 def can_step(model: nn.Module) -> bool:
     """Whether a [`Stepper`] gives what `forward` gives; else `step` goes through `forward`."""
     return (
@@ -145,6 +266,39 @@ def can_step(model: nn.Module) -> bool:
         and not (model._forward_hooks or model._forward_pre_hooks or "forward" in model.__dict__)
         and model.config._attn_implementation in ("sdpa", "eager")  # others need other masks
     )
+
+
+def check(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+    """TypeError and ValueError as `perceive`, for what a recorded graph cannot see: no input, and ids out of range."""
+    voices = ("input_ids", "inputs_embeds", "sense_embeds")
+    if "input_ids" in inputs:
+        check_ids("input_ids", inputs["input_ids"], model.config.vocab_size)
+    others = {name: value for name, value in inputs.items() if name not in (*voices, "noise")}
+    if not model.model.senses.check(others) and not any(name in inputs for name in voices):
+        raise ValueError(NO_INPUT)
+
+
+def perceive(model: nn.Module, inputs: dict[str, torch.Tensor], streams: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """
+    What `stream_tick` reads: `vectors` [B, 1, hidden_size], the sum of the senses, `noise`, and where a command is to
+    be emitted the last one by its parts.
+
+    inputs: the senses of a tick by the arguments of `forward`, and noise. `pose_mask` says where `joint_rotations` are
+    there, if not `body_mask`.
+    """
+    senses = {name: value for name, value in inputs.items() if name not in ("noise", "pose_mask")}
+    ids, embeds = senses.pop("input_ids", None), senses.pop("inputs_embeds", None)
+    if ids is not None:
+        check_ids("input_ids", ids, model.config.vocab_size)
+    perceived = {"vectors": model.model.embed(ids, embeds, senses)}
+    if "noise" in inputs:
+        perceived["noise"] = inputs["noise"]
+    if "animation" in streams:
+        felt = {"joint_rotations": senses.get("joint_rotations")}
+        check_shapes(model.model.senses.shapes, felt, B=len(perceived["vectors"]))
+        pose = {"body_mask": inputs["pose_mask"]} if "pose_mask" in inputs else {}
+        perceived |= last_command(model.config, senses | pose, perceived["vectors"])
+    return perceived
 
 
 def stream_tick(
@@ -160,7 +314,7 @@ def stream_tick(
     What the streams read off one tick: `last_hidden_state` [B, hidden_size], `logits`, `external_text_logits` [B,
     vocab_size], `audio` [B, codebooks] codes, `animation` and `action` [B, ...], as far as they are asked for.
 
-    inputs: `vectors` [B, 1, hidden_size], the last command by its parts, `noise` for the codes.
+    inputs: of `perceive`.
     """
     outputs = model.model(
         inputs_embeds=inputs["vectors"], attention_mask=mask, position_ids=position_ids, past_key_values=cache

@@ -2,11 +2,15 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.streamers import BaseStreamer
 
+import senses_creature
+import stepping_creature
 from configuration_creature import CreatureConfig
 from modeling_creature import MultiModalCreature
 from motor_creature import COMMAND_PARTS, pack_animation
@@ -219,6 +223,60 @@ def assert_close(actual: dict, expected: dict, atol: float, rtol: float = 1e-5) 
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class OfAGraph(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot record: shapes that depend on data, numbers read or written by the host."""
+
+    REFUSED = {"nonzero", "masked_select", "_local_scalar_dense", "lift_fresh", "_unique2", "repeat_interleave"}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        assert name not in self.REFUSED and not by_mask, f"a CUDA graph cannot record {name}"
+        return function(*args, **(kwargs or {}))
+
+
+def record_on_cpu(patch) -> list[int]:
+    """
+    In place of CUDA graphs of a `Stepper`, the recorded pass runs again: buffers, masks and what recording leaves are
+    those of a GPU. Returns the slots of each recording, a list that grows.
+    """
+    recordings, recorded = [], [False]
+
+    def run(stepper, model):
+        """What a graph does: it checks nothing."""
+        recorded[0] = True
+        try:
+            with OfAGraph():
+                return stepper._pass(model, stepper.tick)
+        finally:
+            recorded[0] = False
+
+    def capture(stepper, model):
+        with torch.no_grad():
+            for _ in range(2):  # trial runs write into the cache
+                stepper._pass(model, stepper.tick)
+            stepper.outputs = {name: value.clone() for name, value in run(stepper, model).items()}
+
+        def replay():
+            for name, value in run(stepper, model).items():
+                stepper.outputs[name].copy_(value)
+
+        stepper.graph = SimpleNamespace(replay=replay)
+        stepper.fingerprint = stepping_creature.fingerprint(model)
+        recordings.append(stepper.cache.length)
+
+    def everywhere(mask):
+        return mask.shape[1] == 1 and not torch.is_grad_enabled()
+
+    check_ids = senses_creature.check_ids
+    for module in (senses_creature, stepping_creature):
+        patch.setattr(module, "check_ids", lambda *args, **named: recorded[0] or check_ids(*args, **named))
+    patch.setattr(stepping_creature, "is_recordable", lambda model: True)
+    patch.setattr(stepping_creature.Stepper, "capture", capture)
+    patch.setattr(senses_creature, "encodes_everywhere", everywhere)
+    return recordings
 
 
 def load_script(name: str, folder: Path = SCRIPTS):

@@ -5,10 +5,11 @@ import gc
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from creatures import ALL_STREAMS, micro_config, micro_model, random_batch, without_targets
+from creatures import ALL_STREAMS, GPT2, micro_config, micro_model, random_batch, without_targets
 from test_trainer import Rows, make_trainer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CompileConfig, TrainerCallback
@@ -19,10 +20,13 @@ import layers_creature
 import losses_creature
 from creature import fast
 from creature.data import collate_blocks
+from creature.data.text.tokenizer import load_tokenizer
 from creature.fast import head as fast_head
 from creature.fast import kernels
+from creature.live import LiveCreature
 from creature.optimizer import MuonAdamW, parameter_groups
 from modeling_creature import MultiModalCreature
+from processing_creature import CreatureProcessor
 from sampling_creature import Sampling
 from stepping_creature import Stepper
 
@@ -244,6 +248,80 @@ def test_a_recorded_step_of_all_streams_is_the_eager_one(window, audio):
     for name in ("logits", "animation"):
         torch.testing.assert_close(lives[1][name], lives[0][name], atol=1e-3, rtol=1e-3)
     assert (lives[1]["audio"] == lives[0]["audio"]).float().mean() > 0.99 and len(lives[0]["audio"].unique()) > 3
+
+
+def lived(creature, ticks):
+    """Raw senses that come and go, other numbers of contacts, a pose without its body, and own outputs fed back."""
+    draw = np.random.default_rng(0)
+    contact = dict(surface=1, force=2.0, x=0.1, y=0.0, z=0.2, temperature=30.0)
+    for tick in range(ticks):
+        senses = {
+            "audio": draw.standard_normal(1280) * 0.1,
+            "images": draw.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8),
+            "state": draw.standard_normal(2),
+            "joint_positions": draw.standard_normal((3, 3)),
+            "joint_rotations": draw.standard_normal((3, 4)),
+            "touch": [contact | {"point": int(draw.integers(10))} for _ in range(tick * 5 % 12)],
+            "words": "robot" if tick % 4 == 0 else [],
+        }
+        names = list(senses)
+        if tick >= 3:  # the first ticks have all of them
+            for name in {names[tick % 7], names[tick * 3 % 7]}:
+                del senses[name]
+        yield creature.tick(**senses)
+
+
+@pytest.mark.parametrize("window", [6, 512])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_recorded_life_of_all_senses_and_streams_is_the_eager_one(window, drawn, monkeypatch):
+    """Over 30 ticks; the host waits twice a tick: for the upload of the senses, and for what is emitted."""
+    body = dict(body_state_mean=[0.0] * 2, body_state_std=[1.0] * 2, action_mean=[0.0] * 2, action_std=[1.0] * 2)
+    ears = dict(num_mel_bins=8, audio_frames_per_tick=8)
+    model = micro_model(**GPT2, **body, **ears, sliding_window=window, tie_word_embeddings=False).cuda()
+    processor = CreatureProcessor.from_config(model.config, load_tokenizer())
+    recordings, capture, waits, lives = [], Stepper.capture, [], []
+    monkeypatch.setattr(Stepper, "capture", lambda self, *args: recordings.append(1) or capture(self, *args))
+    for recordable in (False, True):
+        sampling = {} if drawn else dict.fromkeys(ALL_STREAMS[:3], Sampling())
+        creature, life = LiveCreature(model, processor, sampling=sampling, seed=1), []
+        assert creature._past.recordable
+        creature._past.recordable = recordable
+        ticks = lived(creature, 30)
+        for _ in range(30):
+            before = len(recordings)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                life.append(next(ticks))
+                torch.cuda.set_sync_debug_mode("default")
+            if len(recordings) == before and recordable:
+                waits.append([f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)])
+        lives.append(life)
+    eager, graph = lives
+    for name in ("logits", "external_text_logits", "animation", "action", "last_hidden_state"):
+        found, wanted = (torch.cat([getattr(emission.step, name) for emission in life]) for life in (graph, eager))
+        torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+    for name in ("thought_id", "said_id"):
+        assert [getattr(emission, name) for emission in graph] == [getattr(emission, name) for emission in eager]
+    assert all((a.voice_codes == b.voice_codes).all() for a, b in zip(graph, eager, strict=True))
+    assert len(recordings) <= 4 and len({emission.thought_id for emission in graph}) > 3
+    assert len(waits) >= 26 and max(map(len, waits)) <= 2, waits
+
+
+def test_ids_out_of_range_are_refused_before_the_graph_runs():
+    model = micro_model(sliding_window=6).cuda()
+    senses = without_targets(random_batch(model.config, rows=1, ticks=4))
+    stepper = Stepper(model)
+    for tick in range(2):
+        model.step(stepper, **{name: value[:, tick : tick + 1] for name, value in senses.items()})
+    for name, device in (("input_ids", "cpu"), ("audio_codes", "cuda"), ("external_voice_ids", "cuda")):
+        now = {name: value[:, 2:3] for name, value in senses.items()}
+        with pytest.raises(ValueError, match=f"`{name}` holds the id 1000"):
+            model.step(stepper, **now | {name: torch.full_like(now[name], 1000).to(device)})
+    assert stepper.get_seq_length() == 2
+    # The device is as it was, and senses may lie on either.
+    now = {name: value[:, 2:3].to("cuda" if len(name) % 2 else "cpu") for name, value in senses.items()}
+    assert model.step(stepper, **now).logits.isfinite().all()
 
 
 def test_all_streams_generated_with_a_graph_are_those_of_the_loop_of_transformers(monkeypatch):

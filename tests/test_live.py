@@ -1,11 +1,9 @@
 """A live creature: replays are teacher forcing, raw senses are those of a recording, memory stays flat."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
-from creatures import ALL_STREAMS, GPT2, micro_model
+from creatures import ALL_STREAMS, GPT2, micro_model, record_on_cpu
 from lives import make_recording, picture, quaternions
 from test_codec import micro_codec, micro_mimi
 
@@ -159,42 +157,25 @@ def test_an_action_without_statistics_is_refused_before_the_first_tick():
 
 
 def test_a_recorded_graph_gives_the_same_life(processor, life, monkeypatch):
-    """
-    In place of a CUDA graph, the recorded pass runs again: buffers, masks and what recording leaves are those of a GPU.
-    """
-    recordings = []
-
-    def capture(stepper, model):
-        with torch.no_grad():
-            for _ in range(2):  # trial runs write into the cache
-                stepper._pass(model, stepper.tick)
-            stepper.outputs = {name: value.clone() for name, value in stepper._pass(model, stepper.tick).items()}
-
-        def replay():
-            for name, value in stepper._pass(model, stepper.tick).items():
-                stepper.outputs[name].copy_(value)
-
-        stepper.graph = SimpleNamespace(replay=replay)
-        stepper.fingerprint = stepping_creature.fingerprint(model)
-        recordings.append(stepper.cache.length)
-
-    # With a window that is full twice, and without one, with slots that run out.
+    """With a window that is full twice, and without one, with slots that run out."""
     monkeypatch.setattr(stepping_creature, "SHORTEST", 16)
+    outer = {name: life[name] for name in life if name not in OWN}
     for window in (WINDOW, None):
         model = micro_model(**SIZES, sliding_window=window)
-        lives = []
-        for recordable in (False, True):
+        lives, recordings = [], []
+        for recorded in (False, True):
             with monkeypatch.context() as patch:
-                patch.setattr(stepping_creature, "is_recordable", lambda _, answer=recordable: answer)
-                patch.setattr(stepping_creature.Stepper, "capture", capture)
+                recordings = record_on_cpu(patch) if recorded else recordings
                 creature = LiveCreature(model, processor, window=window)
                 if window is None:
                     creature._past = stepping_creature.Stepper(model)
-                lives.append(replayed(creature, {name: life[name] for name in life if name not in OWN}))
+                lives.append(replayed(creature, outer))
         for name in ("thought_id", "said_id"):
             assert [getattr(e, name) for e in lives[0]] == [getattr(e, name) for e in lives[1]]
-        torch.testing.assert_close(stacked(lives[0], "animation"), stacked(lives[1], "animation"), **EXACT)
-    assert recordings == [WINDOW, 16, 32]
+        for name in ("logits", "animation"):
+            torch.testing.assert_close(stacked(lives[0], name), stacked(lives[1], name), **EXACT)
+        # At the first tick, at the first that follows an emission, and where the slots run out.
+        assert recordings == ([WINDOW] * 2 if window else [16, 16, 32])
 
 
 # --- senses ----------------------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ class LiveCreature:
         self._past = Stepper(self.model, window=self.window) if can_step(self.model) else None
         self._copies = {}
         if self.config.null_token_id is not None:
-            self._copies["input_ids"] = torch.full((1, 1), self.config.null_token_id, device=self.model.device)
+            self._copies["input_ids"] = torch.full((1, 1), self.config.null_token_id)
 
     def tick(
         self,
@@ -191,16 +191,20 @@ class LiveCreature:
         step = self.model.step(
             self._past, output_streams=self.streams, sampling=self.sampling, generator=self.generator, **senses
         )
-        self._past, self._copies = step.past_key_values, self._copies_of(step)
-        emission = self._emission(step, senses)
+        emitted = on_host({name: getattr(step, name) for name in ("internal_text", *FED_BACK) if name in step})
+        self._past, self._copies = step.past_key_values, self._copies_of(emitted)
+        emission = self._emission(step, emitted, senses)
         emission.seconds = time.perf_counter() - started
         self.clock.add(emission.seconds)
         self.now += 1
         return emission
 
     def _senses(self, arguments: dict[str, np.ndarray], copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The arguments of this tick [1, 1, ...] and the copies; what a mask or an id says is absent is left out."""
-        device, senses, arguments = self.model.device, dict(copies), dict(arguments)
+        """
+        The arguments of this tick [1, 1, ...] and the copies; what a mask or an id says is absent is left out. On the
+        CPU, from where the step takes all of them at once.
+        """
+        senses, arguments = dict(copies), dict(arguments)
         for sense in SENSE_TABLE:
             mask = arguments.pop(sense.mask, None)
             names = [name for name in sense.arguments if name in arguments]
@@ -214,37 +218,48 @@ class LiveCreature:
                     del arguments[name]
                     senses.pop(name, None)
         for name, value in arguments.items():
-            senses[name] = torch.from_numpy(widen(np.array(value)))[None, None].to(device)
+            senses[name] = torch.from_numpy(widen(np.array(value)))[None, None]
         return senses
 
-    def _copies_of(self, step: CreatureStep) -> dict[str, torch.Tensor]:
+    def _copies_of(self, emitted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What was emitted, as the arguments of the next tick: a creature hears itself speak and feels itself move."""
         copies, null = {}, self.config.null_token_id
         if "internal_text" in self.streams:
-            copies["input_ids"] = step.internal_text[:, None]
+            copies["input_ids"] = emitted["internal_text"][:, None]
         elif null is not None:
-            copies["input_ids"] = torch.full((1, 1), null, device=self.model.device)
-        for output, name in FED_BACK.items():
-            if getattr(step, output) is not None:
-                copies[name] = getattr(step, output)[:, None]
-        return copies
+            copies["input_ids"] = torch.full((1, 1), null)
+        return copies | {name: emitted[output][:, None] for output, name in FED_BACK.items() if output in emitted}
 
-    def _emission(self, step: CreatureStep, arguments: dict[str, torch.Tensor]) -> Emission:
+    def _emission(
+        self, step: CreatureStep, emitted: dict[str, torch.Tensor], arguments: dict[str, torch.Tensor]
+    ) -> Emission:
         emission = Emission(self.now, arguments=arguments, step=step)
         coming = self.now + 1  # the tick at which it is thought, said and done
-        if step.internal_text is not None:
-            emission.thought_id = int(step.internal_text)
+        if "internal_text" in emitted:
+            emission.thought_id = int(emitted["internal_text"])
             emission.thought = self.thinking(emission.thought_id, coming)
-        if step.external_text is not None:
-            emission.said_id = int(step.external_text)
+        if "external_text" in emitted:
+            emission.said_id = int(emitted["external_text"])
             emission.said = self.saying(emission.said_id, coming)
-        if step.audio is not None:
-            emission.voice_codes = step.audio[0].cpu().numpy()
+        if "audio" in emitted:
+            emission.voice_codes = emitted["audio"][0].numpy()
             emission.sound = self.speaking(emission.voice_codes) if self.speaking else None
-        if step.animation is not None:
-            parts = unpack_animation(self.config, step.animation[0].float().cpu())
+        if "animation" in emitted:
+            parts = unpack_animation(self.config, emitted["animation"][0].float())
             present = [part.numpy() if part.numel() else None for part in parts]
             emission.rotations, emission.blend_shapes, emission.eyes = present
-        if step.action is not None:
-            emission.action = self.processor.denormalize("action", step.action[0].float().cpu().numpy())
+        if "action" in emitted:
+            emission.action = self.processor.denormalize("action", emitted["action"][0].float().numpy())
         return emission
+
+
+def on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU; from a GPU they come in one copy, because each one is a wait."""
+    if all(tensor.device.type == "cpu" for tensor in tensors.values()):
+        return tensors
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that each begins at a multiple
+    packed = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in ordered]).cpu()
+    pieces = packed.split([tensor.nbytes for _, tensor in ordered])
+    return {
+        name: piece.view(tensor.dtype).view(tensor.shape) for (name, tensor), piece in zip(ordered, pieces, strict=True)
+    }

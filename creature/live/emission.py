@@ -29,7 +29,7 @@ class Emission:
         rotations: [sub-frames, joints, 4] unit quaternions (w, x, y, z) to command. blend_shapes: [shapes] in [0, 1].
             eyes: [2, 4] gaze x, y, z and openness. action: [sub-frames, action_size] in physical units.
         thought_id, said_id: the raw ids of this tick, NULL where silent.
-        arguments: of `forward` [1, 1, ...], what was perceived, own outputs fed back among it.
+        arguments: of `forward` [1, 1, ...], what was perceived, own outputs fed back among it, on the CPU.
         step: what the model returned, tensors of one row, logits among them.
         seconds: what the tick took.
 
