@@ -13,15 +13,15 @@ from transformers.utils import ModelOutput
 try:
     from .configuration_creature import STREAMS
     from .decoding_creature import can_decode, decode, has_plain_inputs
-    from .sampling_creature import Sampling, sample
+    from .sampling_creature import Sampling
     from .senses_creature import SENSE_TABLE, check_names
-    from .stepping_creature import Stepper, can_step
+    from .stepping_creature import Stepper, can_step, draw_noise, sample_texts
 except ImportError:
     from configuration_creature import STREAMS
     from decoding_creature import can_decode, decode, has_plain_inputs
-    from sampling_creature import Sampling, sample
+    from sampling_creature import Sampling
     from senses_creature import SENSE_TABLE, check_names
-    from stepping_creature import Stepper, can_step
+    from stepping_creature import Stepper, can_step, draw_noise, sample_texts
 
 
 def _inputs_of(senses) -> dict[str, float | bool]:
@@ -212,11 +212,11 @@ class CreatureGenerationMixin(GenerationMixin):
             outputs.past_key_values, inputs.get("attention_mask"), inputs.get("position_ids")
         )
         outer = {name: inputs[name] for name in TICK_INPUTS if name not in COPY_INPUTS and inputs.get(name) is not None}
-        read = self._read(outputs, streams, sampling, self._noise(streams, sampling, rows, None))
+        read = self._read(outputs, streams, sampling, draw_noise(self, streams, sampling, rows))
         ends = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
         finished = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
         while True:
-            emitted = self._side_emissions(read, streams, sampling)
+            emitted = {name: read[name] for name in FED_BACK if name in read}
             for name, value in emitted.items():
                 emission.emitted.setdefault(name, []).append(value)
             scores = logits_processor(input_ids, read["logits"].to(copy=True, dtype=torch.float32))
@@ -236,8 +236,8 @@ class CreatureGenerationMixin(GenerationMixin):
             for name, value in outer.items():
                 senses[name] = _at_ticks(name, value, stepper.ticks, stepper.ticks + 1)
             senses["input_ids"] = tokens[:, None]
-            noise = self._noise(streams, sampling, rows, None)
-            read = stepper(self, senses, streams, sampling["audio"], noise)
+            noise = draw_noise(self, streams, sampling, rows)
+            read = stepper(self, senses, streams, sampling, noise)
         if streamer is not None:
             streamer.end()
         return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=stepper)
@@ -296,8 +296,8 @@ class CreatureGenerationMixin(GenerationMixin):
         if emission is None:
             return model_kwargs
         streams, sampling = emission.streams, emission.sampling
-        read = self._read(outputs, streams, sampling, self._noise(streams, sampling, len(outputs.logits), None))
-        for output, tick in self._side_emissions(read, streams, sampling).items():
+        read = self._read(outputs, streams, sampling, draw_noise(self, streams, sampling, len(outputs.logits)))
+        for output, tick in ((name, read[name]) for name in FED_BACK if name in read):
             emission.emitted.setdefault(output, []).append(tick)
             # The ticks before the first emission are absent, unless the caller says what was emitted in the prompt.
             name, mask = FED_BACK[output], COPY_MASKS.get(FED_BACK[output])
@@ -309,7 +309,7 @@ class CreatureGenerationMixin(GenerationMixin):
                 model_kwargs[mask] = F.pad(_at_ticks(mask, known, 0, emission.ticks), (0, 1), value=True)
         return model_kwargs
 
-    def _read(self, outputs: ModelOutput, streams: tuple[str, ...], sampling: dict, noise: torch.Tensor | None) -> dict:
+    def _read(self, outputs: ModelOutput, streams: tuple[str, ...], sampling: dict, noise: dict) -> dict:
         """What `stream_tick` returns, of the last tick of a forward pass."""
         names = ("last_hidden_state", "logits", "external_text_logits", "animation", "action")
         read = {name: getattr(outputs, name) for name in names if getattr(outputs, name) is not None}
@@ -317,22 +317,9 @@ class CreatureGenerationMixin(GenerationMixin):
         if "audio" in streams:
             # Drawn here and not in `forward`, which is deterministic.
             table = self.model.senses.own_voice.code_table
-            read["audio"], _ = self.streams.audio.emit(read["last_hidden_state"], table, sampling["audio"], noise)
-        return read
-
-    def _noise(self, streams: tuple[str, ...], sampling: dict, rows: int, generator) -> torch.Tensor | None:
-        """The random numbers of the codes of one tick, where they are drawn."""
-        if "audio" not in streams or not sampling["audio"].temperature:
-            return None
-        return self.streams.audio.draw_noise(rows, self.model.senses.own_voice.code_table, generator)
-
-    def _side_emissions(self, read: dict, streams: tuple[str, ...], sampling: dict, generator=None) -> dict:
-        """What the side streams emit, [B, ...] each by name, by what was read off a tick."""
-        emitted = {name: read[name] for name in ("audio", "animation", "action") if name in read}
-        if "external_text" in streams:
-            logits, null = read["external_text_logits"], self.config.null_token_id
-            emitted["external_text"] = sample(logits, sampling["external_text"], null, generator)
-        return emitted
+            drawn = noise.get("audio noise")
+            read["audio"], _ = self.streams.audio.emit(read["last_hidden_state"], table, sampling["audio"], drawn)
+        return read | sample_texts(self, read, streams, sampling, noise)
 
     @torch.no_grad()
     def step(
@@ -374,13 +361,13 @@ class CreatureGenerationMixin(GenerationMixin):
         rows = len(tensors[0]) if tensors else 0
         # `forward` takes the rest, and refuses names that it does not know.
         fast = len(tensors) == len(given) and isinstance(past_key_values, Stepper | None) and can_step(self)
-        noise = self._noise(output_streams, sampling, rows, generator)
+        noise = draw_noise(self, output_streams, sampling, rows, generator)
         if fast and (ticks == 1 or past_key_values is not None):
             past_key_values = past_key_values or Stepper(self, rows)
             for tick in range(ticks):
                 streams = output_streams if tick == ticks - 1 else ()
                 now = {name: value[:, tick : tick + 1] for name, value in given.items()}
-                read = past_key_values(self, now, streams, sampling["audio"], noise)
+                read = past_key_values(self, now, streams, sampling, noise)
         else:
             outputs = self(
                 past_key_values=past_key_values,
@@ -393,11 +380,7 @@ class CreatureGenerationMixin(GenerationMixin):
             if fast:
                 past_key_values = Stepper(self, rows).load(past_key_values)
             read = self._read(outputs, output_streams, sampling, noise)
-        emitted = self._side_emissions(read, output_streams, sampling, generator)
-        if "internal_text" in output_streams:
-            how, null = sampling["internal_text"], self.config.null_token_id
-            emitted["internal_text"] = sample(read["logits"], how, null, generator)
-        return CreatureStep(**read | emitted, past_key_values=past_key_values)
+        return CreatureStep(**read, past_key_values=past_key_values)
 
 
 def _at_ticks(name: str, value: torch.Tensor, start: int, end: int) -> torch.Tensor:

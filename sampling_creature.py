@@ -47,6 +47,7 @@ def sample(
     null_id: int | None = None,
     generator: torch.Generator | None = None,
     noise: torch.Tensor | None = None,
+    silence: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     One id per row of logits [B, ids], [B] int64.
@@ -54,7 +55,7 @@ def sample(
     Args:
         null_id: NULL of a stream of text.
         generator: the same state of it gives the same ids.
-        noise: [B, ids] drawn from Exp(1), in place of a generator.
+        noise: [B, ids] drawn from Exp(1), in place of a generator. silence: [B] in [0, 1), the same for silence.
     """
     logits = logits.float()
     silent = None
@@ -64,17 +65,38 @@ def sample(
         if how.null_temperature is None:
             logits[:, null_id] = null
         else:
-            logits[:, null_id] = float("-inf")
-            silent = _is_silent(null - logits.logsumexp(dim=-1), how.null_temperature, generator)
+            logits[:, null_id].fill_(float("-inf"))
+            silent = _is_silent(null - logits.logsumexp(dim=-1), how.null_temperature, generator, silence)
     ids = logits.argmax(dim=-1) if not how.temperature else _draw(logits / how.temperature, how, generator, noise)
-    return ids if silent is None else torch.where(silent, null_id, ids)
+    return ids if silent is None else ids.masked_fill(silent, null_id)
 
 
-def _is_silent(odds: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
+def draw_for_sample(
+    how: Sampling,
+    rows: int,
+    ids: int,
+    device: torch.device,
+    null_id: int | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, torch.Tensor]:
+    """The random numbers that `sample` takes for logits [rows, ids], by its arguments, drawn as it would draw them."""
+    drawn = {}
+    if null_id is not None and how.null_temperature:
+        drawn["silence"] = torch.rand(rows, generator=generator, device=device)
+    if how.temperature:
+        kept = min(how.top_k or ids, ids)
+        drawn["noise"] = torch.empty(rows, kept, device=device).exponential_(generator=generator)
+    return drawn
+
+
+def _is_silent(
+    odds: torch.Tensor, temperature: float, generator: torch.Generator | None, drawn: torch.Tensor | None
+) -> torch.Tensor:
     """Log-odds of silence [B] -> bool [B]."""
     if not temperature:
         return odds > 0
-    drawn = torch.rand(odds.shape, generator=generator, device=odds.device)
+    if drawn is None:
+        drawn = torch.rand(odds.shape, generator=generator, device=odds.device)
     return drawn < (odds / temperature).sigmoid()
 
 
@@ -96,4 +118,4 @@ def _draw(
     return places if ids is None else ids.gather(-1, places[:, None])[:, 0]
 
 
-__all__ = ["GREEDY", "Sampling", "sample"]
+__all__ = ["GREEDY", "Sampling", "draw_for_sample", "sample"]

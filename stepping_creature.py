@@ -12,17 +12,22 @@ try:
     from .decoding_creature import SHORTEST, Decoder, DecodingCache, fingerprint, head_logits, is_bare, is_recordable
     from .losses_creature import IGNORE_INDEX, compute_dtype
     from .motor_creature import COMMAND_PARTS, last_command
-    from .sampling_creature import Sampling
+    from .sampling_creature import Sampling, draw_for_sample, sample
     from .senses_creature import NO_INPUT, SENSE_TABLE, check_ids, check_shapes
 except ImportError:
     from decoding_creature import SHORTEST, Decoder, DecodingCache, fingerprint, head_logits, is_bare, is_recordable
     from losses_creature import IGNORE_INDEX, compute_dtype
     from motor_creature import COMMAND_PARTS, last_command
-    from sampling_creature import Sampling
+    from sampling_creature import Sampling, draw_for_sample, sample
     from senses_creature import NO_INPUT, SENSE_TABLE, check_ids, check_shapes
 
 CONTACTS = 8  # a graph has room for a multiple of so many, so that few of their numbers need another one
-# What says that a tick has none of these, which have no mask; noise is always there, or never.
+# The random numbers of a tick, drawn outside of the graph: of the codes, and of `draw_for_sample` for both texts.
+TEXT_NOISE = {
+    name: {part: f"{name} {part}" for part in ("silence", "noise")} for name in ("external_text", "internal_text")
+}
+NOISE = {"audio noise", *(name for names in TEXT_NOISE.values() for name in names.values())}
+# What says that a tick has none of these, which have no mask.
 ABSENT = {"input_ids": IGNORE_INDEX, "inputs_embeds": 0.0, "sense_embeds": 0.0}
 ABSENT |= {name: absent for sense in SENSE_TABLE if not sense.mask for name, absent in sense.arguments.items()}
 
@@ -96,8 +101,8 @@ class Stepper(Decoder):
         model: nn.Module,
         senses: dict[str, torch.Tensor],
         streams: tuple[str, ...],
-        sampling: Sampling,
-        noise: torch.Tensor | None,
+        sampling: dict[str, Sampling],
+        noise: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
         """
         One tick.
@@ -105,7 +110,7 @@ class Stepper(Decoder):
         Args:
             senses: those that are there, [B, 1, ...] each, by the arguments of `forward`; on the model's device, or on
                 the CPU, from where a graph fetches them all at once.
-            streams: to emit. sampling, noise: of the audio stream, see `AudioStream.emit`.
+            streams: to emit. sampling: how each stream of ids is drawn. noise: of `draw_noise`.
 
         Returns:
             See `stream_tick`.
@@ -113,7 +118,7 @@ class Stepper(Decoder):
         Raises:
             TypeError, ValueError: as `forward`. Nothing has changed then.
         """
-        inputs = senses | ({} if noise is None else {"noise": noise})
+        inputs = senses | noise
         if not self.windowed:
             self._make_room(self.ticks + 1)
         self.how = (streams, sampling)
@@ -137,7 +142,7 @@ class Stepper(Decoder):
     def _replay(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tick as a CUDA graph, recorded where there is none that has these inputs and the present weights."""
         check(model, inputs)
-        wanted = (*self.how, self.cache.length, "noise" in inputs)
+        wanted = (*self.how, self.cache.length)
         fits = self.buffers is not None and self.buffers.fit(inputs)
         if fits and self.recorded == wanted and self.fingerprint == fingerprint(model):
             self.buffers.write(inputs)
@@ -185,11 +190,11 @@ class GraphInputs:
     """
 
     def __init__(self, inputs: dict[str, torch.Tensor], before: "GraphInputs | None", device: torch.device):
-        layout = {} if before is None else {name: (x.shape, x.dtype) for name, x in before.tensors.items()}
+        kept = {} if before is None else before.tensors
+        layout = {name: (value.shape, value.dtype) for name, value in kept.items() if name not in NOISE}
         for name, other in (("input_ids", "inputs_embeds"), ("inputs_embeds", "input_ids")):
             if name in inputs:  # there is one inner voice
                 layout.pop(other, None)
-        layout.pop("noise", None)
         for name, value in inputs.items():
             shape = list(value.shape)
             if name.startswith("touch"):
@@ -273,26 +278,25 @@ def check(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
     voices = ("input_ids", "inputs_embeds", "sense_embeds")
     if "input_ids" in inputs:
         check_ids("input_ids", inputs["input_ids"], model.config.vocab_size)
-    others = {name: value for name, value in inputs.items() if name not in (*voices, "noise")}
+    others = {name: value for name, value in inputs.items() if name not in voices and name not in NOISE}
     if not model.model.senses.check(others) and not any(name in inputs for name in voices):
         raise ValueError(NO_INPUT)
 
 
 def perceive(model: nn.Module, inputs: dict[str, torch.Tensor], streams: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """
-    What `stream_tick` reads: `vectors` [B, 1, hidden_size], the sum of the senses, `noise`, and where a command is to
-    be emitted the last one by its parts.
+    What `stream_tick` reads: `vectors` [B, 1, hidden_size], the sum of the senses, the noise, and where a command is
+    to be emitted the last one by its parts.
 
     inputs: the senses of a tick by the arguments of `forward`, and noise. `pose_mask` says where `joint_rotations` are
     there, if not `body_mask`.
     """
-    senses = {name: value for name, value in inputs.items() if name not in ("noise", "pose_mask")}
+    senses = {name: value for name, value in inputs.items() if name not in NOISE and name != "pose_mask"}
     ids, embeds = senses.pop("input_ids", None), senses.pop("inputs_embeds", None)
     if ids is not None:
         check_ids("input_ids", ids, model.config.vocab_size)
-    perceived = {"vectors": model.model.embed(ids, embeds, senses)}
-    if "noise" in inputs:
-        perceived["noise"] = inputs["noise"]
+    perceived = {name: inputs[name] for name in NOISE & inputs.keys()}
+    perceived["vectors"] = model.model.embed(ids, embeds, senses)
     if "animation" in streams:
         felt = {"joint_rotations": senses.get("joint_rotations")}
         check_shapes(model.model.senses.shapes, felt, B=len(perceived["vectors"]))
@@ -308,11 +312,12 @@ def stream_tick(
     mask: torch.Tensor,
     cache: DecodingCache,
     streams: tuple[str, ...],
-    sampling: Sampling,
+    sampling: dict[str, Sampling],
 ) -> dict[str, torch.Tensor]:
     """
     What the streams read off one tick: `last_hidden_state` [B, hidden_size], `logits`, `external_text_logits` [B,
-    vocab_size], `audio` [B, codebooks] codes, `animation` and `action` [B, ...], as far as they are asked for.
+    vocab_size], `internal_text`, `external_text` [B] ids, `audio` [B, codebooks] codes, `animation` and `action`
+    [B, ...], as far as they are asked for.
 
     inputs: of `perceive`.
     """
@@ -323,10 +328,38 @@ def stream_tick(
     found = {"last_hidden_state": hidden} | _text_logits(model, hidden, streams)
     if "audio" in streams:
         code_table = model.model.senses.own_voice.code_table
-        found["audio"], _ = model.streams.audio.emit(hidden, code_table, sampling, inputs.get("noise"))
+        found["audio"], _ = model.streams.audio.emit(hidden, code_table, sampling["audio"], inputs.get("audio noise"))
     if "animation" in streams:
         last = {name: inputs[name][:, 0] for name in COMMAND_PARTS}
         found |= model.streams.animation.emit(hidden, last)
+    return found | sample_texts(model, found, streams, sampling, inputs)
+
+
+def draw_noise(
+    model: nn.Module, streams: tuple[str, ...], sampling: dict[str, Sampling], rows: int, generator=None
+) -> dict[str, torch.Tensor]:
+    """The random numbers of one tick by `NOISE`, as far as its streams are drawn."""
+    noise, config = {}, model.config
+    if "audio" in streams and sampling["audio"].temperature:
+        code_table = model.model.senses.own_voice.code_table
+        noise["audio noise"] = model.streams.audio.draw_noise(rows, code_table, generator)
+    for name, names in TEXT_NOISE.items():
+        if name in streams:
+            sizes = rows, config.vocab_size, model.device, config.null_token_id
+            drawn = draw_for_sample(sampling[name], *sizes, generator)
+            noise |= {names[part]: value for part, value in drawn.items()}
+    return noise
+
+
+def sample_texts(
+    model: nn.Module, read: dict, streams: tuple[str, ...], sampling: dict[str, Sampling], noise: dict
+) -> dict[str, torch.Tensor]:
+    """The ids [B] of the texts among the streams, by their logits in `read`; noise: of `draw_noise`."""
+    logits, found = {"external_text": "external_text_logits", "internal_text": "logits"}, {}
+    for name, names in TEXT_NOISE.items():
+        if name in streams:
+            drawn = {part: noise.get(names[part]) for part in names}
+            found[name] = sample(read[logits[name]], sampling[name], model.config.null_token_id, **drawn)
     return found
 
 
@@ -344,4 +377,4 @@ def _text_logits(model: nn.Module, hidden: torch.Tensor, streams: tuple[str, ...
     return {"logits": thought, "external_text_logits": said}
 
 
-__all__ = ["Stepper", "can_step", "stream_tick"]
+__all__ = ["Stepper", "can_step", "draw_noise", "sample_texts", "stream_tick"]

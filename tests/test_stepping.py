@@ -147,7 +147,7 @@ def test_what_is_wrong_is_refused_before_anything_changes(model, monkeypatch, kn
     with pytest.raises(ValueError, match="no input"):
         model.step(stepper, joint_rotations=senses["joint_rotations"][:, 1:2])
     with pytest.raises(TypeError, match="input_featurs"):
-        stepper(model, {"input_featurs": wrong_rows}, (), Sampling(), None)
+        stepper(model, {"input_featurs": wrong_rows}, (), {}, {})
     now = (*stepper.cache.keys, *stepper.cache.values, stepper.mask, stepper.cache.slot)
     assert stepper.get_seq_length() == 1 and all(map(torch.equal, now, kept))
     following = at({"input_ids": senses["input_ids"]}, 1)  # nothing of what was refused is left
