@@ -134,7 +134,9 @@ class Stepper(Decoder):
     def _pass(self, model: nn.Module, tick) -> dict[str, torch.Tensor]:
         # Before the cache is written, because it refuses what is wrong.
         self.perceived = perceive(model, self.inputs, self.how[0])
-        return super()._pass(model, tick)
+        outputs = super()._pass(model, tick)
+        self.perceived = None
+        return outputs
 
     def _outputs(self, model: nn.Module, tick, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         return tick(model, self.perceived, self.position_ids, mask, self.cache, *self.how)
@@ -153,7 +155,7 @@ class Stepper(Decoder):
 
     def _record(self, model: nn.Module, inputs: dict[str, torch.Tensor], wanted: tuple) -> None:
         """Record the tick with these inputs and those of the graph before; what its trial runs write is undone."""
-        self.graph = self.outputs = self.perceived = self.recorded = None  # frees the memory of the graph before
+        self.graph = self.outputs = self.recorded = None  # frees the memory of the graph before
         self.cache.visible = self.cache.length  # a graph reads all slots, masked
         with torch.inference_mode(False):
             self.buffers = GraphInputs(inputs, self.buffers, self.mask.device)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sampling_creature import Sampling, sample
+from sampling_creature import Sampling, draw_for_sample, sample
 
 NULL = 3
 LOGITS = torch.tensor([2.0, 1.0, 0.0, 2.5])  # NULL is the likeliest
@@ -63,6 +63,23 @@ def test_the_same_generator_or_noise_gives_the_same_ids():
     noise = torch.empty(MANY, 4).exponential_()
     drawn = [sample(many, Sampling(temperature=1.0, top_k=k), noise=noise) for k in (0, 0, 3)]
     assert torch.equal(drawn[0], drawn[1]) and (drawn[2] == 2).sum() == 0
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Sampling(),
+        Sampling(temperature=1.0, top_p=0.9),
+        Sampling(temperature=0.8, top_k=2, null_bias=0.5, null_temperature=1.0),
+        Sampling(temperature=0.8, top_k=9, null_temperature=0.0),
+        Sampling(null_bias=0.5, null_temperature=2.0),
+    ],
+)
+def test_random_numbers_that_were_drawn_before_give_the_same_ids(how):
+    many, generators = LOGITS.expand(MANY, -1), [torch.Generator().manual_seed(3) for _ in range(2)]
+    drawn = draw_for_sample(how, MANY, len(LOGITS), many.device, NULL, generators[0])
+    found, wanted = sample(many, how, NULL, **drawn), sample(many, how, NULL, generators[1])
+    assert torch.equal(found, wanted) and torch.equal(*(generator.get_state() for generator in generators))
 
 
 def test_settings_out_of_range_are_refused():
