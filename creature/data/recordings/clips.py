@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from processing_creature import CreatureProcessor
 
 BATCH_SECONDS, MOST_ROWS = 60.0, 64  # of the recordings that are held in memory at a time
-ROWS_OF_PROCESS = 32  # recordings that are worth the start of a process
+ROWS_OF_PROCESS = 8  # recordings that are worth the start of a process
 WHOLE = 1 << 20  # ticks of a clip that no recording is as long as
 FEWEST_TICKS = 2  # of a clip: from the first tick, the second is predicted
 ABOUT = ("recording_id", "split_group", "source", "license", "duration")  # columns that hold no life
