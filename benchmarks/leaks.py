@@ -54,6 +54,8 @@ def facts_of(row: dict) -> list[tuple[str, str, float]]:
         if [word for word, _ in sentence[:2]] == ["that", "is"]:
             names.append(sentence[2][0])
             sentence = sentence[3:]
+            if not sentence:
+                continue
         words, times = [word for word, _ in sentence], [time for _, time in sentence]
         if words[:2] == ["I", "see"]:
             found += _seen(sentence[2:], list(SIDE_PLACES))

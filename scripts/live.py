@@ -3,16 +3,16 @@
 examples:
   python scripts/live.py --checkpoint checkpoints/hear --recording recordings/speech
   python scripts/live.py --checkpoint checkpoints/move --recording recordings/motion --id walk_03 --real_time
-  python scripts/live.py --checkpoint checkpoints/whole --world
+  python scripts/live.py --checkpoint checkpoints/whole --world --film life.mp4
   python scripts/live.py --checkpoint checkpoints/whole --world 100 --teacher --without vision
   python scripts/live.py --checkpoint checkpoints/whole --serve
   python scripts/live.py --checkpoint checkpoints/whole --serve 9000 --sampling_rate 44100
 
 With --recording it perceives what was recorded, as fast as the machine can, and lives on what it thinks, says and does
 itself; a time line shows it beside what was thought and said in the recording. With --world it lives in rooms that no
-training has seen; a table shows how often it did what it was asked, beside one who picks at random. With --serve it is
-at 127.0.0.1:7880 until Ctrl+C, for a world in another process of this machine; docs/live.md has the format and a client
-of 40 lines.
+training has seen; a table shows how often it did what it was asked, beside one who picks at random, and --film writes
+the first life, beside that of the teacher in the same room. With --serve it is at 127.0.0.1:7880 until Ctrl+C, for a
+world in another process of this machine; docs/live.md has the format and a client of 40 lines.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from creature.files import user_path  # noqa: E402
 # Flags that say nothing about the other lives.
 GOES_WITH = {
     "id": ("recording",), "seconds": ("recording", "world"), "real_time": ("recording", "world"),
-    "teacher": ("world",), "without": ("world",), "host": ("serve",), "sampling_rate": ("serve",),
+    "teacher": ("world",), "film": ("world",), "without": ("world",), "host": ("serve",), "sampling_rate": ("serve",),
 }  # fmt: skip
 
 
@@ -46,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
         "--world", type=int, nargs="?", const=1, metavar="LIVES", help="live in so many held-out rooms (default 1)"
     )
     parser.add_argument("--teacher", action="store_true", help="with --world: the recorded teacher in the same rooms")
+    parser.add_argument("--film", type=user_path, help="with --world: .mp4 file of the first life and the teacher's")
     parser.add_argument(
         "--without", nargs="+", default=[], metavar="SENSE",
         choices=("audio", "vision", "proprioception", "touch", "external_voice"),
@@ -131,15 +132,24 @@ def live_in_world(creature, arguments: argparse.Namespace) -> None:
     """Live in one held-out room after another, and print what it was asked and did: of one life also its time line."""
     from creature.live.in_room import count, live_as_teacher, live_in_room, make_room, success_table
     from creature.live.playback import clock_line, event_lines, heading
+    from creature.world.script import LIFE_TICKS
     from ticks_creature import TICK_SECONDS
 
+    if arguments.film:
+        from creature.files import require_writable
+        from creature.world.film import write_film
+        from creature.world.recording import Notes, record_teacher
+
+        require_writable(Path(arguments.film).parent)
     room, done, by_teacher = make_room(creature), {}, {}
     ticks = None if arguments.seconds is None else max(1, round(arguments.seconds / TICK_SECONDS))
     if arguments.world == 1:
         print(heading(("hears", "thinks", "says")))
     for seed in range(arguments.world):
-        started = time.perf_counter()
+        started, notes = time.perf_counter(), Notes() if arguments.film and not seed else None
         for emission, heard in live_in_room(creature, room, seed, arguments.without, ticks):
+            if notes:
+                notes.sense(room, emission.thought, emission.said)
             if arguments.world == 1:
                 words = enumerate((heard, emission.thought, emission.said))
                 events = [(word["start"], column, word["word"]) for column, said in words for word in said]
@@ -154,6 +164,10 @@ def live_in_world(creature, arguments: argparse.Namespace) -> None:
         if arguments.teacher:
             live_as_teacher(room, seed, ticks)
             count(room, by_teacher)
+        if notes:
+            lives = {"the creature": notes.columns(), "the teacher": record_teacher(room, seed, ticks or LIFE_TICKS)}
+            write_film(arguments.film, lives)
+            print(arguments.film)
     print("\n".join(success_table(done, by_teacher if arguments.teacher else None)))
 
 

@@ -38,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    from creature.data.recordings.schema import load_recordings
     from creature.data.recordings.sheet import draw_recordings
     from creature.world.film import write_film
     from creature.world.recording import record_lives
@@ -56,7 +57,9 @@ def main() -> None:
     print(
         f"{report['lives']} lives, {report['minutes']:g} minutes, one life of ten for validation, in {seconds:,.0f} s"
     )
-    print(f"{arguments.output}\n{draw_recordings(arguments.output)}\n{write_film(arguments.output)}")
+    film = Path(arguments.output, "recordings.mp4")
+    write_film(film, {"": load_recordings(arguments.output)[0]["train"][0]})
+    print(f"{arguments.output}\n{draw_recordings(arguments.output)}\n{film}")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ def test_its_flags(place, run_script):
         (("--null_bias", "nan"), "null_bias is not a number"),
         (("--without", "vision"), "--without goes with --world"),
         (("--teacher",), "--teacher goes with --world"),
+        (("--film", "life.mp4"), "--film goes with --world"),
         (("--host", "0.0.0.0"), "--host goes with --serve"),
         (("--checkpoint", "nowhere"), "there is no folder nowhere"),
     ],
@@ -155,9 +156,12 @@ def test_a_life_in_the_room(run_script, tmp_path):
         1.6,
         "--without",
         "touch",
+        "--film",
+        tmp_path / "life.mp4",
     )
     code, out, _ = run_script("live", *flags)
     assert code == 0 and "life 1 of 1: 20 ticks, 1.6 s of life" in out and "nothing was asked for yet" in out
+    assert (tmp_path / "life.mp4").stat().st_size > 5000
 
     def refuse(message, **changes):
         model = micro_model(**{**GPT2, **sizes, "action_size": 0, "num_touch_points": 64, **changes})

@@ -429,10 +429,14 @@ def test_a_killed_recording_goes_on_and_workers_change_nothing(tmp_path, monkeyp
     record_lives(tmp_path / "lives", workers=1, **arguments)
     assert len(done) == 3 + 2  # those that were there are not recorded again
     av = pytest.importorskip("av")
-    with av.open(str(write_film(tmp_path / "lives"))) as film:
+    one, other = (load_recordings(tmp_path / "lives")[0]["train"][number] for number in range(2))
+    write_film(tmp_path / "film.mp4", {"one": one, "other": other})
+    with av.open(str(tmp_path / "film.mp4")) as film:
         pictures = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
-        assert len(pictures) == 2 * 4 and np.std(pictures[0]) > 20 and len(film.streams.audio) == 1
-    (tmp_path / "lives/recordings.mp4").unlink()
+        assert len(pictures) == 2 * 4 and len(film.streams.audio) == 1
+        left, right = np.split(pictures[0], 2, axis=1)
+        assert np.std(left) > 20 and np.abs(left.astype(int) - right).mean() > 1
+    (tmp_path / "film.mp4").unlink()
     for split in ("train", "validation"):
         files = [next((tmp_path / name / split).glob("*.arrow")).read_bytes() for name in ("whole", "lives")]
         assert files[0] == files[1]

@@ -1,11 +1,11 @@
-"""A short film of a recorded life: what both eyes see, the body, the words, the skin, and what the ears hear."""
+"""A short film of lives in the room: what both eyes see, the body, the words, the skin, and what the ears hear."""
 
 import io
 from pathlib import Path
 
 import numpy as np
 
-from creature.data.recordings.schema import TEXTS, load_recordings
+from creature.data.recordings.schema import TEXTS
 from creature.data.recordings.sheet import TEXT_COLORS
 from creature.files import replace_file
 from creature.world.body import JOINTS, PARENTS
@@ -19,27 +19,32 @@ LABELS = dict(zip(TEXTS, ("heard", "thought", "said"), strict=True))
 STRONGEST, COLDEST, HOTTEST = 300.0, 0.0, 60.0  # N, C: ends of the scales
 
 
-def write_film(folder: str | Path, number: int = 0) -> Path:
-    """Write the life of a number of the training split to FOLDER/recordings.mp4 (H.264, AAC); returns that."""
+def write_film(output: str | Path, lives: dict[str, dict]) -> None:
+    """
+    Write lives side by side to an .mp4 file (H.264, AAC), with what the first one hears.
+
+    lives: rows of recordings of the room by their titles; as long as the shortest of them.
+    """
     import av
 
-    splits, _ = load_recordings(folder)
-    row = splits["train"][number]
-    sound, rate = read_sound(row["audio"])
-    output, file = Path(folder) / "recordings.mp4", io.BytesIO()
+    rows, file = list(lives.values()), io.BytesIO()
+    sound, rate = read_sound(rows[0]["audio"])
+    ticks = min(round(row["duration"] / TICK_SECONDS) for row in rows)
     with av.open(file, "w", format="mp4") as container:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         pictures = container.add_stream(codec, rate=int(1 / TICK_SECONDS * 2))
-        pictures.width, pictures.height, pictures.pix_fmt, pictures.bit_rate = WIDTH, HEIGHT, "yuv420p", 900_000
+        pictures.width, pictures.height, pictures.pix_fmt = WIDTH * len(rows), HEIGHT, "yuv420p"
+        pictures.bit_rate = 900_000 * len(rows)
         voice = container.add_stream("aac", rate=rate)
         voice.layout = "mono"
-        for tick in range(round(row["duration"] / TICK_SECONDS)):
-            frame = av.VideoFrame.from_ndarray(draw_tick(row, tick), format="rgb24")
+        for tick in range(ticks):
+            picture = np.concatenate([draw_tick(row, tick, title) for title, row in lives.items()], axis=1)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             for half in range(2):  # 25 frames a second
                 frame.pts = 2 * tick + half
                 container.mux(pictures.encode(frame))
         container.mux(pictures.encode(None))
-        samples = np.ascontiguousarray(sound, np.float32)[None]
+        samples = np.ascontiguousarray(sound, np.float32)[None, : int(ticks * TICK_SECONDS * rate)]
         for begin in range(0, samples.shape[1], 1024):
             piece = av.AudioFrame.from_ndarray(samples[:, begin : begin + 1024], format="fltp", layout="mono")
             piece.sample_rate, piece.pts = rate, begin
@@ -47,10 +52,9 @@ def write_film(folder: str | Path, number: int = 0) -> Path:
         container.mux(voice.encode(None))
     with replace_file(output) as out:
         out.write(file.getvalue())
-    return output
 
 
-def draw_tick(row: dict, tick: int) -> np.ndarray:
+def draw_tick(row: dict, tick: int, title: str = "") -> np.ndarray:
     """One tick of a recording of the room as a picture, uint8 [480, 800, 3]."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -67,6 +71,7 @@ def draw_tick(row: dict, tick: int) -> np.ndarray:
         top = EYE + 14 + 34 * line
         draw.text((10, top), LABELS[name], font=font, fill=(150, 150, 150))
         draw.text((95, top), " ".join(words), font=font, fill=TEXT_COLORS[name])
+    draw.text((10, HEIGHT - 26), title, font=font, fill=(150, 150, 150))
     draw.text((WIDTH - 70, HEIGHT - 26), f"{tick * TICK_SECONDS:.1f} s", font=font, fill=(150, 150, 150))
     return np.asarray(canvas)
 

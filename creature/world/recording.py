@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -21,7 +21,7 @@ from creature.data.recordings.schema import TRACKS, RecordingsWriter, recording_
 from creature.errors import UserError
 from creature.files import lock_folder, replace_file, require_writable
 from creature.world.body import JOINTS, SIDES
-from creature.world.room import NUM_BLEND_SHAPES, SUBFRAMES, Room
+from creature.world.room import NUM_BLEND_SHAPES, SAMPLES, SUBFRAMES, Room
 from creature.world.script import LIFE_TICKS
 from creature.world.teacher import Teacher
 from ticks_creature import TICK_SECONDS
@@ -43,64 +43,82 @@ def split_of(number: int) -> str:
 
 
 def record_life(room: Room, seed: int, number: int, life_ticks: int = LIFE_TICKS) -> dict:
+    """Live one life as the teacher and return it as a row of recordings."""
+    life_seed = int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:6], "big")
+    about = {"recording_id": f"{split_of(number)} {number}", "split_group": f"room {number}"} | ABOUT
+    return about | record_teacher(room, life_seed, life_ticks)
+
+
+def record_teacher(room: Room, seed: int, life_ticks: int = LIFE_TICKS) -> dict:
     """
-    Live one life in a room and return it as a row of recordings.
+    The life of the teacher in the room of a seed, as the columns of recordings.
 
     Row t of every column is of tick t: what was sensed in it, what was commanded for it, thought and said in it. The
     first command is to stay as it is.
     """
-    life_seed = int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:6], "big")
-    room.reset(life_seed)
-    teacher = Teacher(room, life_seed)
-    commands, senses = [room.resting()], []
-    texts = {"external_voice": [], "internal_text": [], "external_text": []}
-    while True:
-        now = room.perceive()
-        images = [_encode_picture(picture) for picture in now["images"]]
-        senses.append(now | {"images": images, "time": room.time})
-        texts["external_voice"] += now["external_voice"]
-        if len(senses) == life_ticks:
-            break
+    room.reset(seed)
+    teacher, notes = Teacher(room, seed), Notes()
+    commands = [room.resting()]
+    notes.sense(room)
+    while len(commands) < life_ticks:
         commands.append(teacher.act())
         room.act(**commands[-1])
-        texts["internal_text"] += teacher.thoughts
-        texts["external_text"] += teacher.said
-    ticks = np.arange(life_ticks) * TICK_SECONDS
-    subframes = np.arange(life_ticks * SUBFRAMES) * TICK_SECONDS / SUBFRAMES
-
-    def track(rows: list[dict], name: str) -> dict:
-        values = np.stack([row[name] for row in rows]).astype(np.float32)
-        fine = name in ("joint_positions", "joint_rotations", "rotations")
-        values = values.reshape(-1, *values.shape[2:]) if fine else values
-        return {"values": values, "times": subframes if fine else ticks}
-
-    silence = np.zeros_like(senses[0]["audio"])
+        notes.sense(room, teacher.thoughts, teacher.said)
+    silence = np.zeros(SAMPLES, np.float32)
     voice = [silence if command["voice"] is None else command["voice"] for command in commands]
-    return {
-        "recording_id": f"{split_of(number)} {number}",
-        "split_group": f"room {number}",
-        "duration": life_ticks * TICK_SECONDS,
-        "audio": encode_sound(_to_int16([row["audio"] for row in senses]), "ears"),
+    return notes.columns() | {
         "voice": encode_sound(_to_int16(voice), "voice"),
-        "images": [
-            {"name": f"{side}_eye", "images": [row["images"][place] for row in senses],
-             "times": ticks + SEEN_AT * TICK_SECONDS}
-            for place, side in enumerate(SIDES)
-        ],
-        "joint_positions": track(senses, "joint_positions"),
-        "joint_rotations": track(senses, "joint_rotations"),
-        "command_rotations": track(commands, "rotations"),
-        "blend_shapes": track(commands, "blend_shapes"),
-        "eyes": track(commands, "eyes"),
-        "touch": [
-            contact | {"time": row["time"] + FELT_AT * TICK_SECONDS} for row in senses for contact in row["touch"]
-        ],
-    } | _with_ends(texts) | ABOUT  # fmt: skip
+        "command_rotations": _track(commands, "rotations"),
+        "blend_shapes": _track(commands, "blend_shapes"),
+        "eyes": _track(commands, "eyes"),
+    }
 
 
-def _with_ends(texts: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """Words with ends: nobody knows them, and a tick later each has been heard, thought or said."""
-    return {name: [word | {"end": word["start"] + TICK_SECONDS} for word in words] for name, words in texts.items()}
+class Notes:
+    """What is sensed, thought and said in a life in the room, tick by tick: `sense`, and in the end its `columns`."""
+
+    def __init__(self):
+        self.senses, self.texts = [], {"external_voice": [], "internal_text": [], "external_text": []}
+
+    def sense(self, room: Room, thoughts: Sequence[dict] = (), said: Sequence[dict] = ()) -> None:
+        """Note the present tick of a room, and words that were thought and said, {word, start} each."""
+        now = room.perceive()
+        images = [_encode_picture(picture) for picture in now["images"]]
+        self.senses.append(now | {"images": images, "time": room.time})
+        for words, new in zip(self.texts.values(), (now["external_voice"], thoughts, said), strict=True):
+            words.extend(new)
+
+    def columns(self) -> dict:
+        """The columns of recordings: those of the senses, and the three texts."""
+        senses = self.senses
+        ticks = np.arange(len(senses)) * TICK_SECONDS
+        # Nobody knows when a word ends, and a tick later it has been heard, thought or said.
+        texts = {
+            name: [word | {"end": word["start"] + TICK_SECONDS} for word in words] for name, words in self.texts.items()
+        }
+        return {
+            "duration": len(senses) * TICK_SECONDS,
+            "audio": encode_sound(_to_int16([row["audio"] for row in senses]), "ears"),
+            "images": [
+                {"name": f"{side}_eye", "images": [row["images"][place] for row in senses],
+                 "times": ticks + SEEN_AT * TICK_SECONDS}
+                for place, side in enumerate(SIDES)
+            ],
+            "joint_positions": _track(senses, "joint_positions"),
+            "joint_rotations": _track(senses, "joint_rotations"),
+            "touch": [
+                contact | {"time": row["time"] + FELT_AT * TICK_SECONDS} for row in senses for contact in row["touch"]
+            ],
+        } | texts  # fmt: skip
+
+
+def _track(rows: list[dict], name: str) -> dict:
+    """A column of numbers with their times, a row a tick or a row a sub-frame."""
+    values = np.stack([row[name] for row in rows]).astype(np.float32)
+    fine = name in ("joint_positions", "joint_rotations", "rotations")
+    steps = SUBFRAMES if fine else 1
+    values = values.reshape(-1, *values.shape[2:]) if fine else values
+    return {"values": values, "times": np.arange(len(rows) * steps) * TICK_SECONDS / steps}
 
 
 def record_lives(
