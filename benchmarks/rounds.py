@@ -39,6 +39,7 @@ from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from creature.errors import UserError, run_main  # noqa: E402
 from creature.files import user_path  # noqa: E402
 
+ROBOT = "--max_steps 50 --backbone_rate 0.03"  # its recordings are two minutes
 # Task: folders, configuration, flags.
 TASKS = {
     "touch": (
@@ -47,8 +48,8 @@ TASKS = {
         "--train_senses internal_voice proprioception --sense_dropout '{proprioception: 0.1}' --max_steps 100",
     ),
     "motion": (["mocap_cmu"], "move", ""),
-    "robot": (["robot_g1"], "move", ""),
-    "seeing": (["robot_g1"], "move", "--train_senses proprioception vision"),
+    "robot": (["robot_g1"], "move", ROBOT),
+    "seeing": (["robot_g1"], "move", f"{ROBOT} --train_senses proprioception vision"),
     "reading": (["speech_read"], "hear", "--max_steps 150"),
     "orders": ([f"orders_{fold}" for fold in range(5)], "hear", ""),
     "whole": (["room"], "whole", ""),

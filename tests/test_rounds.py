@@ -74,6 +74,7 @@ def test_a_dry_run_makes_its_own_recordings(place, monkeypatch, capsys, kind):
     sense = {"hear": "audio", "see": "vision", "touch": "touch", "move": "proprioception", "whole": "own_voice"}[kind]
     assert {f"eval_drop_{sense}", f"eval_wrong_{sense}", "eval_loss"} <= evaluated.keys()
     assert f"without {sense}" in output
+    assert ("the layers know nothing yet" in output) == (kind in ("move", "whole"))  # their files are for --init_from
     assert (folder / "senses.png").read_bytes().startswith(b"\x89PNG")
     card = (folder / "README.md").read_text()
     assert f"| {sense.replace('_', ' ')} |" in card and "untrained" not in card and "_drop_" not in card

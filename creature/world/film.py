@@ -71,7 +71,7 @@ def draw_tick(row: dict, tick: int, title: str = "") -> np.ndarray:
         top = EYE + 14 + 34 * line
         draw.text((10, top), LABELS[name], font=font, fill=(150, 150, 150))
         draw.text((95, top), " ".join(words), font=font, fill=TEXT_COLORS[name])
-    draw.text((10, HEIGHT - 26), title, font=font, fill=(150, 150, 150))
+    draw.text((2 * EYE + 14, 6), title, font=font, fill=(150, 150, 150))
     draw.text((WIDTH - 70, HEIGHT - 26), f"{tick * TICK_SECONDS:.1f} s", font=font, fill=(150, 150, 150))
     return np.asarray(canvas)
 
