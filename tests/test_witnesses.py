@@ -119,6 +119,8 @@ def test_seen_facts_are_those_that_neither_memory_nor_the_words_before_tell():
     )
     after = "I see the white can middle the blue box right"
     for words, expected in (
+        ("that is Anna", ""),
+        (f"that is Anna {two}", "color red shape ball side left color blue side right"),
         (two, "color red shape ball side left color blue side right"),
         (three, "color red shape ball color blue shape box color red"),
         (after, "color white shape can side middle color blue"),
