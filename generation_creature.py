@@ -362,7 +362,7 @@ class CreatureGenerationMixin(GenerationMixin):
         # `forward` takes the rest, and refuses names that it does not know.
         fast = len(tensors) == len(given) and isinstance(past_key_values, Stepper | None) and can_step(self)
         noise = draw_noise(self, output_streams, sampling, rows, generator)
-        if fast and (ticks == 1 or past_key_values is not None):
+        if fast and (ticks == 1 or (ticks and past_key_values is not None)):
             past_key_values = past_key_values or Stepper(self, rows)
             for tick in range(ticks):
                 streams = output_streams if tick == ticks - 1 else ()

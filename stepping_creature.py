@@ -163,6 +163,7 @@ class Stepper(Decoder):
             self.inputs = self.buffers.tensors
             state = [*self.cache.keys, *self.cache.values, self.cache.slot, self.position_ids, self.mask]
             before = [value.clone() for value in state]
+            self.cache.slot.zero_()  # the trial runs would go beyond the last slot, which ends the use of the GPU
             try:
                 self.capture(model)
             except BaseException:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from creatures import ALL_STREAMS, micro_model, random_batch, record_on_cpu, without_targets
 
+import stepping_creature
 from creature.live.creature import on_host
 from sampling_creature import Sampling
 from senses_creature import SENSE_TABLE
@@ -145,6 +146,8 @@ def test_what_is_wrong_is_refused_before_anything_changes(model, monkeypatch, kn
         with pytest.raises(ValueError, match=message):
             model.step(stepper, **{name: value for name, value in now.items() if value is not None})
     with pytest.raises(ValueError, match="no input"):
+        model.step(stepper)
+    with pytest.raises(ValueError, match="no input"):
         model.step(stepper, joint_rotations=senses["joint_rotations"][:, 1:2])
     with pytest.raises(TypeError, match="input_featurs"):
         stepper(model, {"input_featurs": wrong_rows}, (), {}, {})
@@ -162,6 +165,19 @@ def _after(model, ticks, now):
     for tick in ticks:
         model.step(stepper, **tick)
     return live(model, [now], stepper)
+
+
+def test_a_sense_that_comes_when_the_slots_are_full(monkeypatch):
+    """Without a window the slots grow with the ticks; trial runs need more than are left."""
+    monkeypatch.setattr(stepping_creature, "SHORTEST", 8)
+    model = micro_model()
+    senses = senses_of(model)
+    ticks = [
+        at(senses, tick) if tick >= 7 else {"input_ids": senses["input_ids"][:, tick : tick + 1]} for tick in range(10)
+    ]
+    plain, recorded, _, recordings = both(model, ticks, monkeypatch)
+    assert_same(recorded, plain)
+    assert 8 in recordings[1:] and recordings[-1] == 16
 
 
 def test_ids_where_nothing_touches_may_be_anything(model, monkeypatch):
