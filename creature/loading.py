@@ -104,9 +104,9 @@ def check_weights(folder: str | Path, config: "CreatureConfig | None" = None) ->
 
 def _least_eyes(config: "CreatureConfig") -> int:
     size, (height, width) = config.vision_hidden_size, (side // config.vision_patch_size for side in config.image_shape)
-    cells = config.vision_patch_size**2 // 16 * (size // 4)  # of a patch, each of 4 x 4 pixels at most
-    inputs = config.num_cameras + cells + height * width * config.sense_hidden_size
-    return size * (inputs + config.vision_num_layers * size)
+    cell = max(1, size // 4)  # of 4 x 4 pixels at most
+    inputs = config.vision_patch_size**2 // 16 * cell + height * width * config.sense_hidden_size
+    return 3 * config.num_cameras * cell + size * (inputs + config.vision_num_layers * size)
 
 
 def load_model(folder: str | Path, device: str, dtype: "torch.dtype | None" = None) -> "MultiModalCreature":
@@ -123,9 +123,10 @@ def load_model(folder: str | Path, device: str, dtype: "torch.dtype | None" = No
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(
-            f"the model in {folder} cannot be loaded ({first_line(error)}): use another checkpoint"
-        ) from error
+        reason = first_line(error)
+        if "ignore_mismatched_sizes" in reason:  # an argument that is not the user's
+            reason = "its weights have other shapes, as those of an earlier version or of another config.json have"
+        raise UserError(f"the model in {folder} cannot be loaded ({reason}): use another checkpoint") from error
     return model.to(device).eval()
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from creatures import micro_model
 from damage import BROKEN_JSON, Trap, answer, changed, damaged, dumped, examples, no_hang
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -255,6 +256,22 @@ def test_a_damaged_model_is_taken_or_told(trained, tmp_path):
     for field in (*sizes, "num_cameras", "vision_image_size", "body_state_size", "num_mel_bins"):
         (folder / "config.json").write_text(dumped(config | {field: 2**40}))
         assert answer(load, folder), field
+
+
+def test_weights_of_other_shapes_are_told_in_words_of_the_user(trained, tmp_path):
+    """As those of the eyes of an earlier version have."""
+    shutil.copy(trained / "model.safetensors", tmp_path)
+    config = json.loads((trained / "config.json").read_text())
+    (tmp_path / "config.json").write_text(dumped(config | {"vision_hidden_size": 2 * config["vision_hidden_size"]}))
+    told = answer(load, tmp_path)
+    assert "weights have other shapes, as those of an earlier version" in told and "ignore_mismatched" not in told
+
+
+@pytest.mark.parametrize("cameras", [1, 100_000])
+def test_no_eyes_have_fewer_weights_than_their_sizes_ask_for(tmp_path, cameras):
+    eyes = dict(num_cameras=cameras, vision_patch_size=1, vision_image_size=1, vision_hidden_size=7, vision_num_heads=1)
+    micro_model(**eyes).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert answer(load, tmp_path) is None
 
 
 def test_an_index_of_weights_cannot_leave_its_folder(trained, tmp_path):
