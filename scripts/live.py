@@ -72,6 +72,9 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name} goes with --{' or --'.join(lives)}: leave it out")
     if arguments.world is not None and arguments.world < 1:
         parser.error("--world must be at least 1")
+    film = arguments.film
+    if film is not None and (not film.endswith(".mp4") or Path(film).is_dir()):
+        parser.error("--film must be a file whose name ends in .mp4")
     if arguments.seconds is not None and not arguments.seconds > 0:
         parser.error("--seconds must be above 0")
     for name, least in (("sampling_rate", 1), ("seed", 0)):

@@ -80,6 +80,13 @@ def test_bad_input_is_one_sentence(place, run_script, more, message):
     assert code and message in err and (code == 2 or len(err.splitlines()) == 1)
 
 
+def test_a_film_is_an_mp4_file(place, tmp_path, run_script):
+    (tmp_path / "folder.mp4").mkdir()
+    for film in ("life.txt", "folder.mp4"):
+        code, _, err = run_script("live", "--checkpoint", place / "creature", "--world", "--film", tmp_path / film)
+        assert code == 2 and "--film must be a file whose name ends in .mp4" in err
+
+
 def test_real_time_waits_for_the_next_tick(place, monkeypatch):
     """By a clock of its own: a tick takes no time, and what is slept adds up to the life, but for its last tick."""
     slept, creature = [], LiveCreature.from_pretrained(place / "creature", "cpu")
