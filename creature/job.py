@@ -371,7 +371,8 @@ def build_model(
             notes.append(
                 f"{count} rows of the token table that no text has used, silence among them, begin as the mean row"
             )
-    if settings.on_recordings and not settings.round.init_from and not resumed and settings.backbone_rate < 1:
+    fresh = not settings.round.init_from and not resumed
+    if settings.on_recordings and fresh and trained.backbone and settings.backbone_rate < 1:
         notes.append(
             f"the layers know nothing yet and learn at {settings.backbone_rate:g} of the rates: give --init_from, or "
             "--backbone_rate 1"
