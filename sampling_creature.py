@@ -45,7 +45,6 @@ def sample(
     logits: torch.Tensor,
     how: Sampling = GREEDY,
     null_id: int | None = None,
-    generator: torch.Generator | None = None,
     noise: torch.Tensor | None = None,
     silence: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -54,8 +53,7 @@ def sample(
 
     Args:
         null_id: NULL of a stream of text.
-        generator: the same state of it gives the same ids.
-        noise: [B, ids] drawn from Exp(1), in place of a generator. silence: [B] in [0, 1), the same for silence.
+        noise, silence: the random numbers, where ids, or whether it is silent, are drawn: see `draw_for_sample`.
     """
     logits = logits.float()
     silent = None
@@ -66,8 +64,8 @@ def sample(
             logits[:, null_id] = null
         else:
             logits[:, null_id].fill_(float("-inf"))
-            silent = _is_silent(null - logits.logsumexp(dim=-1), how.null_temperature, generator, silence)
-    ids = logits.argmax(dim=-1) if not how.temperature else _draw(logits / how.temperature, how, generator, noise)
+            silent = _is_silent(null - logits.logsumexp(dim=-1), how.null_temperature, silence)
+    ids = logits.argmax(dim=-1) if not how.temperature else _draw(logits / how.temperature, how, noise)
     return ids if silent is None else ids.masked_fill(silent, null_id)
 
 
@@ -79,7 +77,10 @@ def draw_for_sample(
     null_id: int | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The random numbers that `sample` takes for logits [rows, ids], by its arguments, drawn as it would draw them."""
+    """
+    The random numbers that `sample` takes for logits [rows, ids], by its arguments: `silence` [rows] from [0, 1) and
+    `noise` [rows, ids or top_k] from Exp(1). They are drawn apart from it, because a CUDA graph that holds it cannot.
+    """
     drawn = {}
     if null_id is not None and how.null_temperature:
         drawn["silence"] = torch.rand(rows, generator=generator, device=device)
@@ -89,20 +90,12 @@ def draw_for_sample(
     return drawn
 
 
-def _is_silent(
-    odds: torch.Tensor, temperature: float, generator: torch.Generator | None, drawn: torch.Tensor | None
-) -> torch.Tensor:
+def _is_silent(odds: torch.Tensor, temperature: float, drawn: torch.Tensor | None) -> torch.Tensor:
     """Log-odds of silence [B] -> bool [B]."""
-    if not temperature:
-        return odds > 0
-    if drawn is None:
-        drawn = torch.rand(odds.shape, generator=generator, device=odds.device)
-    return drawn < (odds / temperature).sigmoid()
+    return drawn < (odds / temperature).sigmoid() if temperature else odds > 0
 
 
-def _draw(
-    logits: torch.Tensor, how: Sampling, generator: torch.Generator | None, noise: torch.Tensor | None
-) -> torch.Tensor:
+def _draw(logits: torch.Tensor, how: Sampling, noise: torch.Tensor) -> torch.Tensor:
     ids = None
     if how.top_k and how.top_k < logits.shape[-1]:
         logits, ids = logits.topk(how.top_k, dim=-1)
@@ -112,8 +105,6 @@ def _draw(
     if how.top_p < 1:  # those before which less than top_p lies; the first one always
         weights = weights.masked_fill(weights.cumsum(dim=-1) - weights >= how.top_p, 0.0)
     # As torch.multinomial, in one pass: argmax of p / q with q ~ Exp(1).
-    if noise is None:
-        noise = torch.empty_like(weights).exponential_(generator=generator)
     places = (weights / noise[:, : weights.shape[-1]]).argmax(dim=-1)
     return places if ids is None else ids.gather(-1, places[:, None])[:, 0]
 

@@ -141,7 +141,7 @@ def live_in_world(creature, arguments: argparse.Namespace) -> None:
     if arguments.film:
         from creature.files import require_writable
         from creature.world.film import write_film
-        from creature.world.recording import Notes, record_teacher
+        from creature.world.recording import LifeNotes, record_teacher
 
         require_writable(Path(arguments.film).parent)
     room, done, by_teacher = make_room(creature), {}, {}
@@ -149,7 +149,7 @@ def live_in_world(creature, arguments: argparse.Namespace) -> None:
     if arguments.world == 1:
         print(heading(("hears", "thinks", "says")))
     for seed in range(arguments.world):
-        started, notes = time.perf_counter(), Notes() if arguments.film and not seed else None
+        started, notes = time.perf_counter(), LifeNotes() if arguments.film and not seed else None
         for emission, heard in live_in_room(creature, room, seed, arguments.without, ticks):
             if notes:
                 notes.sense(room, emission.thought, emission.said)

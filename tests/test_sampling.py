@@ -12,9 +12,15 @@ LOGITS = torch.tensor([2.0, 1.0, 0.0, 2.5])  # NULL is the likeliest
 MANY = 4000
 
 
+def draw(logits, how, null_id=None, seed=0):
+    """An id for each row of logits, with random numbers of a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return sample(logits, how, null_id, **draw_for_sample(how, *logits.shape, logits.device, null_id, generator))
+
+
 def shares(how, null_id=None, logits=LOGITS, seed=0):
     """How often each id is drawn."""
-    drawn = sample(logits.expand(MANY, -1), how, null_id, torch.Generator().manual_seed(seed))
+    drawn = draw(logits.expand(MANY, -1), how, null_id, seed)
     return [(drawn == token).float().mean().item() for token in range(len(logits))]
 
 
@@ -24,6 +30,7 @@ def near(*values):
 
 def test_greedy_takes_the_likeliest():
     assert sample(LOGITS[None]).tolist() == [NULL]
+    assert draw_for_sample(Sampling(null_temperature=0.0), 1, 4, LOGITS.device, NULL) == {}
     assert sample(LOGITS[None], Sampling(null_bias=-1.0), NULL).tolist() == [0]
     assert sample(LOGITS[None], Sampling(null_bias=-1.0)).tolist() == [NULL]  # of a stream without NULL
 
@@ -35,6 +42,7 @@ def test_temperature_and_what_is_kept():
     first, second = math.exp(2.5), math.exp(2.0)
     both = near(second / (first + second), 0, 0, first / (first + second))
     assert shares(Sampling(temperature=1.0, top_k=2)) == both
+    assert shares(Sampling(temperature=1.0, top_k=9)) == near(*weights.tolist())  # more than there are
     assert shares(Sampling(temperature=1.0, top_p=0.6)) == both  # 0.53 alone is less
     assert shares(Sampling(temperature=1.0, top_p=0.5)) == [0, 0, 0, 1]
     assert shares(Sampling(temperature=1.0, top_k=3, top_p=0.6)) == both
@@ -58,28 +66,11 @@ def test_silence_is_drawn_apart_from_the_words():
 
 def test_the_same_generator_or_noise_gives_the_same_ids():
     how, many = Sampling(temperature=1.0, null_temperature=1.0), LOGITS.expand(MANY, -1)
-    first, again, other = (sample(many, how, NULL, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    first, again, other = (draw(many, how, NULL, seed) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     noise = torch.empty(MANY, 4).exponential_()
     drawn = [sample(many, Sampling(temperature=1.0, top_k=k), noise=noise) for k in (0, 0, 3)]
     assert torch.equal(drawn[0], drawn[1]) and (drawn[2] == 2).sum() == 0
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        Sampling(),
-        Sampling(temperature=1.0, top_p=0.9),
-        Sampling(temperature=0.8, top_k=2, null_bias=0.5, null_temperature=1.0),
-        Sampling(temperature=0.8, top_k=9, null_temperature=0.0),
-        Sampling(null_bias=0.5, null_temperature=2.0),
-    ],
-)
-def test_random_numbers_that_were_drawn_before_give_the_same_ids(how):
-    many, generators = LOGITS.expand(MANY, -1), [torch.Generator().manual_seed(3) for _ in range(2)]
-    drawn = draw_for_sample(how, MANY, len(LOGITS), many.device, NULL, generators[0])
-    found, wanted = sample(many, how, NULL, **drawn), sample(many, how, NULL, generators[1])
-    assert torch.equal(found, wanted) and torch.equal(*(generator.get_state() for generator in generators))
 
 
 def test_settings_out_of_range_are_refused():

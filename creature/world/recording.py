@@ -57,7 +57,7 @@ def record_teacher(room: Room, seed: int, life_ticks: int = LIFE_TICKS) -> dict:
     first command is to stay as it is.
     """
     room.reset(seed)
-    teacher, notes = Teacher(room, seed), Notes()
+    teacher, notes = Teacher(room, seed), LifeNotes()
     commands = [room.resting()]
     notes.sense(room)
     while len(commands) < life_ticks:
@@ -74,7 +74,7 @@ def record_teacher(room: Room, seed: int, life_ticks: int = LIFE_TICKS) -> dict:
     }
 
 
-class Notes:
+class LifeNotes:
     """What is sensed, thought and said in a life in the room, tick by tick: `sense`, and in the end its `columns`."""
 
     def __init__(self):
