@@ -135,7 +135,7 @@ def live_in_world(creature, arguments: argparse.Namespace) -> None:
     """Live in one held-out room after another, and print what it was asked and did: of one life also its time line."""
     from creature.live.in_room import count, live_as_teacher, live_in_room, make_room, success_table
     from creature.live.playback import clock_line, event_lines, heading
-    from creature.world.script import LIFE_TICKS
+    from creature.world.room import LIFE_TICKS
     from ticks_creature import TICK_SECONDS
 
     if arguments.film:
@@ -145,7 +145,7 @@ def live_in_world(creature, arguments: argparse.Namespace) -> None:
 
         require_writable(Path(arguments.film).parent)
     room, done, by_teacher = make_room(creature), {}, {}
-    ticks = None if arguments.seconds is None else max(1, round(arguments.seconds / TICK_SECONDS))
+    ticks = LIFE_TICKS if arguments.seconds is None else max(1, round(arguments.seconds / TICK_SECONDS))
     if arguments.world == 1:
         print(heading(("hears", "thinks", "says")))
     for seed in range(arguments.world):
@@ -168,7 +168,7 @@ def live_in_world(creature, arguments: argparse.Namespace) -> None:
             live_as_teacher(room, seed, ticks)
             count(room, by_teacher)
         if notes:
-            lives = {"the creature": notes.columns(), "the teacher": record_teacher(room, seed, ticks or LIFE_TICKS)}
+            lives = {"the creature": notes.columns(), "the teacher": record_teacher(room, seed, ticks)}
             write_film(arguments.film, lives)
             print(arguments.film)
     print("\n".join(success_table(done, by_teacher if arguments.teacher else None)))

@@ -138,12 +138,13 @@ def test_a_life_in_the_room(run_script, tmp_path):
 
     parts = {field: None for field in Request.__dataclass_fields__}
     room.requests = [
-        Request(**{**parts, "kind": kind, "chance": chance, "outcome": outcome, "options": ()})
-        for kind, chance, outcome in (
-            ("look", 0.5, True),
-            ("look", 0.3, False),
-            ("greet", None, None),
-            ("push", 0.5, None),
+        Request(**{**parts, "kind": kind, "chance": chance, "outcome": outcome, "until": until, "options": ()})
+        for kind, chance, outcome, until in (
+            ("look", 0.5, True, 0.0),
+            ("look", 0.3, False, 0.1),
+            ("greet", None, None, 0.1),
+            ("push", 0.5, None, 0.15),
+            ("push", 0.5, None, 0.17),  # behind the end, at 0.16 s
         )
     ]
     kinds = {}

@@ -26,6 +26,7 @@ from creature.settings import PROJECT
 from creature.world import grammar, recording, scene, script
 from creature.world import room as rooms
 from creature.world import teacher as teachers
+from creature.world import visit as visits
 from creature.world.body import HINGED, JOINTS, angles_of, quaternions_of
 from creature.world.film import write_film
 from creature.world.recording import record_life, record_lives
@@ -33,6 +34,7 @@ from creature.world.room import Room
 from creature.world.scene import SIDE_PLACES, draw_setting
 from creature.world.speech import Voice, speak
 from creature.world.teacher import Teacher
+from creature.world.visit import Visit
 from processing_creature import CreatureProcessor
 
 JOINTED = ("joint_positions", "joint_rotations")
@@ -70,10 +72,8 @@ def thinks(*words: str):
 def first_life(room: Room, kind: str, test=lambda setting, request: True) -> int:
     """A seed whose third event, behind two greetings, is of a kind."""
     for seed in range(400):
-        draw = np.random.default_rng([seed, len(room.split)])
-        setting = draw_setting(draw, room.split)
-        request = rooms.write_script(draw, setting)[2]
-        if request.kind == kind and test(setting, request):
+        visit = Visit(seed, room.split)
+        if visit.script[2].kind == kind and test(visit.setting, visit.script[2]):
             return seed
     raise AssertionError(kind)
 
@@ -192,7 +192,7 @@ def twins(room: Room, monkeypatch, seed: int, change, until) -> set[str]:
     """What differs between a life and one with another fact, up to the word that tells the fact."""
     first = live(room, seed, until)
     with monkeypatch.context() as patch:
-        patch.setattr(rooms, "draw_setting", lambda draw, split: change(draw_setting(draw, split)))
+        patch.setattr(visits, "draw_setting", lambda draw, split: change(draw_setting(draw, split)))
         return differing(first, live(room, seed, until))
 
 
@@ -267,7 +267,7 @@ def test_requests_are_about_the_table_as_it_is(monkeypatch):
         setting = draw_setting(draw, "train")
         lasting = [(one.kind, one.heat, one.temperature, one.feel, one.weight, one.mass) for one in setting.things]
         things = setting.things
-        for request in script.write_script(draw, setting):
+        for request in script.write_script(draw, setting, 0.0, 38.0):
             assert (request.things != things) == (request.kind == "change")
             changes, things = changes + (request.kind == "change"), request.things
             assert lasting == [(one.kind, one.heat, one.temperature, one.feel, one.weight, one.mass) for one in things]

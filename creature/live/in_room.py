@@ -9,10 +9,11 @@ from creature.errors import UserError
 from creature.live.creature import LiveCreature
 from creature.live.emission import Emission
 from creature.world.body import JOINTS
-from creature.world.room import NUM_BLEND_SHAPES, SAMPLES, SUBFRAMES, Room
+from creature.world.room import LIFE_TICKS, NUM_BLEND_SHAPES, SUBFRAMES, Room
 from creature.world.scene import SURFACES
 from creature.world.script import Request
 from creature.world.teacher import Teacher
+from creature.world.visit import SAMPLES
 
 # The senses of the room, each with the arguments of `tick` that it arrives in.
 SENSES = {
@@ -66,18 +67,18 @@ def make_room(creature: LiveCreature, split: str = "validation") -> Room:
 
 
 def live_in_room(
-    creature: LiveCreature, room: Room, seed: int, without: Iterable[str] = (), ticks: int | None = None
+    creature: LiveCreature, room: Room, seed: int, without: Iterable[str] = (), ticks: int = LIFE_TICKS
 ) -> Iterator[tuple[Emission, list[dict]]]:
     """
     A life in the room of a seed: (emission, the words that began to be heard) of each tick.
 
-    without: names out of `SENSES` that it has to live without. ticks: after which it ends, by default the whole life.
+    without: names out of `SENSES` that it has to live without. ticks: after which it ends, an hour of them or more.
     """
-    room.reset(seed)
+    room.reset(seed, ticks)
     creature.reset()
     hidden = {argument for name in without for argument in SENSES[name]}
     command = room.resting()
-    while not room.done and (ticks is None or room.tick < ticks):
+    while not room.done:
         senses = room.perceive()
         heard = senses["external_voice"]
         given = {name: senses[name] for name in ("audio", "images", "joint_positions", "joint_rotations", "touch")}
@@ -92,18 +93,18 @@ def live_in_room(
         room.act(**command, words=[word["word"] for word in emission.said])
 
 
-def live_as_teacher(room: Room, seed: int, ticks: int | None = None) -> None:
-    """The life of the recorded teacher in the room of a seed. ticks: after which it ends, by default the whole life."""
-    room.reset(seed)
+def live_as_teacher(room: Room, seed: int, ticks: int = LIFE_TICKS) -> None:
+    """The life of the recorded teacher in the room of a seed. ticks: after which it ends."""
+    room.reset(seed, ticks)
     teacher = Teacher(room, seed)
-    while not room.done and (ticks is None or room.tick < ticks):
+    while not room.done:
         room.act(**teacher.act())
 
 
 def count(room: Room, kinds: dict[str, Success]) -> None:
-    """Add the requests of a life that asked for something."""
+    """Add the requests of a life that asked for something, but for one that its end has cut."""
     for request in room.requests:
-        if request.chance is not None:
+        if request.chance is not None and request.until <= room.time:
             kinds.setdefault(request.kind, Success()).add(request)
 
 

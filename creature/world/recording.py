@@ -21,9 +21,9 @@ from creature.data.recordings.schema import TRACKS, RecordingsWriter, recording_
 from creature.errors import UserError
 from creature.files import lock_folder, replace_file, require_writable
 from creature.world.body import JOINTS, SIDES
-from creature.world.room import NUM_BLEND_SHAPES, SAMPLES, SUBFRAMES, Room
-from creature.world.script import LIFE_TICKS
+from creature.world.room import LIFE_TICKS, NUM_BLEND_SHAPES, SUBFRAMES, Room
 from creature.world.teacher import Teacher
+from creature.world.visit import SAMPLES
 from ticks_creature import TICK_SECONDS
 
 VALIDATION_EVERY = 10  # of ten lives, the second is for validation
@@ -56,7 +56,7 @@ def record_teacher(room: Room, seed: int, life_ticks: int = LIFE_TICKS) -> dict:
     Row t of every column is of tick t: what was sensed in it, what was commanded for it, thought and said in it. The
     first command is to stay as it is.
     """
-    room.reset(seed)
+    room.reset(seed, life_ticks)
     teacher, notes = Teacher(room, seed), LifeNotes()
     commands = [room.resting()]
     notes.sense(room)

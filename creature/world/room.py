@@ -12,28 +12,40 @@ A command takes effect one tick after it was given, as nerves and muscles take t
 what was sensed while the body did what was given with the `act` before the last.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import mujoco
 import numpy as np
 
 from creature.errors import UserError, first_line
 from creature.world import NO_OPENGL
-from creature.world.body import ARM, HINGED, JOINTS, SIDES, angles_of, hinge_places, quaternions_of, reach
+from creature.world.body import (
+    ARM,
+    BODY_BIT,
+    HINGED,
+    JOINTS,
+    SIDES,
+    THING_BIT,
+    angles_of,
+    hinge_places,
+    quaternions_of,
+    reach,
+)
 from creature.world.grammar import HANDS
-from creature.world.scene import COLORS, SHAPES, SURFACES, Setting, Thing, build, draw_setting
-from creature.world.script import LED_SECONDS, LIFE_TICKS, Request, remembered, write_script
+from creature.world.scene import COLORS, SHAPES, SURFACES, Setting, Thing, build
+from creature.world.script import LED_SECONDS, Request, remembered
 from creature.world.speech import SAMPLING_RATE
-from ticks_creature import TICK_SECONDS
+from creature.world.visit import SAMPLES, TAIL, Lead, Visit
+from ticks_creature import TICK_SECONDS, tick_of
 
+LIFE_TICKS = 1024  # 81.92 s, if no other number is asked for
 SUBFRAMES, STEPS = 4, 5  # of a tick; of MuJoCo in a sub-frame
-SAMPLES = int(TICK_SECONDS * SAMPLING_RATE)
 NUM_BLEND_SHAPES = 51
 # A joint feels its angle with an error that wanders, so that what a load bends it by, 0.1 degrees, is not felt.
 JOINT_ERROR, JOINT_ERROR_SECONDS = np.radians(0.6), 1.0
 FORCE_ERROR, TEMPERATURE_ERROR = 0.05, 0.5  # of the skin: share, C
 WEAKEST, OWN_WARMTH, ROOM_WARMTH = 0.1, 33.0, {"floor": 18.0, "table": 21.0}  # N; C
-NOISE, OWN_LOUDNESS = 0.001, 0.4
+OWN_LOUDNESS = 0.4
 STRAIGHT_AHEAD = np.array([0.0, 0.0, 1.0, 1.0])  # gaze to the left, up, ahead; openness
 LIDS = 0.2  # an eye that is less open sees nothing
 OVER = np.array([0.26, 0.16, 1.25])  # where a led hand passes, of the left one, m
@@ -48,39 +60,30 @@ class Room:
         split: "train" or "validation": they share no room, no voice, no place to stand and no way to ask.
         eye: pixels of a side of the pictures.
 
-    `requests` holds what was asked so far, `done` whether the life of 512 ticks is over, `setting` the room as it
-    is now; a creature learns of them through its senses alone. UserError without the libraries or without OpenGL.
+    `requests` holds what was asked so far, `done` whether the life is over, `visit` who is there, `setting` the room as
+    it is now; a creature learns of them through its senses alone. UserError without the libraries or without OpenGL.
     """
 
     def __init__(self, seed: int = 0, split: str = "train", eye: int = 64):
         self.split, self.eye, self._gl = split, eye, None
         self.reset(seed)
 
-    def reset(self, seed: int) -> None:
-        """Begin the life of a seed; the same one is the same life."""
-        self._draw = np.random.default_rng([seed, len(self.split)])
-        self.setting: Setting = draw_setting(self._draw, self.split)
-        self.script = write_script(self._draw, self.setting)
-        self.model = build(self.setting, self.eye)
-        self.data = mujoco.MjData(self.model)
-        self._open_eyes()
-        self._index()
-        self.tick, self.requests, self.felt = 0, [], []
+    def reset(self, seed: int, ticks: int = LIFE_TICKS) -> None:
+        """Begin the life of a seed; the same one is the same life, and begins so if it is to have more ticks."""
+        self.seed, self.ticks, self.tick, self.requests = seed, ticks, 0, []
+        self.visit, self._sounding = None, np.zeros(TAIL, np.float32)
+        self._next_visit()
+        self._furnish()
         self.start = self._starting_pose()
         self.data.qpos[self._hinges] = self.data.ctrl[:] = self.start.reshape(-1)
-        mujoco.mj_forward(self.model, self.data)
-        for _ in range(200):  # the feet settle
-            mujoco.mj_step(self.model, self.data)
-        self._places = {number: self.thing_place(number) for number in range(len(self.setting.things))}
-        self._settled = self.data.qpos.copy()
+        self._settle()
         self._error = JOINT_ERROR * self._draw.standard_normal(len(self._hinges))
-        self._sounding, self._loud = self._sounds(), set()
         self._waiting = self.resting()
         self._advance(self._waiting)
 
     @property
     def done(self) -> bool:
-        return self.tick >= LIFE_TICKS
+        return self.tick >= self.ticks
 
     @property
     def time(self) -> float:
@@ -139,8 +142,13 @@ class Room:
 
     def _advance(self, command: dict) -> None:
         """Live through the present tick with a command, and keep what the senses get."""
+        if self.tick == self.visit.end:
+            self._next_visit()
+        if self.visit.number and self.tick == self.visit.light - 1:
+            self._set_table()
+        self._harden()
         led = self._led()
-        self.dark = led is not None or self._changing()
+        self.dark = led is not None or self._changing() or self.tick < self.visit.light
         angles = np.clip(angles_of(command["rotations"]).reshape(SUBFRAMES, -1), *self._limits)
         positions, rotations, contacts = [], [], {}
         for subframe in range(SUBFRAMES):
@@ -154,7 +162,7 @@ class Room:
                 self.data.ctrl[led.rows] = led.pose(self.time + subframe * TICK_SECONDS / SUBFRAMES)
             mujoco.mj_step(self.model, self.data, STEPS)
             self._feel_contacts(contacts, subframe)
-        begin = self.tick * SAMPLES
+        begin = (self.tick - self.visit.begin) * SAMPLES
         audio = self._sounding[begin : begin + SAMPLES].copy()
         if command["voice"] is not None:
             audio += OWN_LOUDNESS * np.clip(command["voice"], -1, 1)
@@ -172,8 +180,7 @@ class Room:
     def _hear_words(self) -> list[dict]:
         """The words that begin in the present tick; what was asked becomes a request at its first word."""
         end, words = self.time + TICK_SECONDS, []
-        while len(self.requests) < len(self.script) and self.script[len(self.requests)].begins < end:
-            self.requests.append(self.script[len(self.requests)])
+        self.requests += [request for request in self.visit.script if tick_of(request.begins) == self.tick]
         for request in self.requests[-2:]:
             words += [{"word": word, "start": start} for word, start in request.words if self.time <= start < end]
             if request.kind == "felt" and request.answer is None and request.heard < end:
@@ -186,7 +193,7 @@ class Room:
 
         While it is dark, a visitor takes a hand and puts it somewhere: the command says nothing of where it is.
         """
-        for request in self.script:
+        for request in self.visit.script:
             if request.kind == "hand" and request.begins - LED_SECONDS <= self.time + 1e-9 < request.until - 0.3:
                 if self._leading is None:
                     self._leading = self._lead(request)
@@ -196,7 +203,7 @@ class Room:
 
     def _changing(self) -> bool:
         """Whether a visitor changes the table now: in the dark, and all at once in the last tick of it."""
-        for request in self.script:
+        for request in self.visit.script:
             if request.kind == "change" and request.begins <= self.time + 1e-9 < request.heard:
                 if (self.tick + 1) * TICK_SECONDS >= request.heard:
                     self._arrange(request.things)
@@ -279,7 +286,7 @@ class Room:
         """A thing knocks: its shape has a pitch, and the loudness is that of chance."""
         times = np.arange(int(0.15 * SAMPLING_RATE)) / SAMPLING_RATE
         sound = np.exp(-times / 0.03) * (np.sin(2 * np.pi * pitch * times) + 0.4 * np.sin(5.5 * np.pi * pitch * times))
-        begin = int(tick * SAMPLES)
+        begin = int((tick - self.visit.begin) * SAMPLES)
         part = self._sounding[begin : begin + len(sound)]
         part += (self._draw.uniform(0.03, 0.12) * sound)[: len(part)].astype(np.float32)
 
@@ -339,7 +346,8 @@ class Room:
         """Settle what is asked to be touched, pushed and looked at by what comes first."""
         self._touched = {self._things[other] for _, other in contacts if other in self._things}
         requests = self._open_requests()
-        kind = self.requests[-1].kind if self.requests else ""
+        now = [request.kind for request in self.requests[-1:] if request.begins > self.visit.begin * TICK_SECONDS]
+        kind = now[0] if now else ""
         self.felt += [(number, kind) for number in sorted(self._touched) if (number, kind) not in self.felt[-2:]]
         for request in requests:
             if request.kind == "touch" and self._touched:
@@ -378,8 +386,53 @@ class Room:
                     request.outcome = request.answer == "nothing"
 
     # ----------------------------------------------------------------------------------------------------------------
-    # The beginning
+    # The beginning of a life, and of a visit
     # ----------------------------------------------------------------------------------------------------------------
+
+    def _next_visit(self) -> None:
+        """The next visitors come; on the table is still what those before them have left there."""
+        self.visit = Visit(self.seed, self.split, self.visit)
+        self._draw, self._sounding = self.visit.draw, self.visit.sounds(self._sounding)
+
+    def _furnish(self) -> None:
+        """Build the room with the things of the visit, and a body that stretches its arms beside the table."""
+        self.setting: Setting = self.visit.setting
+        self.model = build(self.setting, self.eye)
+        self.data = mujoco.MjData(self.model)
+        self._open_eyes()
+        self._index()
+        self.felt, self._through = [], set()
+
+    def _settle(self) -> None:
+        """The things, and the feet, come to rest."""
+        mujoco.mj_forward(self.model, self.data)
+        for _ in range(200):
+            mujoco.mj_step(self.model, self.data)
+        self._places = {number: self.thing_place(number) for number in range(len(self.setting.things))}
+        self._settled = self.data.qpos.copy()
+        self._loud = {tuple(pair) for pair in self.data.contact.geom if self._things.keys() & set(pair)}
+
+    def _set_table(self) -> None:
+        """Put the things of the visit on the table, at rest; the body is as it was, and touches none of them."""
+        before, body = self.data, slice(-1 - len(self._hinges), None)
+        self._furnish()
+        self._settle()
+        for name in ("qpos", "qvel", "qacc_warmstart"):
+            getattr(self.data, name)[body] = getattr(before, name)[body]
+        self.data.ctrl[:] = before.ctrl
+        mujoco.mj_forward(self.model, self.data)
+        for pair in self.data.contact.geom:
+            if max(self._body_of[pair]) >= 0:
+                self._through |= self._things.keys() & set(pair)
+        self.model.geom_conaffinity[list(self._through)] = THING_BIT
+
+    def _harden(self) -> None:
+        """A thing that was put where a part of the body is can be touched once that part has left it."""
+        for geom in sorted(self._through):
+            parts = np.flatnonzero(self._body_of >= 0)
+            if all(mujoco.mj_geomDistance(self.model, self.data, geom, part, 0.01, None) > 0 for part in parts):
+                self.model.geom_conaffinity[geom] = BODY_BIT | THING_BIT
+                self._through.remove(geom)
 
     def _index(self) -> None:
         """Where in the model the parts of the body and the things lie."""
@@ -421,37 +474,6 @@ class Room:
         places = ((0.32, 0.43, top + 0.02), (0.36, 0.45, top + 0.02), (0.23, 0.10, 1.16), (0.27, 0.12, 1.27))
         place = np.array(places[int(draw.integers(len(places)))]) + draw.uniform(-0.015, 0.015, 3) * [1, 1, 0.3]
         return place * [1, SIDES[side], 1]
-
-    def _sounds(self) -> np.ndarray:
-        """float32: all that is said in this life, and a faint noise."""
-        length = (LIFE_TICKS + 1) * SAMPLES
-        sound = (NOISE * self._draw.standard_normal(length)).astype(np.float32)
-        for request in self.script:
-            begin = int(request.begins * SAMPLING_RATE)
-            part = sound[begin : begin + len(request.samples)]
-            part += request.samples[: len(part)].astype(np.float32)
-        return sound
-
-
-@dataclass(frozen=True)
-class Lead:
-    """A visitor who leads an arm from where it is commanded to be, over the table, to a place: angles at `rows`."""
-
-    side: str
-    begin: float
-    rows: list[int]
-    poses: list[np.ndarray]
-
-    def pose(self, time: float) -> np.ndarray:
-        first, over, goal = self.poses
-        share = (time - self.begin) / LED_SECONDS
-        return first + smooth(share / 0.4) * (over - first) + smooth((share - 0.4) / 0.55) * (goal - over)
-
-
-def smooth(share: float) -> float:
-    """Minimum jerk from 0 to 1 (Flash and Hogan 1985)."""
-    share = min(1.0, max(0.0, share))
-    return share**3 * (10 - 15 * share + 6 * share**2)
 
 
 def gaze_quaternion(gaze: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ SPLITS = ("train", "validation")
 # Hue of walls, floor and table; train has those below, validation those above.
 HUES = {"train": (0.0, 0.75), "validation": (0.8, 0.95)}
 CELL, CELLS = 0.5, 6  # m: places to stand are cells of a chessboard, the black ones for train, the white for validation
-# Of eSpeak NG, each with a rate and a pitch that are drawn for a life. Without the variants that breathe (f2, f3, f5
+# Of eSpeak NG, each with a rate and a pitch that are drawn for a visit. Without the variants that breathe (f2, f3, f5
 # ...): their noise comes from memory that eSpeak NG never set.
 VOICES = {
     "train": (
@@ -75,7 +75,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Setting:
-    """A room: what a life in it begins from."""
+    """A room with two visitors and their things: what a life in it, or a visit, begins from."""
 
     split: str
     things: list[Thing]
@@ -90,6 +90,25 @@ def draw_setting(draw: np.random.Generator, split: str) -> Setting:
     """A room of a split. UserError for a split that is neither train nor validation."""
     if split not in SPLITS:
         raise UserError(f"there is no split {split!r}: a room is for {' or '.join(SPLITS)}")
+    things, visitors = _draw_things(draw), _draw_visitors(draw, split)
+    column, row = (int(number) for number in draw.integers(0, CELLS, 2))
+    row += (row + column + SPLITS.index(split)) % 2 * (1 if row + 1 < CELLS else -1)
+    tones = {}
+    for part, (low, high) in {"wall": (0.5, 0.85), "floor": (0.25, 0.6), "table": (0.35, 0.7)}.items():
+        tones[part] = colorsys.hsv_to_rgb(draw.uniform(*HUES[split]), draw.uniform(0.1, 0.45), draw.uniform(low, high))
+    skin = draw.uniform(0.35, 0.95) * np.array([1.0, 0.78, 0.66])
+    return Setting(
+        split, things, visitors, draw.uniform(0.96, 1.03), (column, row), draw.uniform(0, 2 * np.pi),
+        tones | {"skin": tuple(skin)},
+    )  # fmt: skip
+
+
+def draw_next(draw: np.random.Generator, setting: Setting) -> Setting:
+    """The same room with other visitors and other things."""
+    return replace(setting, things=_draw_things(draw), visitors=_draw_visitors(draw, setting.split))
+
+
+def _draw_things(draw: np.random.Generator) -> list[Thing]:
     count = int(draw.integers(2, 4))
     sides = sorted(draw.choice(list(SIDE_PLACES), count, replace=False))
     kinds, colors = draw.choice(list(SHAPES), count, replace=False), draw.choice(list(COLORS), count, replace=False)
@@ -102,23 +121,17 @@ def draw_setting(draw: np.random.Generator, split: str) -> Setting:
             Thing(str(kind), str(color), str(side), place, str(heat), temperature, str(draw.choice(FEELS)), str(weight),
                   mass)
         )  # fmt: skip
+    return things
+
+
+def _draw_visitors(draw: np.random.Generator, split: str) -> list[tuple[str, Voice]]:
     voices, names = draw.choice(VOICES[split], 2, replace=False), draw.choice(NAMES, 2, replace=False)
     pitch = int(draw.integers(PITCHES))
     pitches = pitch, (pitch + int(draw.integers(APART, PITCHES - APART))) % PITCHES
-    visitors = [
+    return [
         (str(name), Voice(str(voice), int(draw.integers(*RATES)), pitch))
         for name, voice, pitch in zip(names, voices, pitches, strict=True)
     ]
-    column, row = (int(number) for number in draw.integers(0, CELLS, 2))
-    row += (row + column + SPLITS.index(split)) % 2 * (1 if row + 1 < CELLS else -1)
-    tones = {}
-    for part, (low, high) in {"wall": (0.5, 0.85), "floor": (0.25, 0.6), "table": (0.35, 0.7)}.items():
-        tones[part] = colorsys.hsv_to_rgb(draw.uniform(*HUES[split]), draw.uniform(0.1, 0.45), draw.uniform(low, high))
-    skin = draw.uniform(0.35, 0.95) * np.array([1.0, 0.78, 0.66])
-    return Setting(
-        split, things, visitors, draw.uniform(0.96, 1.03), (column, row), draw.uniform(0, 2 * np.pi),
-        tones | {"skin": tuple(skin)},
-    )  # fmt: skip
 
 
 def rearrange(draw: np.random.Generator, things: list[Thing]) -> list[Thing]:

@@ -1,5 +1,5 @@
 """
-What happens in a life, whoever lives it: who says what and when, when the light goes out, whose hand is led, and what
+What happens in a visit, whoever lives it: who says what and when, when the light goes out, whose hand is led, and what
 is then on the table.
 """
 
@@ -12,9 +12,7 @@ from creature.world import grammar
 from creature.world.grammar import choose
 from creature.world.scene import COLORS, SHAPES, SIDE_PLACES, Setting, Thing, rearrange
 from creature.world.speech import speak
-from ticks_creature import TICK_SECONDS
 
-LIFE_TICKS = 512  # 40.96 s
 # Kind of event: how often it comes, seconds from the end of what is said to the next event.
 KINDS = {
     "touch": (4.0, 5.8),
@@ -25,7 +23,7 @@ KINDS = {
     "count": (0.5, 3.2),
     "hand": (1.8, 3.8),
     "who": (0.8, 2.8),
-    "change": (9.0, 2.8),
+    "change": (12.0, 2.8),
     "felt": (1.5, 3.4),
     "saw": (1.0, 2.0),
     "cook": (0.8, 2.0),
@@ -48,6 +46,7 @@ class Request:
     of `grammar.py` are filled with. things: those on the table, as they are once it is heard. thing: number of the one
     that it is about, or None. options: the words of which one is the answer; answer: that one, known from `heard` on.
     chance: how often one succeeds who picks a thing, or a word of the options, at random; None if nothing is asked.
+    samples: how it sounds, until that is among the sounds of the visit.
     """
 
     kind: str
@@ -57,7 +56,7 @@ class Request:
     name: str
     text: str
     details: dict
-    samples: np.ndarray
+    samples: np.ndarray | None
     words: list[tuple[str, float]]
     things: list[Thing]
     thing: int | None = None
@@ -71,9 +70,13 @@ class Request:
         return bool(self.outcome)
 
 
-def write_script(draw: np.random.Generator, setting: Setting) -> list[Request]:
-    """What is said in a life, in order: both visitors say who they are, then events follow until the end."""
-    requests, time, told, pushed = [], draw.uniform(0.3, 0.7), [], set()
+def write_script(draw: np.random.Generator, setting: Setting, begin: float, end: float) -> list[Request]:
+    """
+    What is said in a visit, in order: both visitors say who they are, then events follow until the end.
+
+    begin, end: seconds of life between which there is light. What would end later is not begun.
+    """
+    requests, time, told, pushed = [], begin + draw.uniform(0.3, 0.7), [], set()
     for visitor, (kind, seconds) in zip(setting.visitors, GREET_SECONDS.items(), strict=True):
         details = _details(draw, setting, kind) | {"name": visitor[0]}
         requests.append(_spoken(draw, setting, kind, time, visitor, details, seconds))
@@ -97,7 +100,7 @@ def write_script(draw: np.random.Generator, setting: Setting) -> list[Request]:
             if kind in TOLD:
                 asked, key, _ = TOLD[kind]
                 told.append((asked, details | {"answer": details[key]}, visitor))
-        if request.until > LIFE_TICKS * TICK_SECONDS:
+        if request.until > end:
             return requests
         requests.append(request)
         time = request.until + draw.uniform(0.0, 0.4)

@@ -11,10 +11,11 @@ import numpy as np
 
 from creature.world.body import EYES, HINGED, SIDES, quaternions_of, reach
 from creature.world.grammar import ANSWER, FEEL, THINK, choose
-from creature.world.room import NUM_BLEND_SHAPES, SAMPLES, SUBFRAMES, Room, smooth
+from creature.world.room import NUM_BLEND_SHAPES, SUBFRAMES, Room
 from creature.world.scene import OWN_VOICE, SHAPES
 from creature.world.script import Request
-from creature.world.speech import SAMPLING_RATE, speak
+from creature.world.speech import speak
+from creature.world.visit import SAMPLES, smooth
 from ticks_creature import TICK_SECONDS
 
 WORD_TICKS = 2  # between two thought words: a word is one or two tokens, and a token takes a tick
@@ -48,7 +49,7 @@ class Teacher:
         self.waiting, self.voice, self.words = deque(), np.zeros(0, np.float32), []
         self.thoughts, self.said, self.next_thought = [], [], 0
         self.blink, self.hands = self._in(1, 4), self._in(1.5, 5)
-        self.answered, self.task, self.glance = 0, None, 0
+        self.visit, self.answered, self.task, self.glance = room.visit, 0, None, 0
         for row, pitch in RESTING_PITCH.items():
             self.angles[HINGED.index(row), 1] = pitch
 
@@ -76,12 +77,23 @@ class Teacher:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _attend(self) -> None:
+        if self.visit is not self.room.visit:
+            self._leave_off()
         requests = self.room.requests
         if self.answered < len(requests) and requests[self.answered].heard <= self.tick * TICK_SECONDS:
             self.task = self._tasks(requests[self.answered])
             self.answered += 1
         if self.task is not None and next(self.task, "over") == "over":
             self.task = self.target = None
+
+    def _leave_off(self) -> None:
+        """Others have come: it drops what it does, and its hands rest until there is light."""
+        if self.task is not None:
+            for side in SIDES:
+                self._start_move(side, self.room.resting_place(self.draw, side), 0.4)
+        self.visit, self.task, self.target = self.room.visit, None, None
+        self.waiting.clear()
+        self.mood = np.zeros(NUM_BLEND_SHAPES)
 
     def _tasks(self, request: Request) -> Iterator[None]:
         details = request.details | {"answer": request.answer}
@@ -238,6 +250,3 @@ class Teacher:
             return None
         part, self.voice = self.voice[:SAMPLES], self.voice[SAMPLES:]
         return np.pad(part, (0, SAMPLES - len(part)))
-
-
-assert SAMPLES == int(TICK_SECONDS * SAMPLING_RATE)
