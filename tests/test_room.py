@@ -50,9 +50,14 @@ def room() -> Room:
         pytest.skip(str(error))
 
 
-def live(room: Room, seed: int, until) -> list[dict]:
-    """Senses, commands and words of every tick of a life, up to the tick at which `until(tick)` is true."""
+def live(room: Room, seed: int, until, before_end: int | None = None) -> list[dict]:
+    """
+    Senses, commands and words of every tick of a life, up to the tick at which `until(tick)` is true.
+
+    before_end: ticks of the first visit that are lived, the last ones; None for all.
+    """
     room.reset(seed)
+    room.tick = 0 if before_end is None else room.visit.end - before_end
     teacher, ticks, command = Teacher(room, seed), [], room.resting()
     thoughts = []
     while not room.done:
