@@ -164,20 +164,32 @@ def test_a_knock_sounds_on_behind_the_end_of_a_visit(room):
     assert np.abs(room.perceive()["audio"][:640]).max() > 10 * NOISE
 
 
-def test_the_teacher_drops_what_it_does_when_others_come(room):
+def test_the_teacher_drops_what_it_does_when_others_come_and_its_arm_moves_on(room, monkeypatch):
     room.reset(0)
-    room.tick = room.visit.end - 30
-    teacher, request = Teacher(room, 0), room.visit.script[2]
+    room.tick = room.visit.end - 46
+    teacher, request, states = Teacher(room, 0), room.visit.script[2], []
     room.requests = [dataclasses.replace(request, kind="touch", thing=0, heard=room.time)]
-    teacher.answered = 0
+    old, set_table = room.thing_place(0), Room._set_table
+
+    def nearest() -> float:
+        hands = [room.data.body(f"{side}_hand").xpos for side in SIDES]
+        return min(np.linalg.norm(hand[:2] - old[:2]) for hand in hands)
+
+    def note(room):
+        states.append([values[-1 - 3 * len(HINGED) :].copy() for values in (room.data.qpos, room.data.qvel)])
+        if len(states) == 1:
+            set_table(room)
+            note(room)
+
+    monkeypatch.setattr(Room, "_set_table", note)
     while room.visit.number == 0:
         room.act(**teacher.act())
-    busy, places = teacher.task, []
+    assert teacher.task is not None and teacher.target == 0 and nearest() < 0.12
     while room.tick < room.visit.light + 3:
         room.act(**teacher.act())
         assert not teacher.thoughts and teacher.task is None and teacher.target is None
-        places.append(room.data.xpos[[room.model.body(f"{side}_hand").id for side in SIDES]])
-    assert busy is not None and np.abs(places[-1] - places[-3]).max() < 0.05  # its hands rest
+    assert nearest() > 0.16  # its hands rest
+    assert np.array_equal(*states) and np.abs(states[0][1]).max() > 0.5
 
 
 def test_a_thing_that_is_put_where_a_hand_is_can_be_touched_when_the_hand_was_away(room):

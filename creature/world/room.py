@@ -419,8 +419,7 @@ class Room:
         self._settle()
         for name in ("qpos", "qvel", "qacc_warmstart"):
             getattr(self.data, name)[body] = getattr(before, name)[body]
-        self.data.ctrl[:] = before.ctrl
-        mujoco.mj_forward(self.model, self.data)
+        mujoco.mj_fwdPosition(self.model, self.data)
         for pair in self.data.contact.geom:
             if max(self._body_of[pair]) >= 0:
                 self._through |= self._things.keys() & set(pair)
