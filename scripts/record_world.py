@@ -4,7 +4,7 @@ examples:
   python scripts/record_world.py --minutes 60 --output recordings/room --workers 4
   python scripts/record_world.py --minutes 5 --output recordings/few --seed 1
 
-Writes a folder that datasets.load_from_disk opens, one life of 41 s a row, one of ten for validation, with
+Writes a folder that datasets.load_from_disk opens, one life of 82 s a row, one of ten for validation, with
 recordings.json (names, settings), recordings.png (some lives on a time line) and recordings.mp4 (one of them to look
 at). The same seed gives the same recordings whatever the number of workers. A killed recording goes on where it was.
 docs/room.md says what happens in a life.
@@ -24,7 +24,7 @@ from creature.files import user_path  # noqa: E402
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--minutes", type=float, required=True, metavar="N", help="of life, in lives of 41 s, two at least")
+    add("--minutes", type=float, required=True, metavar="N", help="of life, in lives of 82 s, two at least")
     add("--output", type=user_path, required=True, metavar="FOLDER", help="a folder that does not exist yet")
     add("--workers", type=int, default=1, metavar="W", help="processes (default 1)")
     add("--seed", type=int, default=0, metavar="S", help="another one gives other lives (default 0)")
