@@ -41,7 +41,12 @@ LUCK = 3.1  # standard deviations, 1 in 1,000
 
 
 def facts_of(row: dict) -> list[tuple[str, str, float]]:
-    """(fact, what it is, s at which its word is thought) of a life, from the frames of `creature/world/grammar.py`."""
+    """
+    (fact, what it is, s at which its word is thought) of a life, from the frames of `creature/world/grammar.py`.
+
+    The speaker is the first or the second visitor of those who are there. A thought that the end of the life cuts tells
+    nothing.
+    """
     from creature.world.grammar import HANDS
     from creature.world.scene import COLORS, FEELS, SHAPES, SIDE_PLACES, TEMPERATURES, WEIGHTS
 
@@ -50,9 +55,11 @@ def facts_of(row: dict) -> list[tuple[str, str, float]]:
         if not sentences or entry["start"] - sentences[-1][-1][1] > 2.5 * TICK:
             sentences.append([])
         sentences[-1].append((entry["word"], entry["start"]))
+    if sentences and row["duration"] - sentences[-1][-1][1] < 2.5 * TICK:
+        sentences.pop()
     for sentence in sentences:
         if [word for word, _ in sentence[:2]] == ["that", "is"]:
-            names.append(sentence[2][0])
+            names = [*names[len(names) // 2 * 2 :], sentence[2][0]]
             sentence = sentence[3:]
             if not sentence:
                 continue
@@ -109,8 +116,12 @@ class Life:
         for contact in row["touch"]:
             self.touch[int(contact["time"] / TICK)].append(contact)
         self.heard = [(entry["word"].lower(), entry["start"]) for entry in row["external_voice"]]
-        begins = [entry["start"] for entry in row["internal_text"] if entry["word"] == "that"][:2]
-        self.greetings = [self.voice_before(time) for time in begins]
+        begins = [
+            first["start"]
+            for first, then in itertools.pairwise(row["internal_text"])
+            if (first["word"], then["word"]) == ("that", "is")
+        ]
+        self.greetings = [(time, self.voice_before(time)) for time in begins]
 
     def voice_before(self, time: float) -> np.ndarray:
         """[bands]: the mean spectrum while the words of the last sentence before a moment are heard."""
@@ -128,7 +139,7 @@ class Life:
             if time - HEARD_SECONDS < start < tick * TICK and word in vocabulary:
                 bag[vocabulary[word]] = 1
         voice = self.voice_before(tick * TICK)
-        first, second = self.greetings
+        first, second = [greeting for begin, greeting in self.greetings if begin < time][-2:]  # of who is there
         felt = {
             name: self.tracks[name].reshape(-1, 4, 24, self.tracks[name].shape[-1]) for name in list(self.tracks)[:3]
         }

@@ -109,7 +109,11 @@ def share_right(net, heard, labels) -> float:
 
 
 def draw_codes(creature, life: dict):
-    """The codes that the creature draws for each tick of a recorded life, int64 [T, books]; the first are recorded."""
+    """
+    The codes that the creature draws for each tick of a recorded life, int64 [T, books].
+
+    It is played in clips of as many ticks as attention sees; the first codes of each are recorded.
+    """
     import numpy as np
     import torch
 
@@ -118,12 +122,16 @@ def draw_codes(creature, life: dict):
     model = creature.model
     senses = {name: widen(value) for name, value in life.items() if name not in TARGETS}
     senses = {name: torch.from_numpy(value)[None].to(model.device) for name, value in senses.items()}
-    with torch.inference_mode():
-        hidden = model(**senses, use_cache=False, logits_to_keep=1).last_hidden_state[0]
-        stream, table = model.streams.audio, model.model.senses.own_voice.code_table
-        noise = stream.draw_noise(len(hidden), table, creature.generator)
-        codes, _ = stream.emit(hidden, table, creature.sampling["audio"], noise)
-    return np.concatenate((life["audio_codes"][:1], codes[:-1].cpu().numpy()))
+    stream, table = model.streams.audio, model.model.senses.own_voice.code_table
+    found = life["audio_codes"].astype(np.int64)
+    for begin in range(0, len(found), creature.window):
+        clip = {name: value[:, begin : begin + creature.window] for name, value in senses.items()}
+        with torch.inference_mode():
+            hidden = model(**clip, use_cache=False, logits_to_keep=1).last_hidden_state[0]
+            noise = stream.draw_noise(len(hidden), table, creature.generator)
+            codes, _ = stream.emit(hidden, table, creature.sampling["audio"], noise)
+        found[begin + 1 : begin + len(codes)] = codes[:-1].cpu().numpy()
+    return found
 
 
 def live_on(creature, life: dict) -> tuple:

@@ -235,7 +235,7 @@ def main() -> None:
     say(f"evaluating {folder} on {device.name}: {len(clips)} clips of up to {context} ticks")
     with torch.autocast(device.kind, dtype=torch.bfloat16, enabled=device.kind == "cuda" and device.bf16):
         lives = nats_of_lives(model, clips)
-    found = measure(list(held_out.select_columns(["recording_id", *STREAMS])), lives, processor)
+    found = measure(list(held_out.select_columns(["recording_id", "duration", *STREAMS])), lives, processor)
     print_tables(found)
     if arguments.output:
         result = {"checkpoint": str(folder), "data": arguments.folder, "clip_ticks": context, "clips": len(clips)}

@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--recording", type=user_path, metavar="FOLDER", help="folder of recordings, to play one of")
     parser.add_argument("--id", help="recording_id of the one to play (default: the first of the validation split)")
-    parser.add_argument("--seconds", type=float, help="of each life (default: all of a recording, 82 s in the room)")
+    parser.add_argument("--seconds", type=float, help="of each life (default: all; in the room 82, and it may be more)")
     parser.add_argument("--real_time", action="store_true", help="play one tick every 80 ms, no faster")
     parser.add_argument(
         "--world", type=int, nargs="?", const=1, metavar="LIVES", help="live in so many held-out rooms (default 1)"

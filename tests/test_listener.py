@@ -74,6 +74,13 @@ def test_codes_of_a_recorded_past_are_those_of_a_replayed_life(creature, recordi
     drawn = listener.draw_codes(creature, life)
     assert drawn.shape == life["audio_codes"].shape and np.array_equal(drawn[0], life["audio_codes"][0])
     assert np.array_equal(drawn[1:10], [step.voice_codes for step in steps])
+    creature.window, window = 10, creature.window
+    clips = listener.draw_codes(creature, life)  # of ten ticks each
+    creature.window = window
+    assert np.array_equal(clips[:10], drawn[:10]) and np.array_equal(clips[10], life["audio_codes"][10])
+    creature.reset()
+    steps = [creature.step({name: value[tick] for name, value in senses.items()}, feed_back=False) for tick in (10, 11)]
+    assert np.array_equal(clips[11:13], [step.voice_codes for step in steps])
 
 
 def test_own_voice_and_words_are_those_of_a_life_on_own_outputs_a_tick_later(creature, recording):

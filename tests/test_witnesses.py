@@ -126,10 +126,17 @@ def test_seen_facts_are_those_that_neither_memory_nor_the_words_before_tell():
         (after, "color white shape can side middle color blue"),
     ):
         thoughts = text({10: words})
-        found = facts_of({"internal_text": thoughts})
+        found = facts_of({"internal_text": thoughts, "duration": 10.0})
         assert " ".join(f"{fact.removeprefix('seen ')} {word}" for fact, word, _ in found) == expected
         assert {(word, time) for _, word, time in found} <= {(one["word"], one["start"]) for one in thoughts}
         assert all(WITNESS[fact] == ("eyes",) for fact, _, _ in found)
+
+
+def test_the_speaker_is_one_of_those_who_are_there_and_a_cut_thought_tells_nothing():
+    thoughts = {0: "that is Anna", 20: "that is Ben", 40: "Ben asks how many I see two", 80: "that is Ben",
+                100: "that is Clara", 120: "Ben asks how many", 140: "Clara wants the red one the"}  # fmt: skip
+    facts = {"internal_text": text(thoughts), "duration": 151 * 0.08}
+    assert [(fact, answer) for fact, answer, _ in facts_of(facts)] == [("speaker", "1"), ("speaker", "0")]
 
 
 def test_chance_is_the_entropy_of_the_answers(found):

@@ -346,8 +346,8 @@ class Room:
         """Settle what is asked to be touched, pushed and looked at by what comes first."""
         self._touched = {self._things[other] for _, other in contacts if other in self._things}
         requests = self._open_requests()
-        now = [request.kind for request in self.requests[-1:] if request.begins > self.visit.begin * TICK_SECONDS]
-        kind = now[0] if now else ""
+        last = self.requests[-1] if self.requests else None
+        kind = last.kind if last and last.begins > self.visit.begin * TICK_SECONDS else ""
         self.felt += [(number, kind) for number in sorted(self._touched) if (number, kind) not in self.felt[-2:]]
         for request in requests:
             if request.kind == "touch" and self._touched:
