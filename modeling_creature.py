@@ -369,6 +369,7 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         action_targets: torch.FloatTensor | None = None,
         animation_target_mask: torch.BoolTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        further_targets: torch.Tensor | None = None,
         output_streams: tuple[str, ...] = (),
         return_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -403,6 +404,10 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
                 by that of repeating the last command: 1 is no better than doing so.
             num_items_in_batch: what the losses are divided by: a number for the internal text, or all that
                 `streams_creature.count_targets` returns; by default that of this batch.
+            further_targets: [K] float32, in training only: how much the internal text also learns the labels 2, 3, ...
+                K + 1 ticks ahead, where the next one has the weight 1; what a tick learns is divided by the sum of its
+                weights. None of them is beyond an end of text or a label of -100. This changes the gradients alone:
+                the loss remains that of the next label.
             output_streams: names of streams whose outputs are wanted beside the internal text.
             return_logits: by default, logits are returned except in training with labels, where they would be the
                 largest tensor of all. False in evaluation gives `token_losses` and `predictions` in their place.
@@ -414,6 +419,7 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         """
         _check_kwargs(MultiModalCreature, kwargs)
         check_names("output_streams", output_streams, self.streams.names)
+        check_shapes({"further_targets": ("K",)}, {"further_targets": further_targets})
         senses = {
             "external_voice_ids": external_voice_ids,
             "input_features": input_features,
@@ -481,7 +487,8 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
                 hidden[:, : labels.shape[1] - 1].flatten(0, 1), self._head(), labels[:, 1:].flatten()
             )
             token_losses, predictions = flat.view_as(labels[:, 1:]), predicted.view_as(labels[:, 1:])
-        loss, losses = self._losses(hidden, senses, targets, num_items_in_batch, token_losses)
+        further_targets = further_targets if self.training else None
+        loss, losses = self._losses(hidden, senses, targets, num_items_in_batch, token_losses, further_targets)
 
         return CreatureOutput(
             loss=loss,
@@ -503,6 +510,7 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
         targets: dict,
         num_items_in_batch: torch.Tensor | float | None,
         token_losses: torch.Tensor | None,
+        further_targets: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, dict | None]:
         """The weighted sum of the losses of the streams that have a weight and targets, and each of them by name."""
         weights = self.config.loss_weights
@@ -513,7 +521,7 @@ class MultiModalCreature(CreaturePreTrainedModel, CreatureGenerationMixin, Gener
             sums["internal_text"] = (token_losses * text_target_weights(self.config, targets["labels"][:, 1:])).sum()
         elif weights["internal_text"] and targets["labels"] is not None:
             sums["internal_text"] = text_loss(
-                self.config, hidden, self._head(), targets["labels"], self.text_cross_entropy
+                self.config, hidden, self._head(), targets["labels"], self.text_cross_entropy, further_targets
             )
         if weights["external_text"] and targets["external_text_targets"] is not None:
             sums["external_text"] = self.streams.external_text.loss(

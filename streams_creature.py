@@ -54,6 +54,7 @@ def text_loss(
     head: torch.Tensor | nn.Module,
     labels: torch.Tensor,
     cross_entropy: Callable = linear_cross_entropy,
+    further_targets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Sum of the next-token losses of a text stream.
@@ -61,14 +62,48 @@ def text_loss(
     hidden: [B, T, hidden_size] of ticks 0..T-1. head: its weight [vocab_size, hidden_size], or a module that returns
     the logits, all of them at once. labels: [B, T], unshifted, or [B, T + 1] where the tick after the last is known.
     cross_entropy: `losses_creature.linear_cross_entropy`, or another function of the same signature.
+    further_targets: as in `MultiModalCreature.forward`.
     """
     # A last tick without a target gets one of weight 0, so that `hidden` need not be cut, which would copy it.
-    targets = F.pad(labels[:, 1:], (0, hidden.shape[1] + 1 - labels.shape[1]), value=IGNORE_INDEX).reshape(-1)
-    weights = text_target_weights(config, targets)
+    targets = F.pad(labels[:, 1:], (0, hidden.shape[1] + 1 - labels.shape[1]), value=IGNORE_INDEX)
+    flat, weights = targets.reshape(-1).clamp(min=0), text_target_weights(config, targets)
     if isinstance(head, nn.Module):
-        logits = head(hidden).flatten(0, 1).float()
-        return (F.cross_entropy(logits, targets.clamp(min=0), reduction="none") * weights).sum()
-    return cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets.clamp(min=0), weights)
+        logits = head(hidden).float()
+        loss = (F.cross_entropy(logits.flatten(0, 1), flat, reduction="none") * weights.reshape(-1)).sum()
+    else:
+        loss = cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, flat, weights.reshape(-1))
+    if further_targets is None:
+        return loss
+    # The shares p_k of a tick add up to 1, so that the sum of p_k (lse - logit_k), where lse is the logarithm in the
+    # softmax, is lse - logit_1 plus the sum of p_k (logit_1 - logit_k): the loss above, and a few rows of the table.
+    ids, shares = targets_ahead(config, targets, further_targets)
+    factors = weights[..., None] * torch.cat((1 - shares[..., :1], -shares[..., 1:]), dim=-1)
+    if isinstance(head, nn.Module):
+        further = (logits.gather(-1, ids) * factors).sum()
+    else:  # rows first: the backward pass then needs one sum of rows for each tick
+        further = ((F.embedding(ids, head) * factors[..., None]).sum(2) * hidden).sum()
+    return loss + (further - further.detach())  # its gradients alone
+
+
+def targets_ahead(
+    config: CreatureConfig, targets: torch.Tensor, further_targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The targets of each tick, the next one and K further ones: ids [B, T, K + 1], and their shares, which add up to 1.
+
+    targets: [B, T] the next ones, -100 where unknown. further_targets: [K] their weights. What comes after an end of
+    text, or after an unknown target, has the share 0.
+    """
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ids, shares, inside = [targets], [torch.ones_like(targets, dtype=torch.float32)], targets != IGNORE_INDEX
+    for weight in further_targets.unbind():
+        for end in ends:
+            inside = inside & (ids[-1] != end)
+        ids.append(F.pad(ids[-1][:, 1:], (0, 1), value=IGNORE_INDEX))
+        inside = inside & (ids[-1] != IGNORE_INDEX)
+        shares.append(weight * inside)
+    shares = torch.stack(shares, dim=-1)
+    return torch.stack(ids, dim=-1).clamp(min=0), shares / shares.sum(-1, keepdim=True)
 
 
 def count_targets(config: CreatureConfig, batch: dict) -> torch.Tensor:

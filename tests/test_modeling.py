@@ -445,6 +445,7 @@ def test_compile_without_a_graph_break(chosen, batch):
     """A training step, text alone or with every sense, copy and stream; the compiled graph is the same computation."""
     poisoned = absent_is(batch, float("nan"))
     given = poisoned if chosen == SENSES else {name: poisoned[name] for name in ("input_ids", "labels")}
+    given = given | {"further_targets": torch.tensor([0.5, 0.25])}
     expected = training_step(micro_model(), given)
     model = micro_model()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

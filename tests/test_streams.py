@@ -65,6 +65,73 @@ def test_text_loss_by_hand():
     assert count_targets(config, {"labels": labels}).tolist() == pytest.approx([1.3, *[0] * 6])
 
 
+def written_out(config, logits, labels, further):
+    """The loss of the next labels, and that of all labels ahead that a tick may learn, as sums of cross entropies."""
+    plain = mixed = 0.0
+    for row, ids in zip(logits, labels.tolist(), strict=True):
+        for tick in range(min(len(row), len(ids) - 1)):
+            ahead = []  # up to an end of text, or to what is unknown
+            for target in ids[tick + 1 : tick + 2 + len(further)]:
+                if target == -100 or (ahead and ahead[-1] == config.eos_token_id):
+                    break
+                ahead.append(target)
+            if ahead:
+                weights = torch.tensor([1.0, *further], dtype=row.dtype)[: len(ahead)]
+                losses = F.cross_entropy(row[tick].expand(len(ahead), -1), torch.tensor(ahead), reduction="none")
+                counts = config.null_loss_weight if ahead[0] == config.null_token_id else 1.0
+                plain += counts * losses[0]
+                mixed += counts * (losses * weights).sum() / weights.sum()
+    return plain, mixed
+
+
+@pytest.mark.parametrize("is_module", [False, True])
+@pytest.mark.parametrize("length", [12, 13])  # 13: the label after the last tick is known
+def test_further_targets_give_the_gradients_of_a_sum_of_cross_entropies(is_module, length):
+    config = micro_config(null_loss_weight=0.3)
+    torch.manual_seed(0)
+    hidden, table = torch.randn(3, 12, 8, requires_grad=True), torch.randn(config.vocab_size, 8, requires_grad=True)
+    labels = torch.randint(0, 100, (3, length))
+    labels[0, 4] = labels[1, -1] = labels[1, -3] = labels[2, 1] = config.eos_token_id
+    labels[0, 8] = labels[0, 9] = labels[2, 5] = -100
+    labels[1, 5] = labels[2, 8] = config.null_token_id
+    head = torch.nn.Linear(8, config.vocab_size, bias=False)
+    head.weight = torch.nn.Parameter(table.detach().clone())
+    given = head if is_module else table
+    found = text_loss(config, hidden, given, labels, further_targets=torch.tensor([0.5, 0.25]))
+    gradients = torch.autograd.grad(found, [hidden, head.weight if is_module else table])
+    plain, mixed = written_out(config, hidden.double() @ table.double().t(), labels, (0.5, 0.25))
+    assert found.item() == pytest.approx(plain.item(), rel=1e-6)
+    for mine, true in zip(gradients, torch.autograd.grad(mixed, [hidden, table]), strict=True):
+        torch.testing.assert_close(mine, true, atol=2e-6, rtol=1e-5)
+    ends = micro_config(null_loss_weight=0.3, eos_token_id=[7, config.eos_token_id])
+    labels[labels == 7] = 8
+    several = text_loss(ends, hidden, given, labels, further_targets=torch.tensor([0.5, 0.25]))
+    assert torch.equal(torch.autograd.grad(several, hidden)[0], gradients[0])
+
+
+def test_further_targets_count_in_training_only_and_by_their_weights(batch):
+    batch = {name: batch[name] for name in ("input_ids", "labels")}
+
+    def step(mode, **further):
+        model = micro_model().train(mode)
+        loss = model(**batch, **further).loss
+        loss.backward()
+        return {"loss": loss.detach()} | gradients(model)
+
+    some, none = torch.tensor([0.5, 0.25]), torch.zeros(2)
+    for mode in (True, False):
+        plain = step(mode)
+        for further in (none,) if mode else (none, some):
+            found = step(mode, further_targets=further)
+            assert all(torch.equal(found[name], plain[name]) for name in plain | found)
+    learnt = step(True, further_targets=some)
+    assert torch.equal(learnt["loss"], plain["loss"])
+    table = "model.embed_tokens.weight"
+    assert not torch.allclose(learnt[table], plain[table], rtol=0.1)
+    with pytest.raises(ValueError, match="`further_targets` has the shape"):
+        step(True, further_targets=some[None])
+
+
 def test_all_losses_of_the_model_by_hand():
     """With tables and last layers of zero every choice is equally likely and the last command is repeated."""
     model = micro_model()
