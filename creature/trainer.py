@@ -29,6 +29,7 @@ from streams_creature import STREAMS, count_targets
 
 _DATA_PARALLEL = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 _NOT_SHARDED = (DistributedType.NO, *_DATA_PARALLEL)
+FURTHER_TARGETS = (0.5, 0.25)  # weights of the tokens 2 and 3 ticks ahead when the batch warm-up begins
 LOG_HISTORY = 1000  # logs that stay in memory and in every trainer_state.json; metrics.jsonl has all of them
 
 
@@ -41,7 +42,8 @@ class CreatureTrainer(CheckpointMixin, Trainer):
           as `loss_<stream>`;
         - evaluation is token-weighted and gives loss, perplexity, bits per byte and accuracy without holding logits;
         - Muon trains the matrices, Adam the tables and the rest, and only the matrices decay;
-        - in the first `batch_warmup_steps` steps, the weights are updated after each half of the batch;
+        - in the first `batch_warmup_steps` steps, the weights are updated after each half of the batch, and text is
+          also learnt further ahead, less with every step;
         - several processes add up their gradients without DistributedDataParallel (data_parallel.py);
         - warmup_stable_decay needs no keyword arguments;
         - tokens/s, samples/s and MFU are of the last logging window and exclude evaluation, saving and compiling;
@@ -94,6 +96,8 @@ class CreatureTrainer(CheckpointMixin, Trainer):
         self._stream_steps = torch.zeros(len(STREAMS), device=self.args.device)
         self._compiled_shapes: set[tuple] = set()
         self._loss_share = 1.0  # of the part of a batch under way, in what is logged of the step
+        self._further_targets = torch.tensor(FURTHER_TARGETS, device=self.args.device)
+        self._of_halves: dict[str, torch.Tensor] = {}  # arguments of the model beside a half batch
         self._micro_batch = self._micro_batches = 0
         self._aside: Path | None = None
         self._resumed_from: str | None = None
@@ -141,6 +145,8 @@ class CreatureTrainer(CheckpointMixin, Trainer):
         # A half is divided by half the targets of the batch, and is half of the loss that is logged.
         rows = self.args.per_device_train_batch_size
         self._loss_share, items = 0.5, num_items_in_batch / 2
+        left = 1 - self.state.global_step / batch_warmup_steps(self.args, self.state.max_steps)
+        self._of_halves = {"further_targets": self._further_targets * left}
         try:
             if self._micro_batches > 1:
                 loss = self._forward_and_backward(model, inputs, rows, items, **kwargs)
@@ -154,7 +160,7 @@ class CreatureTrainer(CheckpointMixin, Trainer):
             self._update(model)
             return loss + self._forward_and_backward(model, second, rows, items, **kwargs) / 2
         finally:
-            self._loss_share = 1.0
+            self._loss_share, self._of_halves = 1.0, {}
 
     def _in_batch_warmup(self, inputs: dict) -> bool:
         """Whether this step has an update after each half: early in the run, where the batch can be divided."""
@@ -193,9 +199,10 @@ class CreatureTrainer(CheckpointMixin, Trainer):
 
         rows: of a full batch, to which a shorter one is padded for a compiled model.
         """
+        inputs = {**(pad_batch(inputs, rows) if self.args.torch_compile else inputs), **self._of_halves}
         if not self.args.torch_compile:
             return super().training_step(model, inputs, *args, **kwargs)
-        inputs, undo = pad_batch(inputs, rows), None
+        undo = None
         shape = tuple((name, value.shape) for name, value in inputs.items())
         fresh = contextlib.nullcontext()
         if self._compiled_shapes and shape not in self._compiled_shapes:

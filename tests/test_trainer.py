@@ -101,7 +101,8 @@ def test_the_losses_of_both_halves_count_where_a_graph_writes_them_to_one_place(
 
 
 @pytest.mark.parametrize("rows, micro_batches", [(4, 1), (2, 2), (1, 4)])
-def test_a_step_of_two_updates_is_two_steps_of_half_the_batch(tmp_path, rows, micro_batches):
+def test_a_step_of_two_updates_is_two_steps_of_half_the_batch(tmp_path, monkeypatch, rows, micro_batches):
+    monkeypatch.setattr(trainer_module, "FURTHER_TARGETS", (0.0, 0.0))
     data = Rows(count=24)
     data.labels = data.ids
     settings = dict(rows=data, lr_scheduler_type="constant", warmup_steps=0)
@@ -119,6 +120,24 @@ def test_a_step_of_two_updates_is_two_steps_of_half_the_batch(tmp_path, rows, mi
         assert torch.allclose(value, keep.weights[name], atol=2e-4), name
     assert losses_of(halved, "grad_norm")[1] == pytest.approx(losses_of(plain, "grad_norm")[3], rel=1e-3)
     assert [halved.optimizer.state[p]["step"].item() for p in halved.optimizer.param_groups[0]["params"]][0] == 6
+
+
+@pytest.mark.parametrize("rows, micro_batches", [(4, 1), (2, 2)])
+def test_half_batches_learn_further_targets_less_with_every_step(tmp_path, rows, micro_batches):
+    seen = {True: [], False: []}
+
+    def see(model, args, kwargs):
+        further = kwargs.get("further_targets")
+        seen[model.training].append(None if further is None else further.tolist())
+
+    size = dict(per_device_train_batch_size=rows, gradient_accumulation_steps=micro_batches)
+    evaluated = dict(eval_rows=Rows(3), eval_strategy="steps", eval_steps=1)
+    trainer = make_trainer(tmp_path, **size, **evaluated, batch_warmup_steps=4)
+    trainer.model.register_forward_pre_hook(see, with_kwargs=True)
+    trainer.train()
+    halves = [further for step in range(4) for further in 2 * [[0.5 * (4 - step) / 4, 0.25 * (4 - step) / 4]]]
+    assert seen == {True: halves + 2 * micro_batches * [None], False: 6 * [None]}
+    assert losses_of(trainer) == pytest.approx(losses_of(trainer, "loss_internal_text"), abs=1e-6)
 
 
 def test_gradients_are_clipped_as_in_transformers(tmp_path):
@@ -247,7 +266,8 @@ class StopAt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-@pytest.mark.parametrize("stop", [3, 6, 7])  # in the first epoch of 6 steps, at its end, in the second
+# In the first epoch of 6 steps, two of which are of half batches; at its end; in the second.
+@pytest.mark.parametrize("stop", [1, 3, 6, 7])
 def test_a_resumed_run_is_bit_equal_to_an_unbroken_one(tmp_path, stop):
     def config():
         return micro_config(loss_weights=dict(TEXT_ONLY), attention_dropout=0.2)
