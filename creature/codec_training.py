@@ -24,6 +24,7 @@ SOFTEST = 1e-5  # energies below it count as silence
 ROWS, TICKS = 16, 16  # of a step: 20 s of voice
 WARMUP = 0.05  # of the steps
 LOUDER = (-6.0, 3.0)  # dB by which a piece is made louder, at random
+JUDGED_SECONDS = 600  # of the training voices and of the held-out ones, by which a codec is judged
 FRAME_SECONDS = 0.01  # of the log-mel frames by which voices are compared
 
 
@@ -112,7 +113,7 @@ def _draw_pieces(voices: list[np.ndarray], samples: int, draw: np.random.Generat
 
 def evaluate_codec(codec: CreatureCodec, train: list[np.ndarray], held_out: list[np.ndarray]) -> dict:
     """
-    What a codec makes of held-out voices.
+    What a codec makes of held-out voices, of ten minutes of them.
 
     Returns:
         `distance`: mean absolute difference between the log-mel frames (10 ms, 64 bands) of a voice and of what is
@@ -122,6 +123,7 @@ def evaluate_codec(codec: CreatureCodec, train: list[np.ndarray], held_out: list
     """
     rate, books = codec.config.sampling_rate, codec.config.num_quantizers
     ears = CreatureFeatureExtractor(sampling_rate=rate)
+    train, held_out = (_first(voices, JUDGED_SECONDS * rate) for voices in (train, held_out))
 
     def frames(sound: np.ndarray) -> np.ndarray:
         return ears.extract(sound, rate).reshape(-1, ears.feature_size) * ears.std + ears.mean
@@ -145,6 +147,17 @@ def evaluate_codec(codec: CreatureCodec, train: list[np.ndarray], held_out: list
         "perplexity": [float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum())) for share in shares],
         "seconds": sum(map(len, held_out)) / rate,
     }
+
+
+def _first(voices: list[np.ndarray], samples: int) -> list[np.ndarray]:
+    """As many of the first voices, the last of them cut, as have so many samples together."""
+    kept = []
+    for voice in voices:
+        kept.append(voice[:samples])
+        samples -= len(kept[-1])
+        if samples <= 0:
+            break
+    return kept
 
 
 def write_samples(codec: CreatureCodec, voices: list[np.ndarray], folder: Path, seconds: float = 6.0) -> list[Path]:

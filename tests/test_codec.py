@@ -145,6 +145,13 @@ def test_training_brings_the_sound_closer(tmp_path):
     assert all(1 <= perplexity <= 16 for perplexity in after["perplexity"]) and len(after["used"]) == 2
 
 
+def test_a_codec_is_judged_by_so_much_voice_and_no_more(monkeypatch):
+    monkeypatch.setattr("creature.codec_training.JUDGED_SECONDS", 3)
+    draw = np.random.default_rng(0)
+    voices = [np.float32(0.1 * draw.standard_normal(2 * 16000)) for _ in range(4)]
+    assert evaluate_codec(micro_codec(), voices, voices)["seconds"] == 3
+
+
 def test_the_script_trains_on_tones_and_writes_what_it_names(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "trial"
     flags = ["--output", str(folder), "--max_steps", "2", "--hidden_size", "8", "--device", "cpu"]
