@@ -1,7 +1,7 @@
 """The teacher: what the recorded creature does, thinks and says. It knows the room; the room does not know it.
 
 The order of events is what makes each sense a witness: what was asked is thought first, then what another sense adds,
-and the body turns to a thing only after its side has been thought. Until then eyes, head and hands move at random.
+and the body turns to a thing only after its side has been thought. Until then only eyes and head move at random.
 """
 
 from collections import deque
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from creature.world.body import EYES, HINGED, SIDES, quaternions_of, reach
-from creature.world.grammar import ANSWER, FEEL, THINK, choose
+from creature.world.grammar import ANSWER, FEEL, THINK
 from creature.world.room import NUM_BLEND_SHAPES, SUBFRAMES, Room
 from creature.world.scene import OWN_VOICE, SHAPES
 from creature.world.script import Request
@@ -24,6 +24,10 @@ HAND_PAUSE = 0.45  # s that a hand rests on a thing before the creature says how
 RESTING_GAZE = (0.0, -0.28, 1.0)  # left, up, ahead; the head looks down as well
 RESTING_PITCH = {"neck": 0.38, "head": 0.30}  # rad
 HEAD_WANDER, GAZE_WANDER = 0.07, 0.06  # rad, how far head and eyes wander
+# Every 1 to 3 s both arms are thrown off their pose, rad, and come back, by two thirds in so many s: a creature that
+# never saw how to come back drifts away on its own commands, and falls silent in a pose that it does not know.
+THROWN, BACK_SECONDS = np.radians(2.5), 0.5
+ARMS = {side: [HINGED.index(f"{side}_{kind}") for kind in ("shoulder", "elbow")] for side in SIDES}
 # Of the 51 blend shapes in ARKit's order (without the tongue).
 BLINK, JAW_OPEN, SMILE, FROWN, BROWS_DOWN = (0, 7), 17, (23, 24), (25, 26), (41, 42)
 
@@ -43,12 +47,13 @@ class Teacher:
     def __init__(self, room: Room, seed: int):
         self.room, self.draw = room, np.random.default_rng([seed, 7])
         self.angles = room.start.copy()
+        self.off, self.throw = np.zeros_like(self.angles), self._in(1, 3)  # angles by which it is off its pose
         self.moves = {}  # group of joints: (rows, angles before, angles after, begin, seconds)
         self.face, self.mood = np.zeros(NUM_BLEND_SHAPES), np.zeros(NUM_BLEND_SHAPES)
         self.gaze, self.target = np.array(RESTING_GAZE), None
         self.waiting, self.voice, self.words = deque(), np.zeros(0, np.float32), []
         self.thoughts, self.said, self.next_thought = [], [], 0
-        self.blink, self.hands = self._in(1, 4), self._in(1.5, 5)
+        self.blink = self._in(1, 4)
         self.visit, self.answered, self.task, self.glance = room.visit, 0, None, 0
         for row, pitch in RESTING_PITCH.items():
             self.angles[HINGED.index(row), 1] = pitch
@@ -58,7 +63,10 @@ class Teacher:
         self.tick = self.room.tick + 1
         self._attend()
         self._idle()
-        rotations = quaternions_of(np.stack([self._pose(self.tick + n / SUBFRAMES) for n in range(SUBFRAMES)]))
+        before, after = self.off, self._come_back()
+        shares = np.arange(SUBFRAMES) / SUBFRAMES
+        poses = [self._pose(self.tick + share) + before + share * (after - before) for share in shares]
+        rotations = quaternions_of(np.stack(poses))
         voice = self._voice()
         self.thoughts = []
         if self.waiting and self.tick >= self.next_thought:
@@ -90,7 +98,7 @@ class Teacher:
         """Others have come: it drops what it does, and its hands rest until there is light."""
         if self.task is not None:
             for side in SIDES:
-                self._start_move(side, self.room.resting_place(self.draw, side), 0.4)
+                self._rest(side, 0.4)
         self.visit, self.task, self.target = self.room.visit, None, None
         self.waiting.clear()
         self.mood = np.zeros(NUM_BLEND_SHAPES)
@@ -118,7 +126,7 @@ class Teacher:
         """Touch a thing from above, or push it away from behind, and say how it is."""
         room, thing = self.room, self.room.setting.things[request.thing]
         place, height = room.thing_place(request.thing), SHAPES[thing.kind][2]
-        side = "left" if place[1] > 0.1 else "right" if place[1] < -0.1 else choose(self.draw, list(SIDES))
+        side = "left" if place[1] > 0.1 else "right"
         top, top_of_thing = room.setting.table_height, place[2] + height
         lifted = np.array([0.26, 0.24 * SIDES[side], top + 0.26])  # above whatever may stand in the way
         yield from self._move(side, lifted, 0.4)
@@ -150,7 +158,8 @@ class Teacher:
         yield from self._move(side, now + [-0.05, 0, top_of_thing - now[2] + 0.14], 0.35)
         self.target = None
         yield from self._move(side, lifted, 0.35)
-        yield from self._move(side, room.resting_place(self.draw, side), 0.7)
+        self._rest(side, 0.7)
+        yield from self._wait(9)
         self.mood = np.zeros(NUM_BLEND_SHAPES)
 
     def _wait(self, ticks: int) -> Iterator[None]:
@@ -182,8 +191,11 @@ class Teacher:
 
     def _start_move(self, side: str, point, seconds: float) -> None:
         goal = reach(self.room.model, side, np.asarray(point, float), self._pose(self.tick))
-        rows = [HINGED.index(f"{side}_{kind}") for kind in ("shoulder", "elbow")]
-        self._turn(side, rows, goal[rows], seconds)
+        self._turn(side, ARMS[side], goal[ARMS[side]], seconds)
+
+    def _rest(self, side: str, seconds: float) -> None:
+        """A hand goes back to where it was when the life began."""
+        self._turn(side, ARMS[side], self.room.start[ARMS[side]], seconds)
 
     def _turn(self, group: str, rows: list[int], goal: np.ndarray, seconds: float) -> None:
         pose = self._pose(self.tick)
@@ -197,6 +209,15 @@ class Teacher:
             pose[rows] = before + smooth((tick - begin) / ticks) * (after - before)
         return pose
 
+    def _come_back(self) -> np.ndarray:
+        """The angles [23, 3] by which it is off its pose at the end of the tick."""
+        self.off = self.off * np.exp(-TICK_SECONDS / BACK_SECONDS)
+        if self.tick >= self.throw and self.target is None:  # it would miss what it reaches for
+            self.throw = self._in(1, 3)
+            for rows in ARMS.values():
+                self.off[rows] += THROWN * self.draw.standard_normal((len(rows), 3))
+        return self.off
+
     def _look_at(self, thing: int) -> None:
         """Head and eyes turn to a thing, half and half."""
         self.target = thing
@@ -207,7 +228,7 @@ class Teacher:
         self._turn("head", [HINGED.index("neck"), HINGED.index("head")], goal, 0.45)
 
     def _idle(self) -> None:
-        """What moves for no reason: gaze and head wander, hands change their place if there is light to see it by."""
+        """What moves for no reason: gaze and head wander."""
         if self.target is None and self.tick >= self.glance:
             self.glance = self._in(0.4, 1.4)
             self.gaze = np.array(RESTING_GAZE) + [*(GAZE_WANDER * self.draw.standard_normal(2)), 0]
@@ -215,10 +236,6 @@ class Teacher:
                 wander = HEAD_WANDER * self.draw.standard_normal(2).clip(-2, 2)
                 goal = [[0, pitch + wander[0] / 2, wander[1] / 2] for pitch in RESTING_PITCH.values()]
                 self._turn("head", [HINGED.index("neck"), HINGED.index("head")], np.array(goal), 0.6)
-        if self.task is None and not self.room.dark and self.tick >= self.hands:
-            self.hands = self._in(3, 8)
-            side = choose(self.draw, list(SIDES))
-            self._start_move(side, self.room.resting_place(self.draw, side), 1.0)
 
     def _eyes(self) -> np.ndarray:
         """[2, 4]: where each eye looks, and how open it is."""
