@@ -8,8 +8,8 @@ examples:
 
 A variant is a name and, after a colon, the fields that differ: of CreatureConfig, or of TRAINING below. There,
 separate_documents keeps the documents of a block apart, in training and in validation, and batch_warmup is the share of
-the steps in which each half of the batch is an update of its own. The loop is bare (no Trainer, no checkpoints, no
-logging), so tokens/s is the ceiling of `run_clm_creature.py`.
+the steps in which each half of the batch is an update of its own, and learns further ahead. The loop is bare (no
+Trainer, no checkpoints, no logging), so tokens/s is the ceiling of `run_clm_creature.py`.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict
     from creature.data import DataArguments, block_collator, load_data
     from creature.data.text.tokenizer import load_tokenizer
     from creature.optimizer import MuonAdamW, parameter_groups
-    from creature.trainer import split_rows
+    from creature.trainer import FURTHER_TARGETS, split_rows
     from modeling_creature import MultiModalCreature
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -126,9 +126,11 @@ def run(name: str, fields: dict, options: argparse.Namespace, model_fields: dict
         down = min(1.0, (steps - step) / max(1.0, training["decay"] * steps))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * up * down
-        batch = next(stream)
-        halved = step < training["batch_warmup"] * steps and options.micro_batch > 1
-        for part in split_rows(batch) if halved else [batch]:
+        parts, halved = [next(stream)], training["batch_warmup"] * steps
+        if step < halved and options.micro_batch > 1:
+            further = torch.tensor(FURTHER_TARGETS, device=device) * (1 - step / halved)
+            parts = [part | {"further_targets": further} for part in split_rows(*parts)]
+        for part in parts:
             with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
                 loss = step_model(**part, return_logits=False).loss
             loss.backward()
