@@ -13,7 +13,7 @@ from creature.world import scene, script
 from creature.world import teacher as teachers
 from creature.world import visit as visits
 from creature.world.body import HINGED, SIDES, angles_of, quaternions_of, reach
-from creature.world.recording import LifeNotes, record_life
+from creature.world.recording import record_life
 from creature.world.scene import SIDE_PLACES
 from creature.world.teacher import Teacher
 from creature.world.visit import DARK_TICKS, NOISE, VISIT_SECONDS, Visit
@@ -204,14 +204,6 @@ def test_a_body_that_is_thrown_off_its_pose_comes_back(room):
     for throw in thrown[thrown < len(off) - 12]:
         after = off[throw + 2 : throw + 12]  # no other throw comes sooner
         assert all(later < sooner for sooner, later in zip(after, after[1:], strict=False)) and after[-1] < after[0] / 3
-
-
-def test_no_word_of_a_recorded_life_ends_behind_it(room):
-    room.reset(0)
-    notes = LifeNotes()
-    notes.sense(room, thoughts=[{"word": "red", "start": 0.6 * TICK_SECONDS}])
-    columns = notes.columns()
-    assert columns["internal_text"][0]["end"] == columns["duration"] == TICK_SECONDS
 
 
 def test_a_thing_that_is_put_where_a_hand_is_can_be_touched_when_the_hand_was_away(room):

@@ -158,6 +158,17 @@ def test_a_word_away_from_its_tick_is_an_error(found, folder, model, processor):
         witnesses.measure(rows, witnesses.nats_of_lives(model, found[0]), processor)
 
 
+def test_a_burst_of_heard_words_may_end_behind_the_life(found, folder, model, processor, tmp_path):
+    recording = life(4, "left") | {"external_voice": text({TICKS - 1: "Agnieszka"})}
+    with RecordingsWriter(tmp_path / "burst") as writer:
+        writer.add(recording, "train")
+        writer.add(recording | {"recording_id": "life 5"}, "validation")
+    clips, rows = clips_of(tmp_path / "burst", processor, TICKS + 8, tmp_path)
+    assert clips[0]["ticks"] > TICKS
+    figures = witnesses.measure(rows, witnesses.nats_of_lives(model, clips), processor)
+    assert figures["thought"]["words"] == found[1]["thought"]["words"] / 3
+
+
 def test_the_command_prints_and_writes_all_figures(folder, found, model, tmp_path, monkeypatch, capsys):
     model.save_pretrained(tmp_path / "creature")
     flags = ["--checkpoint", tmp_path / "creature", "--output", tmp_path / "figures.json", "--cache_dir", tmp_path]

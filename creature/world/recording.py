@@ -92,14 +92,12 @@ class LifeNotes:
         """The columns of recordings: those of the senses, and the three texts."""
         senses = self.senses
         ticks = np.arange(len(senses)) * TICK_SECONDS
-        duration = len(senses) * TICK_SECONDS
         # Nobody knows when a word ends, and a tick later it has been heard, thought or said.
         texts = {
-            name: [word | {"end": min(word["start"] + TICK_SECONDS, duration)} for word in words]
-            for name, words in self.texts.items()
+            name: [word | {"end": word["start"] + TICK_SECONDS} for word in words] for name, words in self.texts.items()
         }
         return {
-            "duration": duration,
+            "duration": len(senses) * TICK_SECONDS,
             "audio": encode_sound(_to_int16([row["audio"] for row in senses]), "ears"),
             "images": [
                 {"name": f"{side}_eye", "images": [row["images"][place] for row in senses],
