@@ -43,7 +43,7 @@ class CreatureTrainer(CheckpointMixin, Trainer):
         - evaluation is token-weighted and gives loss, perplexity, bits per byte and accuracy without holding logits;
         - Muon trains the matrices, Adam the tables and the rest, and only the matrices decay;
         - in the first `batch_warmup_steps` steps, the weights are updated after each half of the batch, and text is
-          also learnt further ahead, less with every step;
+          also learned further ahead, less with every step;
         - several processes add up their gradients without DistributedDataParallel (data_parallel.py);
         - warmup_stable_decay needs no keyword arguments;
         - tokens/s, samples/s and MFU are of the last logging window and exclude evaluation, saving and compiling;

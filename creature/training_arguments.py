@@ -50,7 +50,7 @@ class CreatureTrainingArguments(TrainingArguments):
         default=0.25,
         metadata={
             "help": "First steps, or below 1 the share of all, in which each half of the batch is an update of its own "
-            "and text is also learnt 2 and 3 tokens ahead."
+            "and text is also learned 2 and 3 tokens ahead."
         },
     )
     fp8_head: bool = field(

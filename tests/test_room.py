@@ -42,6 +42,11 @@ JOINTED = ("joint_positions", "joint_rotations")
 
 @pytest.fixture(scope="module")
 def room() -> Room:
+    return open_room()
+
+
+def open_room() -> Room:
+    """A room with small eyes; without OpenGL the test is skipped."""
     try:
         return Room(eye=24)
     except UserError as error:

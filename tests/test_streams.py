@@ -124,10 +124,10 @@ def test_further_targets_count_in_training_only_and_by_their_weights(batch):
         for further in (none,) if mode else (none, some):
             found = step(mode, further_targets=further)
             assert all(torch.equal(found[name], plain[name]) for name in plain | found)
-    learnt = step(True, further_targets=some)
-    assert torch.equal(learnt["loss"], plain["loss"])
+    learned = step(True, further_targets=some)
+    assert torch.equal(learned["loss"], plain["loss"])
     table = "model.embed_tokens.weight"
-    assert not torch.allclose(learnt[table], plain[table], rtol=0.1)
+    assert not torch.allclose(learned[table], plain[table], rtol=0.1)
     with pytest.raises(ValueError, match="`further_targets` has the shape"):
         step(True, further_targets=some[None])
 

@@ -7,7 +7,7 @@ import weakref
 
 import numpy as np
 import pytest
-from test_room import JOINTED, Room, UserError, change_things, differing, live, thinks, tones
+from test_room import JOINTED, Room, change_things, differing, live, open_room, thinks, tones
 
 from creature.world import scene, script
 from creature.world import teacher as teachers
@@ -28,12 +28,7 @@ def room():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "speak", tones)
         patch.setattr(teachers, "speak", tones)
-        try:
-            yield Room(eye=24)
-        except UserError as error:
-            if "OpenGL" not in str(error):
-                raise
-            pytest.skip(str(error))
+        yield open_room()
 
 
 @pytest.fixture(scope="module")

@@ -395,7 +395,7 @@ class Room:
         self._draw, self._sounding = self.visit.draw, self.visit.sounds(self._sounding)
 
     def _furnish(self) -> None:
-        """Build the room with the things of the visit, and a body that stretches its arms beside the table."""
+        """Build the room with the things of the visit, and the body in it with all angles 0."""
         self.setting: Setting = self.visit.setting
         self.model = build(self.setting, self.eye)
         self.data = mujoco.MjData(self.model)
@@ -461,15 +461,15 @@ class Room:
         """Angles [23, 3] of one who stands at the table, the hands somewhere, and looks down at it, about."""
         angles = np.zeros((len(HINGED), 3))
         for side in SIDES:
-            angles = reach(self.model, side, self.resting_place(self._draw, side), angles)
+            angles = reach(self.model, side, self._resting_place(side), angles)
             angles[HINGED.index(f"{side}_knee"), 1] = 0.06
             angles[HINGED.index(f"{side}_hip"), 1] = -0.03
             angles[HINGED.index(f"{side}_ankle"), 1] = -0.03
         return angles
 
-    def resting_place(self, draw: np.random.Generator, side: str) -> np.ndarray:
+    def _resting_place(self, side: str) -> np.ndarray:
         """Where a hand may rest: on the table beside the things, at the belly, before the chest."""
-        top = self.setting.table_height
+        draw, top = self._draw, self.setting.table_height
         places = ((0.32, 0.43, top + 0.02), (0.36, 0.45, top + 0.02), (0.23, 0.10, 1.16), (0.27, 0.12, 1.27))
         place = np.array(places[int(draw.integers(len(places)))]) + draw.uniform(-0.015, 0.015, 3) * [1, 1, 0.3]
         return place * [1, SIDES[side], 1]

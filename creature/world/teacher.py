@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from creature.world.body import EYES, HINGED, SIDES, quaternions_of, reach
+from creature.world.body import ARM, EYES, HINGED, SIDES, quaternions_of, reach
 from creature.world.grammar import ANSWER, FEEL, THINK
 from creature.world.room import NUM_BLEND_SHAPES, SUBFRAMES, Room
 from creature.world.scene import OWN_VOICE, SHAPES
@@ -27,7 +27,7 @@ HEAD_WANDER, GAZE_WANDER = 0.07, 0.06  # rad, how far head and eyes wander
 # Every 1 to 3 s both arms are thrown off their pose, rad, and come back, by two thirds in so many s: a creature that
 # never saw how to come back drifts away on its own commands, and falls silent in a pose that it does not know.
 THROWN, BACK_SECONDS = np.radians(2.5), 0.5
-ARMS = {side: [HINGED.index(f"{side}_{kind}") for kind in ("shoulder", "elbow")] for side in SIDES}
+ARMS = {side: [HINGED.index(f"{side}_{kind}") for kind in ARM] for side in SIDES}
 # Of the 51 blend shapes in ARKit's order (without the tongue).
 BLINK, JAW_OPEN, SMILE, FROWN, BROWS_DOWN = (0, 7), 17, (23, 24), (25, 26), (41, 42)
 
@@ -159,7 +159,7 @@ class Teacher:
         self.target = None
         yield from self._move(side, lifted, 0.35)
         self._rest(side, 0.7)
-        yield from self._wait(9)
+        yield from self._wait(int(round(0.7 / TICK_SECONDS)))
         self.mood = np.zeros(NUM_BLEND_SHAPES)
 
     def _wait(self, ticks: int) -> Iterator[None]:
