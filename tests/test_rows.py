@@ -10,7 +10,7 @@ import torch
 from creatures import EVERY_WEIGHT, micro_model, random_batch
 
 from configuration_creature import CreatureConfig
-from creature.data import collate_clips, collate_rows
+from creature.data import collate_clips, collate_rows, spread_pictures
 from creature.data.recordings.made_up import write_made_up_recordings
 from creature.data.recordings.rows import ARGUMENTS, EvaluationClips, TrainingRows, open_rows, pack
 from creature.data.text.tokenizer import load_tokenizer
@@ -54,7 +54,7 @@ def test_every_clip_is_in_one_row_and_no_row_is_too_long():
 
 def test_a_row_of_several_clips_is_computed_as_each_of_them_alone(model, clips):
     like = {name: value[:0] for name, value in clips[0].items()}
-    batch = collate_rows([clips[:2], clips[2:]], ticks=12, like=like)
+    batch = spread_pictures(collate_rows([clips[:2], clips[2:]], ticks=12, like=like))
     assert batch["position_ids"].tolist() == [
         [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3],
         [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 0],
@@ -79,6 +79,8 @@ def test_a_row_of_text_has_no_other_sense(model, clips):
     ids = np.arange(6, dtype=np.int32)
     like = {name: value[:0] for name, value in clips[0].items()}
     batch = collate_rows([[{"input_ids": ids, "labels": ids}]], ticks=6, like=like)
+    assert not len(batch["pixel_values"])  # black pictures are not sent to the device
+    batch = spread_pictures(batch)
     assert batch.keys() == like.keys() | {"position_ids", "cu_seq_lens_q"}
     alone = model(input_ids=batch["input_ids"]).last_hidden_state
     senses = {name: value for name, value in batch.items() if name not in TARGETS}
@@ -119,7 +121,7 @@ def test_an_evaluation_without_a_sense_or_with_that_of_another_clip(model, clips
 
 def test_a_clip_lacks_a_sense_with_its_chance_and_the_same_numbers_drop_the_same(model, clips):
     like = {name: value[:0] for name, value in clips[0].items()}
-    batch = collate_rows([clips[:2]] * 200, ticks=12, like=like)
+    batch = spread_pictures(collate_rows([clips[:2]] * 200, ticks=12, like=like))
     dropped = drop_senses(batch, {"audio": 0.25, "internal_voice": 0.5, "touch": 0.9}, np.random.default_rng(1))
     again = drop_senses(batch, {"audio": 0.25, "internal_voice": 0.5, "touch": 0.9}, np.random.default_rng(1))
     assert all(torch.equal(dropped[name], again[name]) for name in batch)

@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.baselines.common import count_parameters, fit, print_table, say
 from configuration_creature import STREAMS, CreatureConfig
-from creature.data import collate_clips, collate_rows
+from creature.data import collate_clips, collate_rows, spread_pictures
 from creature.data.recordings.clips import organs_of
 from creature.data.recordings.rows import EvaluationClips, open_rows
 from creature.data.recordings.schema import load_recordings
@@ -103,7 +103,8 @@ def train(model: MultiModalCreature, splits: dict, like: dict, rate: float, opti
     def batches() -> Iterator[dict]:
         for first in range(0, len(splits["train"]), ROWS):
             rows = [splits["train"][number] for number in range(first, first + ROWS)]
-            batch = {name: value.to(device) for name, value in collate_rows(rows, TICKS, like).items()}
+            batch = spread_pictures(collate_rows(rows, TICKS, like))
+            batch = {name: value.to(device) for name, value in batch.items()}
             clock.start()
             yield batch
             clock.stop()  # the step is over when the next batch is asked for

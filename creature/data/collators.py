@@ -63,6 +63,10 @@ def collate_rows(rows: list[list[dict]], ticks: int, like: dict[str, np.ndarray]
 
     ticks: T, at least that of the longest row; what is left is absent. like: every argument that some row of the run
     has, as an array [0 or more, ...], so that all batches have the same arguments.
+
+    Pictures are most of the bytes of a batch, and rows of text have none: `pixel_values` [N, cameras, 3, H, W] are
+    those that there are, and `picture_ticks` int64 [N] are their ticks, counted through all rows. `spread_pictures`
+    makes the model's argument of them.
     """
     import torch
 
@@ -77,10 +81,37 @@ def collate_rows(rows: list[list[dict]], ticks: int, like: dict[str, np.ndarray]
             first += max(map(len, placed[-1][2].values()))
         if first < ticks:
             begins[row, first] = True
-    batch = place_clips(placed, len(rows), ticks, like)
+    pictures = _take_pictures(placed, ticks, like)
+    batch = place_clips(placed, len(rows), ticks, {name: like[name] for name in like if name != "pixel_values"})
     for name in TARGETS.keys() & batch.keys():
         batch[name][begins] = TARGETS[name]
+    batch |= pictures
     return {name: torch.from_numpy(widen(value)) for name, value in batch.items()} | _keep_apart(begins)
+
+
+def _take_pictures(placed: list[tuple[int, int, dict]], ticks: int, like: dict[str, np.ndarray]) -> dict:
+    """The pictures of placed clips, taken out of them, and their ticks; nothing for rows without eyes."""
+    from processing_creature import place_clips
+
+    places, found = [], []
+    for row, first, clip in placed:
+        if "pixel_values" in clip:
+            seen = np.flatnonzero(clip["pixel_mask"])
+            found.append((0, len(places), {"pixel_values": clip.pop("pixel_values")[seen]}))
+            places += (row * ticks + first + seen).tolist()
+    shape = {name: like[name] for name in like if name == "pixel_values"}
+    pictures = {name: value[0] for name, value in place_clips(found, 1, len(places), shape).items()}
+    return pictures and pictures | {"picture_ticks": np.array(places, np.int64)}
+
+
+def spread_pictures(batch: dict) -> dict:
+    """A batch of `collate_rows` with `pixel_values` [B, T, cameras, 3, H, W], black where there is no picture."""
+    if "picture_ticks" not in batch:
+        return batch
+    batch = dict(batch)
+    given, ticks, shape = batch["pixel_values"], batch.pop("picture_ticks"), batch["pixel_mask"].shape
+    pictures = given.new_zeros(shape.numel(), *given.shape[1:]).index_copy_(0, ticks, given)
+    return batch | {"pixel_values": pictures.unflatten(0, shape)}
 
 
 def block_collator(tokenizer, separate_documents: bool) -> Callable[[list[dict]], dict]:
