@@ -87,13 +87,11 @@ def facts_of(row: dict) -> list[tuple[str, str, float]]:
 
 
 def _seen(sentence: list[tuple[str, float]], sides: list[str]) -> list[tuple[str, str, float]]:
-    """The facts of "the red ball left the blue box right", without what is told by the words before and by memory."""
+    """The facts of "the red ball left the blue box right", without what is told by the words before."""
     found, count = [], len(sentence) // 4
     for number in range(count):
         (color, at), (shape, then), (side, last) = sentence[4 * number + 1 : 4 * number + 4]
-        found.append(("seen color", color, at))
-        if count - number > 1:  # shapes stay what they are: the last one is the one that is left
-            found.append(("seen shape", shape, then))
+        found += [("seen color", color, at), ("seen shape", shape, then)]
         if count - number < len(sides):  # things come from the left to the right: it has more than one place to be
             found.append(("seen side", side, last))
         sides = sides[sides.index(side) + 1 :]

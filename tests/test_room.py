@@ -235,15 +235,15 @@ def test_only_the_eyes_know_how_the_table_was_changed(toned, monkeypatch):
 
     first, things, colors = live(toned, seed, until), toned.setting.things, list(scene.COLORS)
 
-    def otherwise(draw, things):
-        new = scene.rearrange(draw, things)
+    def otherwise(draw):
+        new = scene.draw_things(draw)
         places = [(one.side, one.place) for one in new]
         return [
             dataclasses.replace(one, color=colors[colors.index(one.color) - 1], side=side, place=place)
             for one, (side, place) in zip(new, places[1:] + places[:1], strict=True)
         ]
 
-    monkeypatch.setattr(script, "rearrange", otherwise)
+    monkeypatch.setattr(script, "draw_things", otherwise)
     second = live(toned, seed, until)
     assert toned.setting.things != things and first[-1]["thoughts"] != second[-1]["thoughts"]
     assert differing(first, second) == {"images"}
@@ -253,7 +253,7 @@ def test_only_the_eyes_know_how_the_table_was_changed(toned, monkeypatch):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_it_thinks_what_is_on_the_changed_table(toned, count):
-    seed = first_life(toned, "change", lambda setting, request: len(setting.things) == count)
+    seed = first_life(toned, "change", lambda setting, request: len(request.things) == count)
     toned.reset(seed)
     before = toned.setting.things
     ticks = live(toned, seed, lambda tick: len(toned.requests) > 3)
@@ -262,11 +262,27 @@ def test_it_thinks_what_is_on_the_changed_table(toned, count):
         shade, place = toned.model.geom(f"thing{number}").rgba[:3], toned.thing_place(number)
         color = min(scene.COLORS, key=lambda color: np.abs(scene.COLORS[color] - shade).sum())
         side = min(SIDE_PLACES, key=lambda side: abs(SIDE_PLACES[side] - place[1]))
-        there += ["the", color, before[number].kind, side]
-        assert np.allclose(place[:2], toned.setting.things[number].place, atol=1e-3)
+        thing = toned.setting.things[number]
+        there += ["the", color, thing.kind, side]
+        assert np.allclose(place[:2], thing.place, atol=1e-3)
+        sizes = scene.SHAPES[thing.kind][1]
+        assert np.allclose(toned.model.geom(f"thing{number}").size[: len(sizes)], sizes)
     seen = ["I", "see", *there]
     assert thoughts[-len(seen) :] == seen  # behind both greetings
-    assert before != toned.setting.things
+    assert not set(before) & set(toned.setting.things)
+
+
+def test_what_was_felt_is_remembered_when_other_things_are_there(toned):
+    toned.reset(first_life(toned, "change"))
+    thing, other = toned.setting.things[:2]
+    thing, other = dataclasses.replace(thing, heat="hot", weight="heavy"), dataclasses.replace(other, heat="cold")
+    toned.felt = felt = [(thing, "touch"), (other, "push")]
+    while {thing.kind, other.kind} <= {one.kind for one in toned.setting.things} or toned.dark:
+        toned.act(**toned.resting())
+    assert toned.felt == felt
+    assert [script.remembered(felt, quality) for quality in ("hot", "cold")] == [thing.kind, other.kind]
+    assert script.remembered([(thing, "touch")], "heavy") == "nothing"  # nobody pushed it
+    assert script.remembered([(thing, "touch"), (thing, "push")], "heavy") == thing.kind
 
 
 def test_requests_are_about_the_table_as_it_is(monkeypatch):
@@ -275,12 +291,10 @@ def test_requests_are_about_the_table_as_it_is(monkeypatch):
     for seed in range(30):
         draw = np.random.default_rng(seed)
         setting = draw_setting(draw, "train")
-        lasting = [(one.kind, one.heat, one.temperature, one.feel, one.weight, one.mass) for one in setting.things]
         things = setting.things
         for request in script.write_script(draw, setting, 0.0, 38.0):
             assert (request.things != things) == (request.kind == "change")
             changes, things = changes + (request.kind == "change"), request.things
-            assert lasting == [(one.kind, one.heat, one.temperature, one.feel, one.weight, one.mass) for one in things]
             for attribute in ("color", "side"):
                 assert len({getattr(one, attribute) for one in things}) == len(things)
             if request.thing is not None:

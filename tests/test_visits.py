@@ -127,12 +127,12 @@ def test_nothing_is_asked_that_only_an_earlier_visit_tells(room, monkeypatch):
     assert recalled > 5 and -0.1 < min(lengths) - VISIT_SECONDS[0] < 2 and -2 < max(lengths) - VISIT_SECONDS[1] < 0.1
     room.reset(0)
     room.requests = [dataclasses.replace(room.visit.script[0], kind="push")]
-    room.tick, room.felt = room.visit.end - 1, [(0, "push")]
+    room.tick, room.felt = room.visit.end - 1, [(room.setting.things[0], "push")]
     for _ in range(DARK_TICKS + 1):
         room.act(**room.resting())
     assert room.tick == room.visit.light and room.felt == []
     room._judge_deeds({(0, room.model.geom("thing0").id): np.ones(4)})
-    assert room.felt == [(0, "")]  # it was not asked to push this one
+    assert room.felt == [(room.setting.things[0], "")]  # it was not asked to push this one
 
 
 def test_nothing_of_a_visit_is_kept_but_what_was_asked(room):
@@ -170,11 +170,11 @@ def test_the_teacher_drops_what_it_does_when_others_come_and_its_arm_moves_on(ro
         hands = [room.data.body(f"{side}_hand").xpos for side in SIDES]
         return min(np.linalg.norm(hand[:2] - old[:2]) for hand in hands)
 
-    def note(room):
+    def note(room, setting):
         states.append([values[-1 - 3 * len(HINGED) :].copy() for values in (room.data.qpos, room.data.qvel)])
         if len(states) == 1:
-            set_table(room)
-            note(room)
+            set_table(room, setting)
+            note(room, setting)
 
     monkeypatch.setattr(Room, "_set_table", note)
     while room.visit.number == 0:

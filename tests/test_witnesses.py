@@ -112,7 +112,7 @@ def test_a_fact_is_the_word_at_its_tick(found, model):
     assert "color" not in figures and figures["side"]["witness"] == ("eyes", "ears")
 
 
-def test_seen_facts_are_those_that_neither_memory_nor_the_words_before_tell():
+def test_seen_facts_are_those_that_the_words_before_do_not_tell():
     two, three = (
         "I see the red ball left the blue box right",
         "I see the red ball left the blue box middle the red can right",
@@ -120,10 +120,10 @@ def test_seen_facts_are_those_that_neither_memory_nor_the_words_before_tell():
     after = "I see the white can middle the blue box right"
     for words, expected in (
         ("that is Anna", ""),
-        (f"that is Anna {two}", "color red shape ball side left color blue side right"),
-        (two, "color red shape ball side left color blue side right"),
-        (three, "color red shape ball color blue shape box color red"),
-        (after, "color white shape can side middle color blue"),
+        (f"that is Anna {two}", "color red shape ball side left color blue shape box side right"),
+        (two, "color red shape ball side left color blue shape box side right"),
+        (three, "color red shape ball color blue shape box color red shape can"),
+        (after, "color white shape can side middle color blue shape box"),
     ):
         thoughts = text({10: words})
         found = facts_of({"internal_text": thoughts, "duration": 10.0})

@@ -4,4 +4,12 @@ from creature.data.collators import block_collator, collate_blocks, collate_clip
 from creature.data.loading import load_data
 from creature.settings import DataArguments
 
-__all__ = ["DataArguments", "block_collator", "collate_blocks", "collate_clips", "collate_rows", "load_data", "spread_pictures"]
+__all__ = [
+    "DataArguments",
+    "block_collator",
+    "collate_blocks",
+    "collate_clips",
+    "collate_rows",
+    "load_data",
+    "spread_pictures",
+]

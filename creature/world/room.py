@@ -32,7 +32,7 @@ from creature.world.body import (
     reach,
 )
 from creature.world.grammar import HANDS
-from creature.world.scene import COLORS, SHAPES, SURFACES, Setting, Thing, build
+from creature.world.scene import SHAPES, SURFACES, Setting, build
 from creature.world.script import LED_SECONDS, Request, remembered
 from creature.world.speech import SAMPLING_RATE
 from creature.world.visit import SAMPLES, TAIL, Lead, Visit
@@ -70,10 +70,10 @@ class Room:
 
     def reset(self, seed: int, ticks: int = LIFE_TICKS) -> None:
         """Begin the life of a seed; the same one is the same life, and begins so if it is to have more ticks."""
-        self.seed, self.ticks, self.tick, self.requests = seed, ticks, 0, []
+        self.seed, self.ticks, self.tick, self.requests, self.felt = seed, ticks, 0, [], []
         self.visit, self._sounding = None, np.zeros(TAIL, np.float32)
         self._next_visit()
-        self._furnish()
+        self._furnish(self.visit.setting)
         self.start = self._starting_pose()
         self.data.qpos[self._hinges] = self.data.ctrl[:] = self.start.reshape(-1)
         self._settle()
@@ -145,7 +145,8 @@ class Room:
         if self.tick == self.visit.end:
             self._next_visit()
         if self.visit.number and self.tick == self.visit.light - 1:
-            self._set_table()
+            self._set_table(self.visit.setting)
+            self.felt = []
         self._harden()
         led = self._led()
         self.dark = led is not None or self._changing() or self.tick < self.visit.light
@@ -184,7 +185,7 @@ class Room:
         for request in self.requests[-2:]:
             words += [{"word": word, "start": start} for word, start in request.words if self.time <= start < end]
             if request.kind == "felt" and request.answer is None and request.heard < end:
-                request.answer = remembered(self.setting, self.felt, request.details["quality"])
+                request.answer = remembered(self.felt, request.details["quality"])
         return words
 
     def _led(self) -> "Lead | None":
@@ -206,21 +207,9 @@ class Room:
         for request in self.visit.script:
             if request.kind == "change" and request.begins <= self.time + 1e-9 < request.heard:
                 if (self.tick + 1) * TICK_SECONDS >= request.heard:
-                    self._arrange(request.things)
+                    self._set_table(replace(self.setting, things=request.things))
                 return True
         return False
-
-    def _arrange(self, things: list[Thing]) -> None:
-        """Put the things where they are now, at rest, in the colors that they have now."""
-        self.setting = replace(self.setting, things=things)
-        for geom, number in self._things.items():
-            body = self.model.geom_bodyid[geom]
-            joints = self.model.body_jntadr[body] + np.arange(3)
-            slides = self.model.jnt_qposadr[joints]
-            self.data.qpos[slides[:2]] = things[number].place - self.model.body_pos[body, :2]
-            self.data.qpos[slides[2]] = self._settled[slides[2]]
-            self.data.qvel[self.model.jnt_dofadr[joints]] = 0.0
-            self.model.geom_rgba[geom, :3] = COLORS[things[number].color]
 
     def _lead(self, request: Request) -> "Lead":
         """How the hand of a request is led: over the table first, then to its place."""
@@ -348,7 +337,8 @@ class Room:
         requests = self._open_requests()
         last = self.requests[-1] if self.requests else None
         kind = last.kind if last and last.begins > self.visit.begin * TICK_SECONDS else ""
-        self.felt += [(number, kind) for number in sorted(self._touched) if (number, kind) not in self.felt[-2:]]
+        things = [self.setting.things[number] for number in sorted(self._touched)]
+        self.felt += [(thing, kind) for thing in things if (thing, kind) not in self.felt[-2:]]
         for request in requests:
             if request.kind == "touch" and self._touched:
                 request.outcome = request.thing in self._touched
@@ -394,14 +384,14 @@ class Room:
         self.visit = Visit(self.seed, self.split, self.visit)
         self._draw, self._sounding = self.visit.draw, self.visit.sounds(self._sounding)
 
-    def _furnish(self) -> None:
-        """Build the room with the things of the visit, and the body in it with all angles 0."""
-        self.setting: Setting = self.visit.setting
+    def _furnish(self, setting: Setting) -> None:
+        """Build the room of a setting, and the body in it with all angles 0."""
+        self.setting = setting
         self.model = build(self.setting, self.eye)
         self.data = mujoco.MjData(self.model)
         self._open_eyes()
         self._index()
-        self.felt, self._through = [], set()
+        self._through = set()
 
     def _settle(self) -> None:
         """The things, and the feet, come to rest."""
@@ -409,13 +399,12 @@ class Room:
         for _ in range(200):
             mujoco.mj_step(self.model, self.data)
         self._places = {number: self.thing_place(number) for number in range(len(self.setting.things))}
-        self._settled = self.data.qpos.copy()
         self._loud = {tuple(pair) for pair in self.data.contact.geom if self._things.keys() & set(pair)}
 
-    def _set_table(self) -> None:
-        """Put the things of the visit on the table, at rest; the body is as it was, and touches none of them."""
+    def _set_table(self, setting: Setting) -> None:
+        """Put the things of a setting on the table, at rest; the body is as it was, and touches none of them."""
         before, body = self.data, slice(-1 - len(self._hinges), None)
-        self._furnish()
+        self._furnish(setting)
         self._settle()
         for name in ("qpos", "qvel", "qacc_warmstart"):
             getattr(self.data, name)[body] = getattr(before, name)[body]

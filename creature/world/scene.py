@@ -90,7 +90,7 @@ def draw_setting(draw: np.random.Generator, split: str) -> Setting:
     """A room of a split. UserError for a split that is neither train nor validation."""
     if split not in SPLITS:
         raise UserError(f"there is no split {split!r}: a room is for {' or '.join(SPLITS)}")
-    things, visitors = _draw_things(draw), _draw_visitors(draw, split)
+    things, visitors = draw_things(draw), _draw_visitors(draw, split)
     column, row = (int(number) for number in draw.integers(0, CELLS, 2))
     row += (row + column + SPLITS.index(split)) % 2 * (1 if row + 1 < CELLS else -1)
     tones = {}
@@ -105,10 +105,11 @@ def draw_setting(draw: np.random.Generator, split: str) -> Setting:
 
 def draw_next(draw: np.random.Generator, setting: Setting) -> Setting:
     """The same room with other visitors and other things."""
-    return replace(setting, things=_draw_things(draw), visitors=_draw_visitors(draw, setting.split))
+    return replace(setting, things=draw_things(draw), visitors=_draw_visitors(draw, setting.split))
 
 
-def _draw_things(draw: np.random.Generator) -> list[Thing]:
+def draw_things(draw: np.random.Generator) -> list[Thing]:
+    """Two or three things on a table, each of another shape and color."""
     count = int(draw.integers(2, 4))
     sides = sorted(draw.choice(list(SIDE_PLACES), count, replace=False))
     kinds, colors = draw.choice(list(SHAPES), count, replace=False), draw.choice(list(COLORS), count, replace=False)
@@ -131,16 +132,6 @@ def _draw_visitors(draw: np.random.Generator, split: str) -> list[tuple[str, Voi
     return [
         (str(name), Voice(str(voice), int(draw.integers(*RATES)), pitch))
         for name, voice, pitch in zip(names, voices, pitches, strict=True)
-    ]
-
-
-def rearrange(draw: np.random.Generator, things: list[Thing]) -> list[Thing]:
-    """The same things elsewhere on the table and in other colors, drawn as if they had never been there."""
-    sides = draw.choice(list(SIDE_PLACES), len(things), replace=False)
-    colors = draw.choice(list(COLORS), len(things), replace=False)
-    return [
-        replace(thing, color=str(color), side=str(side), place=_draw_place(draw, side))
-        for thing, color, side in zip(things, colors, sides, strict=True)
     ]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from creature.world import grammar
 from creature.world.grammar import choose
-from creature.world.scene import COLORS, SHAPES, SIDE_PLACES, Setting, Thing, rearrange
+from creature.world.scene import COLORS, SHAPES, SIDE_PLACES, Setting, Thing, draw_things
 from creature.world.speech import speak
 
 # Kind of event: how often it comes, seconds from the end of what is said to the next event.
@@ -90,7 +90,7 @@ def write_script(draw: np.random.Generator, setting: Setting, begin: float, end:
         else:
             visitor = setting.visitors[int(draw.integers(2))]
             if kind == "change":
-                setting, pushed = replace(setting, things=rearrange(draw, setting.things)), set()
+                setting, pushed = replace(setting, things=draw_things(draw)), set()
             details = _details(draw, setting, kind) | {"name": visitor[0]}
             if kind == "push" and details["thing"] in pushed:  # pushed twice, it would be out of reach
                 kind = "touch"
@@ -142,10 +142,10 @@ def _spoken(draw, setting: Setting, kind: str, time: float, visitor: tuple, deta
 
 def _answers(setting: Setting, kind: str, details: dict) -> tuple[tuple[str, ...], str | None]:
     """(the words of which one is the answer, the right one); what was felt is known only when it is asked."""
-    thing = setting.things[details.get("thing", 0)]
+    if kind in ("color", "where"):
+        thing = setting.things[details["thing"]]
+        return (tuple(COLORS), thing.color) if kind == "color" else (tuple(SIDE_PLACES), thing.side)
     known = {
-        "color": (COLORS, thing.color),
-        "where": (SIDE_PLACES, thing.side),
         "count": (grammar.COUNTS, grammar.COUNTS[len(setting.things) - 2]),
         "hand": (grammar.HANDS, details.get("where")),
         "who": ([name for name, _ in setting.visitors], details["name"]),
@@ -155,7 +155,7 @@ def _answers(setting: Setting, kind: str, details: dict) -> tuple[tuple[str, ...
     return tuple(options), answer
 
 
-def remembered(setting: Setting, felt: list[tuple[int, str]], quality: str) -> str:
+def remembered(felt: list[tuple[Thing, str]], quality: str) -> str:
     """The shape of the last thing that was felt to have a quality, or "nothing"; felt: (thing, what was done to it)."""
     tests: dict[str, Callable] = {
         "hot": lambda thing, kind: thing.heat == "hot",
@@ -164,5 +164,5 @@ def remembered(setting: Setting, felt: list[tuple[int, str]], quality: str) -> s
         "soft": lambda thing, kind: thing.feel == "soft",
         "heavy": lambda thing, kind: thing.weight == "heavy" and kind == "push",
     }
-    found = [setting.things[number] for number, kind in felt if tests[quality](setting.things[number], kind)]
-    return found[-1].kind if found else "nothing"
+    found = [thing.kind for thing, kind in felt if tests[quality](thing, kind)]
+    return found[-1] if found else "nothing"
