@@ -59,6 +59,8 @@ class CreatureConfig(PreTrainedConfig):
         vision_patch_size, vision_hidden_size, vision_num_layers, vision_num_heads (`int`): the small transformer over
             the patches of all cameras.
         num_joints, subframes_per_tick (`int`): the joints of the body, sampled every 20 ms in a tick of 80 ms.
+        rotation_low, rotation_high (`list[list[float]]`, *optional*): [num_joints, 3], the least and the most that each
+            component of a joint's rotation vector (axis times angle, rad) is commanded to be; those of the recordings.
         body_state_size (`int`, defaults to 0): any other numbers that the body measures, such as a robot's motor angles
             and torques.
         body_state_mean, body_state_std (`list[float]`, *optional*): what the processor subtracts from these numbers and
@@ -135,6 +137,8 @@ class CreatureConfig(PreTrainedConfig):
     vision_num_heads: int = 3
     num_joints: int = 24
     subframes_per_tick: int = 4
+    rotation_low: list[list[float]] | None = None
+    rotation_high: list[list[float]] | None = None
     body_state_size: int = 0
     body_state_mean: list[float] | None = None
     body_state_std: list[float] | None = None
@@ -233,6 +237,7 @@ class CreatureConfig(PreTrainedConfig):
                 f"({self.vision_patch_size}), in height and width"
             )
         problems += self._statistics_problems("body_state") + self._statistics_problems("action")
+        problems += self._limit_problems()
         # A head_dim that is the rounded quotient was derived and not chosen; any other one is free of hidden_size.
         rounded = self.head_dim == self.hidden_size // self.num_attention_heads
         if self.hidden_size % self.num_attention_heads and rounded:
@@ -272,6 +277,21 @@ class CreatureConfig(PreTrainedConfig):
                 problems.append(f"{field} has {len(values)} entries; {name}_size is {size}")
         if not all(0 < value < float("inf") for value in getattr(self, f"{name}_std") or ()):
             problems.append(f"{name}_std must hold numbers above 0")
+        return problems
+
+    def _limit_problems(self) -> list[str]:
+        """What is wrong with `rotation_low` and `rotation_high`."""
+        limits = {name: getattr(self, name) for name in ("rotation_low", "rotation_high")}
+        if all(values is None for values in limits.values()):
+            return []
+        problems = [
+            f"{name} must hold three numbers for each of num_joints ({self.num_joints}) joints"
+            for name, values in limits.items()
+            if values is None or len(values) != self.num_joints or any(len(joint) != 3 for joint in values)
+        ]
+        pairs = [] if problems else zip(*(sum(values, []) for values in limits.values()), strict=True)
+        if not all(-float("inf") < low <= high < float("inf") for low, high in pairs):
+            problems.append("rotation_low must not be above rotation_high")
         return problems
 
     def _loss_problems(self) -> list[str]:

@@ -70,6 +70,20 @@ def matrix_to_quaternion(matrix: torch.Tensor) -> torch.Tensor:
     return torch.where(quaternion[..., :1] < 0, -quaternion, quaternion)
 
 
+def rotation_vector(quaternion: torch.Tensor) -> torch.Tensor:
+    """Unit quaternions (w, x, y, z) [..., 4] -> axis times angle in rad [..., 3], the angle at most pi."""
+    quaternion = torch.where(quaternion[..., :1] < 0, -quaternion, quaternion)
+    sine = quaternion[..., 1:].norm(dim=-1, keepdim=True)
+    angle = 2 * torch.atan2(sine, quaternion[..., :1])
+    return quaternion[..., 1:] * torch.where(sine > 1e-6, angle / sine.clamp(min=1e-6), 2.0)
+
+
+def rotation_of(vector: torch.Tensor) -> torch.Tensor:
+    """The inverse: axis times angle [..., 3] -> unit quaternions [..., 4]."""
+    half = vector.norm(dim=-1, keepdim=True) / 2
+    return torch.cat((half.cos(), vector / 2 * torch.sinc(half / torch.pi)), dim=-1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,6 +251,7 @@ class AnimationStream(nn.Module):
         subframes, eyes = config.subframes_per_tick, _num_eyes(config)
         shapes = ((subframes, config.num_joints, 6), (config.num_blend_shapes,), (eyes, 4))
         self.shapes = (*shapes, (subframes, config.action_size))  # of the residual, in the order of `COMMAND_PARTS`
+        self.limits, self._limits = (config.rotation_low, config.rotation_high), None
         self.up_proj = nn.Linear(config.hidden_size, config.sense_hidden_size)
         self.act = nn.GELU()
         self.out_proj = CommandProjection(config.sense_hidden_size, sum(map(prod, self.shapes)))
@@ -252,12 +267,27 @@ class AnimationStream(nn.Module):
         """
         The same as what leaves the creature, as far as its body has it: `animation` [..., animation_size] (see
         `pack_animation`) and `action` [..., sub-frames, action_size].
+
+        Joints stay within the configuration's `rotation_low` and `rotation_high`: a command that is a residual to the
+        last one would wind up without end, far from where the body can follow and from all that was learned.
         """
         matrices, shapes, eyes, action = self(hidden, last).values()
         eyes = torch.cat((eyes[..., :3], eyes[..., 3:].clamp(0, 1)), dim=-1)
-        animation = pack_animation(matrix_to_quaternion(matrices), shapes.clamp(0, 1), eyes)
+        rotations = self._limited(matrix_to_quaternion(matrices))
+        animation = pack_animation(rotations, shapes.clamp(0, 1), eyes)
         emitted = {"animation": animation, "action": action}
         return {name: value for name, value in emitted.items() if value.shape[-1]}
+
+    def _limited(self, rotations: torch.Tensor) -> torch.Tensor:
+        """Unit quaternions [..., joints, 4], every component of their rotation vectors within its limits."""
+        if self.limits[0] is None:
+            return rotations
+        if self._limits is None or self._limits.device != rotations.device:
+            # Kept, because nothing can be copied from the host while a CUDA graph is recorded.
+            self._limits = torch.tensor(self.limits, device=rotations.device)  # [2, joints, 3]
+        vectors = rotation_vector(rotations.detach())
+        kept = vectors.clamp(*self._limits)
+        return torch.where((kept == vectors).all(-1, keepdim=True), rotations, rotation_of(kept))
 
     def loss(self, hidden: torch.Tensor, last: dict[str, torch.Tensor], batch: dict) -> torch.Tensor:
         """

@@ -80,6 +80,12 @@ def test_grouped_query_heads_and_explicit_head_dim():
         (dict(action_size=2, action_std=[1.0, 0.0]), "action_std must hold numbers above 0"),
         (dict(body_state_names=["knee"]), "body_state_names has 1 entries; body_state_size is 0"),
         (dict(body_state_size=1, body_state_std=[0.0]), "body_state_std must hold numbers above 0"),
+        (
+            dict(num_joints=1, rotation_low=[[0.0] * 3]),
+            "rotation_high must hold three numbers for each",
+        ),
+        (dict(num_joints=2, rotation_low=[[0.0] * 3], rotation_high=[[1.0] * 3] * 2), "rotation_low must hold three"),
+        (dict(num_joints=1, rotation_low=[[2.0] * 3], rotation_high=[[1.0] * 3]), "must not be above rotation_high"),
         (dict(vision_num_heads=5), "multiple of vision_num_heads"),
         (dict(depth_num_heads=3), "multiple of depth_num_heads"),
         (dict(num_blend_shapes=-1), "num_blend_shapes is -1; it must be at least 0"),

@@ -18,7 +18,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 import generation_creature
 from modeling_creature import CreatureModel
-from motor_creature import pack_animation
+from motor_creature import pack_animation, rotation_vector, unpack_animation
 from stepping_creature import Stepper
 
 SIDE_STREAMS = ALL_STREAMS[1:]
@@ -507,6 +507,27 @@ def test_animation_starts_from_the_pose_last_commanded(model):
     torch.testing.assert_close(held[0, :, : len(rotations)], rotations.expand(NEW, -1), atol=1e-5, rtol=1e-5)
     felt = still.generate(ids, joint_rotations=pose, output_streams=("animation",), **GREEDY).animation
     torch.testing.assert_close(felt[0, :, : len(rotations)], rotations.expand(NEW, -1), atol=1e-5, rtol=1e-5)
+
+
+def test_joints_stay_within_their_limits():
+    """A head that turns on and on in one direction comes to the limits, and as far as there it does as without any."""
+    joints = micro_model().config.num_joints
+    limits = {"rotation_low": [[-0.3, -0.2, 0.0]] * joints, "rotation_high": [[0.4, 0.2, 0.0]] * joints}
+    found = []
+    for given in ({}, limits):
+        turning = micro_model(**given)
+        head = turning.streams.animation.out_proj
+        with torch.no_grad():
+            head.weight.zero_()
+            head.bias.copy_(torch.linspace(-0.05, 0.05, head.out_features))
+        ids = torch.tensor([[1, 2, 3]])
+        moved = turning.generate(ids, output_streams=("animation",), max_new_tokens=20, do_sample=False).animation
+        found.append(unpack_animation(turning.config, moved)[0][0])
+    free, kept = (rotation_vector(rotations) for rotations in found)
+    low, high = (torch.tensor(limits[name][0]) for name in ("rotation_low", "rotation_high"))
+    assert (free < low - 0.1).any() and (free > high + 0.1).any()
+    assert (kept >= low - 1e-5).all() and (kept <= high + 1e-5).all()
+    assert torch.isclose(kept, low, atol=1e-5).any() and torch.isclose(kept, high, atol=1e-5).any()
 
 
 @pytest.mark.parametrize("how", [{}, {"do_sample": True}, {"num_beams": 2}, {"cache_implementation": "dynamic"}])

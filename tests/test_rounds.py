@@ -1,6 +1,7 @@
 """A round on recordings, as a user runs it: from a text checkpoint, stopped and resumed, with every bad input."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import run_clm_creature
 from configuration_creature import CreatureConfig
 from creature import checkpoints
 from creature.data.recordings.made_up import write_made_up_recordings
+from creature.data.recordings.schema import RecordingsWriter
 from creature.errors import UserError
 from creature.rounds.start import reset_unused_rows, start_model, trained_senses
 from creature.settings import CONFIGS, parse_settings
@@ -130,8 +132,6 @@ def test_organs_follow_the_recordings_until_they_are_trained(place, start, monke
     assert "new in this round: own_action, proprioception, animation" in capsys.readouterr().out
     assert config.loss_weights["animation"] == 1 and not config.loss_weights["internal_text"]
     rows = [{"body_state": {"values": np.ones((20, 3)), "times": np.arange(20) / 30}, "duration": 0.6}]
-    from creature.data.recordings.schema import RecordingsWriter
-
     with RecordingsWriter(place / "other") as writer:
         for number, row in enumerate(rows * 2):
             about = {"recording_id": str(number), "split_group": str(number), "source": "", "license": ""}
@@ -140,6 +140,36 @@ def test_organs_follow_the_recordings_until_they_are_trained(place, start, monke
     with pytest.raises(UserError, match="not that of the model"):
         run(monkeypatch, "move", "--init_from", "run", "--data", "other", "--max_steps", 3, "--output_dir", "no")
     assert not (place / "no").exists()
+
+
+def write_turns(folder, degrees: float) -> None:
+    """Recordings of one joint that is turned to and fro around its x axis."""
+    times = np.arange(100) / 50
+    half = np.radians(degrees) / 2 * np.sin(5 * times)
+    turns = {"values": np.stack((np.cos(half), np.sin(half), 0 * half, 0 * half), 1)[:, None], "times": times}
+    places = {"values": np.zeros((100, 1, 3)), "times": times}
+    with RecordingsWriter(folder) as writer:
+        for number, split in enumerate(("train", "train", "validation")):
+            about = {"recording_id": str(number), "split_group": str(number), "source": "", "license": ""}
+            row = about | {"duration": 2.0, "joint_positions": places, "joint_rotations": turns}
+            writer.add(row, split, names={"joints": ["neck"]})
+
+
+def test_joints_are_commanded_as_far_as_any_recording_turns_them(place, start, monkeypatch):
+    def high(folder) -> float:
+        config = CreatureConfig.from_pretrained(folder)
+        assert np.allclose(config.rotation_low, np.negative(config.rotation_high), atol=0.05)
+        assert np.allclose(np.array(config.rotation_high)[:, 1:], 0.0)
+        return math.degrees(config.rotation_high[0][0])
+
+    for name, degrees in (("a", 30), ("b", 60), ("c", 10), ("d", 90)):
+        write_turns(place / name, degrees)
+    run(monkeypatch, "move", "--init_from", start, "--data", "a", "b", "--max_steps", 3, "--output_dir", "one")
+    assert high("one") == pytest.approx(60, abs=1)
+    run(monkeypatch, "move", "--init_from", "one", "--data", "c", "--max_steps", 3, "--output_dir", "two")
+    assert high("two") == pytest.approx(60, abs=1)  # what it has learned is not taken from it
+    run(monkeypatch, "move", "--init_from", "two", "--data", "d", "--max_steps", 3, "--output_dir", "three")
+    assert high("three") == pytest.approx(90, abs=1)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ from motor_creature import (
     matrix_to_quaternion,
     pack_animation,
     quaternion_to_6d,
+    rotation_of,
+    rotation_vector,
     unpack_animation,
 )
 from sampling_creature import Sampling, sample
@@ -225,6 +227,18 @@ def test_an_untrained_creature_repeats_its_last_command_at_a_loss_of_1(batch):
         else:
             torch.testing.assert_close(found[commanded], given[commanded])
     torch.testing.assert_close(out.action[acted], batch["action"][:, :, -1:].expand_as(out.action)[acted])
+
+
+def test_a_rotation_vector_is_the_axis_times_the_angle():
+    quaternions = random_quaternions(200)
+    vectors = rotation_vector(quaternions)
+    assert vectors.norm(dim=-1).max() <= math.pi + 1e-6
+    same = (rotation_of(vectors) * quaternions).sum(-1).abs()  # q and -q are the same rotation
+    torch.testing.assert_close(same, torch.ones_like(same))
+    half = torch.tensor([math.cos(0.5), 0.0, 0.0, math.sin(0.5)])
+    torch.testing.assert_close(rotation_vector(torch.stack((half, -half))), torch.tensor([[0.0, 0.0, 1.0]] * 2))
+    still = torch.tensor([1.0, 0, 0, 0])
+    assert torch.equal(rotation_vector(still), torch.zeros(3)) and torch.equal(rotation_of(torch.zeros(3)), still)
 
 
 def test_the_errors_of_a_command_by_hand():

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from codec_creature import CreatureCodec, CreatureCodecConfig, check_codec, codec_organs, load_codec
 from configuration_creature import SENSES, STREAMS, CreatureConfig
 from creature.data.mixture import parse_parts
-from creature.data.recordings.clips import NO_CODEC, fed_by, has_column, organs_of
+from creature.data.recordings.clips import NO_CODEC, fed_by, has_column, organs_of, widen_limits
 from creature.data.recordings.made_up import write_made_up_recordings
 from creature.data.recordings.schema import load_recordings
 from creature.errors import UserError, first_line
@@ -89,7 +89,10 @@ def round_config(
     found, organs = dict(fallback), {}
     opened = [load_recordings(folder) for folder, _ in recordings]
     for splits, facts in reversed(opened):
-        organs |= organs_of(splits, facts)
+        own = organs_of(splits, facts)
+        if own.get("num_joints") and organs.get("num_joints"):
+            own |= widen_limits(own, organs)
+        organs |= own
     codec = find_codec(settings)
     if codec is not None:
         organs |= codec_organs(codec)
@@ -102,6 +105,8 @@ def round_config(
         found, trained = load_config(folder).to_dict(), trained_senses(folder)
         kept = {*(BODY if trained & BODY_SENSES else ()), *(("num_cameras",) if "vision" in trained else ())}
         kept |= set(VOICE if "own_voice" in trained else ())
+        if "num_joints" in kept and organs.get("num_joints"):
+            organs |= widen_limits(organs, found)
         organs = {name: value for name, value in organs.items() if name not in kept}
     values = {name: value for name, value in found.items() if name not in NO_FIELDS} | organs | settings.model
     config = make_config(values)

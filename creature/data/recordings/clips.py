@@ -66,8 +66,8 @@ def statistics(facts: dict) -> dict:
 def organs_of(recordings: "DatasetDict", facts: dict) -> dict:
     """
     The organs that recordings need, as fields of a configuration: as many cameras as most of them have; of those with a
-    body, joints, measured and commanded numbers (0 where there are none) with their `statistics`, and a face if any of
-    them commands one.
+    body, joints and the range of their rotations, measured and commanded numbers (0 where there are none) with their
+    `statistics`, and a face if any of them commands one.
     """
     from pyarrow.compute import list_value_length
 
@@ -80,7 +80,21 @@ def organs_of(recordings: "DatasetDict", facts: dict) -> dict:
         organs |= {"body_state_size": 0, "action_size": 0} | statistics(facts)
         sizes = {"num_joints": "joints", "num_blend_shapes": "blend_shapes"}
         organs |= {field: len(facts["names"].get(name, ())) for field, name in sizes.items()}
+    if organs.get("num_joints"):
+        ranges = facts.get("ranges", {})  # folders that were written before there were any have none
+        seen = ranges.get("command_rotations", ranges.get("joint_rotations", {}))
+        organs |= {"rotation_low": seen.get("low"), "rotation_high": seen.get("high")}
     return organs
+
+
+def widen_limits(organs: dict, others: dict) -> dict:
+    """The limits of joints that are no narrower than those of either, as fields; None where one does not know them."""
+    limits = {}
+    for name, wider in (("rotation_low", np.minimum), ("rotation_high", np.maximum)):
+        pair = [np.array(fields.get(name) or []) for fields in (organs, others)]
+        same = pair[0].shape == pair[1].shape and pair[0].size
+        limits[name] = wider(*pair).tolist() if same else None
+    return limits
 
 
 def fed_by(recordings: "DatasetDict", config, codec: bool = False) -> tuple[list[str], list[str]]:

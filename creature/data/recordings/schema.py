@@ -2,7 +2,7 @@
 
 A recording is one stretch of life on one clock that starts at 0 s. A folder of recordings is what
 `datasets.load_from_disk` opens (splits "train" and, where there is any, "validation"), with one recording a row, and
-beside the splits a file recordings.json: the names of joints and numbers, their statistics, the report of the import.
+beside the splits a file recordings.json: the names of joints and numbers, statistics, ranges, report of the import.
 
 | column | holds |
 |---|---|
@@ -95,7 +95,7 @@ class RecordingsWriter:
 
     The folder appears when the block is left, and only if that was without an exception and anything was added. Until
     then everything lies in a hidden folder beside it, which the next writer of that folder removes if this process was
-    killed. `facts` is what recordings.json will hold, apart from the statistics.
+    killed. `facts` is what recordings.json will hold, apart from the statistics and ranges.
 
     Raises UserError for a folder that exists and is not empty, cannot be written, or is being written by another.
     """
@@ -106,7 +106,7 @@ class RecordingsWriter:
             raise UserError(f"{self.folder} exists already: choose another folder, or remove it first")
         require_writable(self.folder.parent)
         self.facts = {"format": FORMAT, "names": {}}
-        self._splits, self._sums, self._ids = {}, {}, set()
+        self._splits, self._sums, self._ranges, self._ids = {}, {}, {}, set()
         self._part = self.folder.with_name(f".{self.folder.name}.part")
 
     def __enter__(self) -> "RecordingsWriter":
@@ -140,6 +140,9 @@ class RecordingsWriter:
         for name in ("body_state", "action"):
             if row[name] is not None and split == "train":
                 self._sums.setdefault(name, _Sums()).add(np.asarray(row[name]["values"], np.float64))
+        for name in ("joint_rotations", "command_rotations"):
+            if row[name] is not None and split == "train":
+                self._ranges.setdefault(name, _Range()).add(np.asarray(row[name]["values"], np.float32))
         row |= {name: to_arrow(row[name]) for name in TRACKS if row[name] is not None}
         if split not in self._splits:
             self._splits[split] = _ArrowFile(self._part / split)
@@ -152,6 +155,7 @@ class RecordingsWriter:
                 file.close(split)
             if kind is None and self._splits:
                 self.facts["statistics"] = {name: sums.result() for name, sums in self._sums.items()}
+                self.facts["ranges"] = {name: seen.result() for name, seen in self._ranges.items()}
                 content = {"splits": [split for split in SPLITS if split in self._splits]}
                 (self._part / "dataset_dict.json").write_text(json.dumps(content), encoding="utf-8")
                 with replace_file(self._part / RECORDINGS_FILE, "w") as out:
@@ -229,6 +233,25 @@ class _Sums:
         return {"mean": self.mean.tolist(), "std": np.sqrt(self.squares / self.count).tolist(), "count": self.count}
 
 
+class _Range:
+    """The least and the most of every component of the rotation vectors of joints, rad."""
+
+    def __init__(self):
+        self.low, self.high = np.inf, -np.inf
+
+    def add(self, rotations: np.ndarray) -> None:
+        """rotations [N, joints, 4] quaternions of any length."""
+        import torch
+
+        from motor_creature import rotation_vector
+
+        vectors = rotation_vector(torch.nn.functional.normalize(torch.from_numpy(rotations), dim=-1)).numpy()
+        self.low, self.high = np.minimum(self.low, vectors.min(axis=0)), np.maximum(self.high, vectors.max(axis=0))
+
+    def result(self) -> dict:
+        return {"low": self.low.tolist(), "high": self.high.tolist()}
+
+
 def _check_row(row: dict, names: dict, known: dict) -> None:
     """RecordingError for a row that does not fit the schema, or whose numbers have other names than `known`."""
     unknown = set(row) - set(recording_features())
@@ -275,7 +298,7 @@ def _short(names: list[str]) -> str:
 
 def load_recordings(folder: str | os.PathLike) -> "tuple[DatasetDict, dict]":
     """
-    (the splits of a folder of recordings, its recordings.json: format, names, statistics, report).
+    (the splits of a folder of recordings, its recordings.json: format, names, statistics, ranges, report).
 
     Raises UserError for a folder that is none, or is damaged.
     """
