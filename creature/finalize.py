@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from creature import checkpoints
 from creature.card import write_card
+from creature.data import spread_pictures
 from creature.errors import UserError, first_line
 from creature.files import explain_write_errors
 from creature.loading import load_model
@@ -131,6 +132,7 @@ def _plain_model(trainer: CreatureTrainer, folder: Path):
 
 def check_saved(model, checkpoint: Path, batch: dict) -> None:
     """Read a checkpoint back from the disk and compare its logits with the model's, bit for bit, on the CPU."""
+    batch = spread_pictures(batch)
     batch = {name: value[:, :256] for name, value in batch.items() if name not in (*TARGETS, "cu_seq_lens_q")}
     loaded = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     trained = (model if model.device.type == "cpu" else copy.deepcopy(model).cpu()).eval()
