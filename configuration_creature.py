@@ -60,7 +60,8 @@ class CreatureConfig(PreTrainedConfig):
             the patches of all cameras.
         num_joints, subframes_per_tick (`int`): the joints of the body, sampled every 20 ms in a tick of 80 ms.
         rotation_low, rotation_high (`list[list[float]]`, *optional*): [num_joints, 3], the least and the most that each
-            component of a joint's rotation vector (axis times angle, rad) is commanded to be; those of the recordings.
+            component of a joint's rotation vector (axis times angle, rad) is commanded to be. None is no limit; a round
+            takes those of its recordings.
         body_state_size (`int`, defaults to 0): any other numbers that the body measures, such as a robot's motor angles
             and torques.
         body_state_mean, body_state_std (`list[float]`, *optional*): what the processor subtracts from these numbers and

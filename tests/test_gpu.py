@@ -276,9 +276,9 @@ def lived(creature, ticks):
 def test_a_recorded_life_of_all_senses_and_streams_is_the_eager_one(window, drawn, monkeypatch):
     """Over 30 ticks; the host waits twice a tick: for the upload of the senses, and for what is emitted."""
     body = dict(body_state_mean=[0.0] * 2, body_state_std=[1.0] * 2, action_mean=[0.0] * 2, action_std=[1.0] * 2)
+    limits = dict(rotation_low=[[-0.5] * 3] * 3, rotation_high=[[0.5] * 3] * 3)
     ears = dict(num_mel_bins=8, audio_frames_per_tick=8)
-    body |= dict(rotation_low=[[-0.5] * 3] * 3, rotation_high=[[0.5] * 3] * 3)
-    model = micro_model(**GPT2, **body, **ears, sliding_window=window, tie_word_embeddings=False).cuda()
+    model = micro_model(**GPT2, **body, **limits, **ears, sliding_window=window, tie_word_embeddings=False).cuda()
     processor = CreatureProcessor.from_config(model.config, load_tokenizer())
     recordings, capture, waits, lives = [], Stepper.capture, [], []
     monkeypatch.setattr(Stepper, "capture", lambda self, *args: recordings.append(1) or capture(self, *args))

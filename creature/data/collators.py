@@ -85,23 +85,24 @@ def collate_rows(rows: list[list[dict]], ticks: int, like: dict[str, np.ndarray]
     batch = place_clips(placed, len(rows), ticks, {name: like[name] for name in like if name != "pixel_values"})
     for name in TARGETS.keys() & batch.keys():
         batch[name][begins] = TARGETS[name]
-    batch |= pictures
+    batch |= pictures  # last: the rows and ticks of a batch are read off its first argument
     return {name: torch.from_numpy(widen(value)) for name, value in batch.items()} | _keep_apart(begins)
 
 
 def _take_pictures(placed: list[tuple[int, int, dict]], ticks: int, like: dict[str, np.ndarray]) -> dict:
-    """The pictures of placed clips, taken out of them, and their ticks; nothing for rows without eyes."""
+    """The pictures of placed clips, taken out of them, and their ticks; nothing where no row of the run has eyes."""
     from processing_creature import place_clips
 
+    if "pixel_values" not in like:
+        return {}
     places, found = [], []
     for row, first, clip in placed:
         if "pixel_values" in clip:
             seen = np.flatnonzero(clip["pixel_mask"])
             found.append((0, len(places), {"pixel_values": clip.pop("pixel_values")[seen]}))
             places += (row * ticks + first + seen).tolist()
-    shape = {name: like[name] for name in like if name == "pixel_values"}
-    pictures = {name: value[0] for name, value in place_clips(found, 1, len(places), shape).items()}
-    return pictures and pictures | {"picture_ticks": np.array(places, np.int64)}
+    pictures = place_clips(found, 1, len(places), {"pixel_values": like["pixel_values"]})["pixel_values"][0]
+    return {"pixel_values": pictures, "picture_ticks": np.array(places, np.int64)}
 
 
 def spread_pictures(batch: dict) -> dict:

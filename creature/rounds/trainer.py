@@ -44,7 +44,7 @@ class RoundTrainer(CreatureTrainer):
         self._code_habits = None  # computed once, before the first evaluation
 
     def training_step(self, model, inputs, num_items_in_batch=None, **kwargs) -> torch.Tensor:
-        inputs = spread_pictures(self._prepare_inputs(inputs))  # on the device, where it costs little
+        inputs = spread_pictures(inputs)  # they are on the device already, where it costs little
         if self.sense_dropout:
             place = (self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index)
             inputs = drop_senses(inputs, self.sense_dropout, np.random.default_rng(place))
