@@ -13,12 +13,11 @@ squared chordal distance; it ends where its error at 400 ms is lowest.
 import argparse
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.baselines.common import open_clips, print_table
 from benchmarks.baselines.rollouts import measure_grus, open_loop_windows
 from creature.rounds.open_loop import AHEAD, MILLISECONDS, angles_ahead, command_span
-from motor_creature import matrix_from_6d, quaternion_to_6d
+from motor_creature import matrix_from_6d, matrix_to_quaternion, quaternion_to_6d, rotation_of, rotation_vector
 
 HEAD = [*(f"{ms} ms" for ms in MILLISECONDS), "1 tick ratio"]
 
@@ -81,16 +80,8 @@ def constant_velocity(known: torch.Tensor) -> torch.Tensor:
     """The rotation of the last tick, as often as there are ticks, in each joint's own frame; sub-frames in between."""
     subframes = known.shape[2]
     before, last = (matrices(known[:, tick, -1]) for tick in (-2, -1))  # [B, joints, 3, 3]
-    turn = before.transpose(-1, -2) @ last
-    axis = torch.stack((turn[..., 2, 1] - turn[..., 1, 2], turn[..., 0, 2] - turn[..., 2, 0],
-                        turn[..., 1, 0] - turn[..., 0, 1]), dim=-1)  # fmt: skip
-    cosine = (turn.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2
-    angle = torch.atan2(axis.norm(dim=-1) / 2, cosine)[..., None, None]
-    x, y, z = F.normalize(axis, dim=-1).unbind(-1)
-    zero = torch.zeros_like(x)
-    cross = torch.stack((zero, -z, y, z, zero, -x, -y, x, zero), dim=-1).unflatten(-1, (3, 3))
-    poses = []
-    for step in range(1, AHEAD * subframes + 1):  # Rodrigues' formula
-        share = angle * step / subframes
-        poses.append(last @ (torch.eye(3, device=x.device) + share.sin() * cross + (1 - share.cos()) * cross @ cross))
-    return torch.stack(poses, dim=1)[..., :2].transpose(-1, -2).flatten(-3).unflatten(1, (AHEAD, subframes))
+    turn = rotation_vector(matrix_to_quaternion(before.transpose(-1, -2) @ last))
+    shares = torch.arange(1, AHEAD * subframes + 1, device=turn.device) / subframes
+    turns = matrix_from_6d(quaternion_to_6d(rotation_of(turn[:, None] * shares[:, None, None])))
+    poses = last[:, None] @ turns  # [B, ticks x sub-frames, joints, 3, 3]
+    return poses[..., :2].transpose(-1, -2).flatten(-3).unflatten(1, (AHEAD, subframes))
