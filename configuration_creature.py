@@ -54,10 +54,10 @@ class CreatureConfig(PreTrainedConfig):
         sense_hidden_size (`int`, defaults to 512): hidden width of the small encoders and of the animation head.
         num_mel_bins, audio_frames_per_tick (`int`): one tick of sound is their product in log-mel values.
         num_cameras (`int`, defaults to 2): cameras that see at the same time, two eyes by default.
-        vision_image_size (`int` or `[height, width]`, defaults to 64): pixels of a picture, multiples of
-            `vision_patch_size`.
-        vision_patch_size, vision_hidden_size, vision_num_layers, vision_num_heads (`int`): the small transformer over
-            the patches of all cameras.
+        vision_image_size (`int` or `[height, width]`, defaults to 64): pixels of a picture, which every convolution
+            halves.
+        vision_channels (`list[int]`, defaults to `[32, 64, 128, 192]`): the convolutions of the eyes, by how many
+            channels come out of each.
         num_joints, subframes_per_tick (`int`): the joints of the body, sampled every 20 ms in a tick of 80 ms.
         rotation_low, rotation_high (`list[list[float]]`, *optional*): [num_joints, 3], the least and the most that each
             component of a joint's rotation vector (axis times angle, rad) is commanded to be. None is no limit; a round
@@ -132,10 +132,7 @@ class CreatureConfig(PreTrainedConfig):
     audio_frames_per_tick: int = 8
     num_cameras: int = 2
     vision_image_size: int | list[int] = 64
-    vision_patch_size: int = 16
-    vision_hidden_size: int = 192
-    vision_num_layers: int = 1
-    vision_num_heads: int = 3
+    vision_channels: list[int] | None = None
     num_joints: int = 24
     subframes_per_tick: int = 4
     rotation_low: list[list[float]] | None = None
@@ -173,6 +170,8 @@ class CreatureConfig(PreTrainedConfig):
         for name, token in defaults.items():
             if getattr(self, name) is None and token < self.vocab_size:
                 setattr(self, name, token)
+        if self.vision_channels is None:
+            self.vision_channels = [32, 64, 128, 192]
         given = {"internal_text": 1.0} if self.loss_weights is None else self.loss_weights
         self.loss_weights = {**dict.fromkeys(STREAMS, 0.0), **given}
         if any([kwargs.pop(name, None) for name in REMOVED_FIELDS]):
@@ -215,6 +214,8 @@ class CreatureConfig(PreTrainedConfig):
             problems.append(f"vision_image_size is {self.vision_image_size}; it must be a number or [height, width]")
         elif min(self.image_shape) < 1:
             problems.append(f"vision_image_size is {self.vision_image_size}; it must be at least 1")
+        if min(self.vision_channels, default=0) < 1:
+            problems.append(f"vision_channels is {self.vision_channels}; it must hold numbers of at least 1")
         if not problems:
             problems += self._shape_problems()
         problems += self._loss_problems()
@@ -225,17 +226,16 @@ class CreatureConfig(PreTrainedConfig):
         problems = []
         for total, parts in (
             ("num_attention_heads", "num_key_value_heads"),
-            ("vision_hidden_size", "vision_num_heads"),
             ("depth_hidden_size", "depth_num_heads"),
         ):
             if getattr(self, total) % getattr(self, parts):
                 problems.append(
                     f"{total} ({getattr(self, total)}) must be a multiple of {parts} ({getattr(self, parts)})"
                 )
-        if any(size % self.vision_patch_size for size in self.image_shape):
+        if any(size % 2 ** len(self.vision_channels) for size in self.image_shape):
             problems.append(
-                f"vision_image_size ({self.vision_image_size}) must be a multiple of vision_patch_size "
-                f"({self.vision_patch_size}), in height and width"
+                f"vision_image_size ({self.vision_image_size}) must be a multiple of {2 ** len(self.vision_channels)}, "
+                "in height and width: each of the vision_channels halves it"
             )
         problems += self._statistics_problems("body_state") + self._statistics_problems("action")
         problems += self._limit_problems()
@@ -321,10 +321,6 @@ _POSITIVE_FIELDS = (
     "max_position_embeddings",
     "sense_hidden_size",
     "audio_frames_per_tick",
-    "vision_patch_size",
-    "vision_hidden_size",
-    "vision_num_layers",
-    "vision_num_heads",
     "subframes_per_tick",
     "num_touch_surfaces",
     "touch_embedding_size",

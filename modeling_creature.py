@@ -37,6 +37,7 @@ try:
         NO_INPUT,
         SENSE_TABLE,
         CreatureSenses,
+        Halving,
         SenseProjection,
         check_ids,
         check_names,
@@ -61,6 +62,7 @@ except ImportError:
         NO_INPUT,
         SENSE_TABLE,
         CreatureSenses,
+        Halving,
         SenseProjection,
         check_ids,
         check_names,
@@ -143,6 +145,8 @@ class CreaturePreTrainedModel(PreTrainedModel):
         elif isinstance(module, ResidualProjection):
             # The residual stream adds up 2 x layers outputs: scale them so that its variance does not grow (GPT-2).
             init.normal_(module.weight, mean=0.0, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
+        elif isinstance(module, Halving):
+            init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)  # as loud behind it as before
         elif isinstance(module, CommandProjection):
             init.normal_(module.weight, mean=0.0, std=std / 10)
 

@@ -53,7 +53,7 @@ except ImportError:
 # The fields of the configuration that say which numbers a creature takes and gives. They are saved with the processor.
 ORGAN_FIELDS = (
     "vocab_size", "bos_token_id", "eos_token_id", "null_token_id", "pad_token_id", "num_mel_bins",
-    "audio_frames_per_tick", "num_cameras", "vision_image_size", "vision_patch_size", "num_joints",
+    "audio_frames_per_tick", "num_cameras", "vision_image_size", "vision_channels", "num_joints",
     "subframes_per_tick", "body_state_size", "body_state_mean", "body_state_std", "body_state_names", "action_size",
     "action_mean", "action_std", "action_names", "num_touch_points", "num_touch_surfaces", "num_blend_shapes",
     "num_audio_codebooks", "audio_codebook_size",

@@ -189,64 +189,41 @@ class AudioSense(nn.Module):
         return encode_present(self._encode, mask, features.to(self.up_proj.weight.dtype))
 
 
-class PatchLayer(nn.Module):
-    """One pre-norm transformer layer over the patches of a tick; every patch sees every other."""
+class Halving(nn.Linear):
+    """A convolution that halves height and width; its weight is a matrix, which the optimizer treats as any other."""
 
-    def __init__(self, config: CreatureConfig):
-        super().__init__()
-        size = config.vision_hidden_size
-        self.num_heads = config.vision_num_heads
-        self.input_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
-        self.qkv_proj = nn.Linear(size, 3 * size, bias=False)
-        self.o_proj = nn.Linear(size, size, bias=False)
-        self.mlp_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
-        self.up_proj = nn.Linear(size, 4 * size, bias=False)
-        self.down_proj = nn.Linear(4 * size, size, bias=False)
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels * 4 * 4, out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [N, patches, vision_hidden_size] -> the same shape."""
-        qkv = self.qkv_proj(self.input_norm(x)).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # [N, heads, patches, head_dim]
-        x = x + self.o_proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-        return x + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(x))))
+        """x: [N, in_channels, H, W] -> [N, out_channels, H / 2, W / 2]."""
+        return F.conv2d(x, self.weight.unflatten(1, (-1, 4, 4)), self.bias, stride=2, padding=1)
 
 
 class VisionSense(nn.Module):
     """
-    The eyes: a small transformer over patches (Dosovitskiy et al. 2021) that begins with cells of a few pixels, as its
-    convolutional variants do (Xiao et al. 2021). All cameras are the channels of one image, so that every patch can
-    compare left and right. Each patch keeps its place in what is seen: where a thing is, is half of what eyes tell.
+    The eyes: convolutions that halve the picture each (LeCun et al. 1989), so that what a thing looks like is learned
+    once for all places. All cameras are the channels of one picture, so that left and right can be compared. What is
+    left of the picture keeps its places: where a thing is, is half of what eyes tell.
     """
 
     def __init__(self, config: CreatureConfig):
         super().__init__()
-        self.patch_size = config.vision_patch_size
-        self.cell_size = math.gcd(self.patch_size, 4)
-        self.grid = tuple(size // self.patch_size for size in config.image_shape)  # patches in height and width
-        patches, cells = math.prod(self.grid), (self.patch_size // self.cell_size) ** 2
-        size, cell = config.vision_hidden_size, max(1, config.vision_hidden_size // 4)
-        self.cell_proj = nn.Linear(config.num_cameras * 3 * self.cell_size**2, cell)
-        self.patch_proj = nn.Linear(cells * cell, size, bias=False)
-        self.position = nn.Embedding(patches, size)
-        self.layers = nn.ModuleList(PatchLayer(config) for _ in range(config.vision_num_layers))
-        self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
-        self.up_proj = nn.Linear(patches * size, config.sense_hidden_size)
+        sizes = [config.num_cameras * 3, *config.vision_channels]
+        self.layers = nn.ModuleList(Halving(*pair) for pair in zip(sizes, sizes[1:], strict=False))
+        places = math.prod(side >> len(self.layers) for side in config.image_shape)
+        self.up_proj = nn.Linear(places * sizes[-1], config.sense_hidden_size)
         self.act = nn.GELU()
         self.proj = SenseProjection(config.sense_hidden_size, config)
 
     def _encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        (rows, columns), side = self.grid, self.patch_size // self.cell_size
-        # [..., cameras, 3, H, W] -> [N, cameras, 3, rows, side, cell_size, columns, side, cell_size]
-        cells = pictures.flatten(0, -5).unflatten(-1, (columns, side, self.cell_size))
-        cells = cells.unflatten(3, (rows, side, self.cell_size)).permute(0, 3, 6, 4, 7, 1, 2, 5, 8)
-        cells = cells.flatten(5).flatten(3, 4).flatten(1, 2)  # [N, patches, side**2, cameras * 3 * cell_size**2]
-        # Bytes to numbers of about unit variance; bfloat16, too, holds each of them exactly.
-        cells = self.act(self.cell_proj((cells.to(compute_dtype(self.cell_proj.weight)) - 127.5) / 64))
-        x = self.patch_proj(cells.flatten(2))
-        x = x + self.position.weight.to(x.dtype)
+        # [N, cameras * 3, H, W]. Bytes to numbers of about unit variance, in place: pictures are the largest input.
+        x = pictures.flatten(0, -5).flatten(1, 2).to(compute_dtype(self.up_proj.weight)).sub_(127.5).div_(64)
         for layer in self.layers:
-            x = layer(x)
-        return self.proj(self.act(self.up_proj(self.norm(x).flatten(1)))).unflatten(0, pictures.shape[:-4])
+            x = self.act(layer(x))
+        x = x.flatten(1)
+        x = self.act(self.up_proj(F.rms_norm(x, x.shape[-1:], eps=1e-6)))
+        return self.proj(x).unflatten(0, pictures.shape[:-4])
 
     def forward(self, pixel_values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """pixel_values [B, T, cameras, 3, H, W] bytes from 0 to 255, mask [B, T] bool -> [B, T, hidden_size]."""

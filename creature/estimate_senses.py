@@ -124,13 +124,12 @@ def _module_flops(module, given, output) -> int:
     """
     from torch import nn
 
-    from senses_creature import PatchLayer
     from streams_creature import AudioStream, DepthLayer
 
     if isinstance(module, nn.Linear):
-        product = 2 * given.numel() * module.out_features
+        product = 2 * output.numel() * module.in_features  # a convolution takes every number several times
         return product * (1 + given.requires_grad + module.weight.requires_grad)
-    if isinstance(module, PatchLayer | DepthLayer):  # scores and their use, [N, places, places] of a width
+    if isinstance(module, DepthLayer):  # scores and their use, [N, places, places] of a width
         return 4 * given.numel() * given.shape[1] * (1 + 2 * output.requires_grad)
     if isinstance(module, AudioStream):  # the logits, read off the tables of codes
         return 2 * output.numel() * module.out_proj.out_features * (1 + 2 * output.requires_grad)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,10 +104,10 @@ def check_weights(folder: str | Path, config: "CreatureConfig | None" = None) ->
 
 
 def _least_eyes(config: "CreatureConfig") -> int:
-    size, (height, width) = config.vision_hidden_size, (side // config.vision_patch_size for side in config.image_shape)
-    cell = max(1, size // 4)  # of 4 x 4 pixels at most
-    inputs = config.vision_patch_size**2 // 16 * cell + height * width * config.sense_hidden_size
-    return 3 * config.num_cameras * cell + size * (inputs + config.vision_num_layers * size)
+    sizes = [3 * config.num_cameras, *config.vision_channels]
+    places = math.prod(side >> len(config.vision_channels) for side in config.image_shape)
+    convolutions = sum(16 * before * after for before, after in zip(sizes, sizes[1:], strict=False))
+    return convolutions + places * sizes[-1] * config.sense_hidden_size
 
 
 def load_model(folder: str | Path, device: str, dtype: "torch.dtype | None" = None) -> "MultiModalCreature":
@@ -117,7 +118,11 @@ def load_model(folder: str | Path, device: str, dtype: "torch.dtype | None" = No
     try:
         check_weights(folder, config)
         options = {"dtype": dtype} if dtype else {}
-        model = MultiModalCreature.from_pretrained(folder, config=config, use_safetensors=True, **options)
+        options |= {"use_safetensors": True, "output_loading_info": True}
+        model, info = MultiModalCreature.from_pretrained(folder, config=config, **options)
+        lacking = [name for name in sorted(info["missing_keys"]) if _is_needed(model, name)]
+        if lacking:
+            raise UserError(f"the weights in {folder} lack {lacking[0]}, as an earlier version's do: use another")
     except UserError:
         raise
     except Exception as error:
@@ -128,6 +133,12 @@ def load_model(folder: str | Path, device: str, dtype: "torch.dtype | None" = No
             reason = "its weights have other shapes, as those of an earlier version or of another config.json have"
         raise UserError(f"the model in {folder} cannot be loaded ({reason}): use another checkpoint") from error
     return model.to(device).eval()
+
+
+def _is_needed(model: "MultiModalCreature", name: str) -> bool:
+    """Whether a creature computes with a weight: not if it is of a sense that has learned nothing."""
+    sense = re.match(r"model\.senses\.(\w+)\.", name)
+    return not sense or bool(getattr(model.model.senses, sense[1]).proj.weight.any())
 
 
 def load_to_generate(folder: Path, wanted: str | None = None):

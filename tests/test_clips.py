@@ -20,7 +20,7 @@ from processing_creature import ABSENT, CreatureProcessor
 pytest.importorskip("soundfile")
 
 NAMES = {"joints": ["hip", "knee", "toe"], "body_state": list("abcde"), "action": ["open", "close"]}
-SIZES = {**GPT2, "num_mel_bins": 8, "audio_frames_per_tick": 8, "vision_image_size": [12, 16], "vision_patch_size": 4}
+SIZES = {**GPT2, "num_mel_bins": 8, "audio_frames_per_tick": 8, "vision_image_size": [12, 16]}
 
 
 def to_row(recording: dict) -> dict:

@@ -45,8 +45,7 @@ def micro_config(**changes) -> CreatureConfig:
         "max_position_embeddings": 256,
         "sense_hidden_size": 16,
         "num_touch_points": 16,
-        "vision_hidden_size": 24,
-        "vision_num_layers": 1,
+        "vision_channels": [4, 8, 12, 24],
         "depth_hidden_size": 16,
         "audio_codebook_size": 32,
     }
@@ -343,8 +342,8 @@ def test_a_round_on_text_measures_nothing(monkeypatch):
 
 
 def test_fewer_clips_with_pictures_fit():
-    small = {"device": replace(GPU, free_bytes=2 * 2**30), "precision": "bf16"}
-    config = CreatureConfig(vision_num_layers=4)
+    small = {"device": replace(GPU, free_bytes=6 * 2**30), "precision": "bf16"}
+    config = CreatureConfig()
     assert fit_micro_batch(config, 256, **small) > fit_micro_batch(
         config, 256, **small, senses=("internal_voice", "vision")
     )

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from creatures import micro_model
+from creatures import GPT2, micro_model
 from damage import BROKEN_JSON, Trap, answer, changed, damaged, dumped, examples, no_hang
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -252,7 +252,7 @@ def test_a_damaged_model_is_taken_or_told(trained, tmp_path):
         answer(load, folder)
 
     check()
-    sizes = ("num_hidden_layers", "vision_num_layers", "hidden_size", "vocab_size", "num_touch_points", "num_joints")
+    sizes = ("num_hidden_layers", "hidden_size", "vocab_size", "num_touch_points", "num_joints")
     for field in (*sizes, "num_cameras", "vision_image_size", "body_state_size", "num_mel_bins"):
         (folder / "config.json").write_text(dumped(config | {field: 2**40}))
         assert answer(load, folder), field
@@ -262,14 +262,27 @@ def test_weights_of_other_shapes_are_told_in_words_of_the_user(trained, tmp_path
     """As those of the eyes of an earlier version have."""
     shutil.copy(trained / "model.safetensors", tmp_path)
     config = json.loads((trained / "config.json").read_text())
-    (tmp_path / "config.json").write_text(dumped(config | {"vision_hidden_size": 2 * config["vision_hidden_size"]}))
+    (tmp_path / "config.json").write_text(
+        dumped(config | {"vision_channels": [2 * size for size in config["vision_channels"]]})
+    )
     told = answer(load, tmp_path)
     assert "weights have other shapes, as those of an earlier version" in told and "ignore_mismatched" not in told
 
 
+@pytest.mark.parametrize("learned", [True, False])
+def test_weights_that_are_not_there_are_told_of_where_they_matter(tmp_path, learned):
+    """A creature from before the eyes had convolutions reads and writes, unless it had learned to see."""
+    model = micro_model(**GPT2)
+    model.model.senses.vision.proj.weight.data.fill_(float(learned))
+    weights = {name: value for name, value in model.state_dict().items() if "vision.layers" not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    told = answer(load, tmp_path)
+    assert "lack model.senses.vision.layers.0.bias, as an earlier version's do" in told if learned else told is None
+
+
 @pytest.mark.parametrize("cameras", [1, 100_000])
 def test_no_eyes_have_fewer_weights_than_their_sizes_ask_for(tmp_path, cameras):
-    eyes = dict(num_cameras=cameras, vision_patch_size=1, vision_image_size=1, vision_hidden_size=7, vision_num_heads=1)
+    eyes = dict(num_cameras=cameras, vision_image_size=2, vision_channels=[7])
     micro_model(**eyes).to(torch.bfloat16).save_pretrained(tmp_path)
     assert answer(load, tmp_path) is None
 

@@ -158,7 +158,7 @@ def test_backbone_alone(model, batch, tmp_path):
 
 def test_initial_weights():
     torch.manual_seed(0)
-    config = micro_config(hidden_size=128, vision_hidden_size=64, head_dim=None)
+    config = micro_config(hidden_size=128, head_dim=None)
     model = MultiModalCreature(config)
     assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
     residual = model.model.layers[0].mlp.down_proj.weight.std().item()

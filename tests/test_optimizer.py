@@ -104,12 +104,11 @@ def test_every_parameter_of_senses_and_streams_is_in_the_group_of_what_it_is(tie
         "model.senses.own_voice.codes.weight",
         "model.senses.touch.point_embedding.weight",
         "model.senses.touch.surface_embedding.weight",
-        "model.senses.vision.position.weight",
         "streams.audio.position.weight",
     }
     assert vectors == {name for name, parameter in model.named_parameters() if parameter.dim() == 1}
     assert matrices == {*names.values()} - tables - vectors
-    assert {"model.senses.vision.patch_proj.weight", "streams.audio.out_proj.weight"} < matrices
+    assert {"model.senses.vision.layers.0.weight", "streams.audio.out_proj.weight"} < matrices
     assert [group["lr"] for group in groups(model)] == [0.01, 0.01 * SCALE_RATE, 0.02]
 
 

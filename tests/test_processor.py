@@ -26,7 +26,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def processor(tokenizer):
-    return CreatureProcessor.from_config(micro_config(**{**SIZES, "vision_patch_size": 4}), tokenizer)
+    return CreatureProcessor.from_config(micro_config(**SIZES), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_what_was_emitted_decodes_to_what_was_recorded(processor):
 
 
 def test_parts_are_what_a_model_takes_and_what_it_says_comes_back_with_times(processor):
-    model = micro_model(**{**SIZES, "vision_patch_size": 4}, max_position_embeddings=64)
+    model = micro_model(**SIZES, max_position_embeddings=64)
     sound = np.random.default_rng(0).standard_normal(8000)
     inputs = processor(
         audio=sound, sampling_rate=16000, text="So", state=np.zeros((3, 5)), images=[[picture(1)] * 2] * 2,
@@ -191,7 +191,7 @@ def test_recordings_of_different_length_become_one_batch(processor):
     assert {value.shape[:2] for value in batch.values()} == {(2, 13)}
     assert batch["touch_points"].shape[2] in (1, 2, 4, 8) and not batch["touch_mask"][1].any()
     assert (batch["external_text_ids"][1] == -100).all() and (batch["input_ids"][0, 7:] == -100).all()
-    model = micro_model(**{**SIZES, "vision_patch_size": 4})
+    model = micro_model(**SIZES)
     with torch.no_grad():
         both = model(**batch, output_streams=("animation",))
         for row, recording in enumerate((short, long)):

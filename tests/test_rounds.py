@@ -243,7 +243,7 @@ def test_a_trained_organ_is_not_replaced(tmp_path):
     assert started.config.num_cameras == 2 and any("new in this round: vision" in note for note in notes)
     before = model.state_dict()
     for name, value in started.state_dict().items():
-        assert torch.equal(value, before[name]) or name.startswith("model.senses.vision.cell_proj")
+        assert torch.equal(value, before[name]) or name.startswith("model.senses.vision.layers.0")
 
 
 def test_every_round_file_reads(monkeypatch):

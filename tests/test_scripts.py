@@ -45,8 +45,7 @@ MICRO = {
     "sense_hidden_size": 8,
     "max_position_embeddings": 64,
     "num_touch_points": 8,
-    "vision_hidden_size": 24,
-    "vision_num_layers": 1,
+    "vision_channels": [4, 8, 12, 24],
     "depth_hidden_size": 16,
     "audio_codebook_size": 32,
 }

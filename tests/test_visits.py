@@ -163,7 +163,7 @@ def test_the_teacher_drops_what_it_does_when_others_come_and_its_arm_moves_on(ro
     room.reset(0)
     room.tick = room.visit.end - 46
     teacher, request, states = Teacher(room, 0), room.visit.script[2], []
-    room.requests = [dataclasses.replace(request, kind="touch", thing=0, heard=room.time)]
+    room.requests, room.visit.script = [dataclasses.replace(request, kind="touch", thing=0, heard=room.time)], []
     old, set_table = room.thing_place(0), Room._set_table
 
     def nearest() -> float:

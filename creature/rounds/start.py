@@ -229,7 +229,7 @@ def start_model(config: CreatureConfig, start: str | None, seed: int) -> tuple[M
                 f"the model section does not fit {folder} ({name} would have the shape {list(sizes.get(name, ()))}): "
                 "leave out what says how large the backbone is"
             )
-        if name in resized and place[:2] == ["model", "senses"] and place[2] in trained:
+        if place[:2] == ["model", "senses"] and place[2] in trained:
             raise UserError(
                 f"{folder} has learned {place[2]} with another organ ({name} would have the shape "
                 f"{list(sizes[name])}): take recordings of the same organ, leave its size out of the model section, or "
