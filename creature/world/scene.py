@@ -48,7 +48,9 @@ CELL, CELLS = 0.5, 6  # m: places to stand are cells of a chessboard, the black 
 VOICES = {
     "train": (
         "en-us+m1", "en-us+f1", "en-gb-x-rp+m3", "en-gb-x-rp+Annie", "en-us+m7", "en-us+belinda", "en-us-nyc+m2",
-        "en-gb-scotland+f1", "en-us+m6", "en-gb-x-gbclan+m8",
+        "en-gb-scotland+f1", "en-us+m6", "en-gb-x-gbclan+m8", "en-us+Alex", "en-gb-scotland+Denis",
+        "en-us-nyc+Henrique", "en-us+Lee", "en-gb-x-rp+Michael", "en-us+adam", "en-us-nyc+aunty", "en-us+benjamin",
+        "en-gb-x-gbcwmd+boris", "en-us+linda",
     ),
     "validation": ("en-029+m4", "en-gb-x-gbclan+anika", "en-us+steph", "en-gb-x-rp+m5"),
 }  # fmt: skip

@@ -17,21 +17,22 @@ from creature.world.speech import speak
 KINDS = {
     "touch": (4.0, 5.8),
     "push": (3.0, 6.2),
-    "look": (1.0, 3.2),
-    "color": (1.0, 3.2),
-    "where": (1.0, 3.2),
+    "look": (2.0, 3.2),
+    "color": (1.5, 3.2),
+    "where": (1.5, 3.2),
     "count": (0.5, 3.2),
-    "hand": (1.8, 3.8),
+    "hand": (1.5, 3.8),
     "who": (0.8, 2.8),
-    "change": (9.0, 2.8),
+    "change": (25.0, 2.8),
     "felt": (1.5, 3.4),
-    "saw": (1.0, 2.0),
-    "cook": (0.8, 2.0),
-    "buy": (0.8, 2.0),
+    "saw": (0.6, 2.0),
+    "cook": (0.6, 2.0),
+    "buy": (0.6, 2.0),
 }
 TOLD = {"saw": ("saw?", "place", grammar.PLACES), "cook": ("cook?", "food", grammar.FOODS),
         "buy": ("buy?", "item", grammar.ITEMS)}  # fmt: skip
 GREET_SECONDS, RECALL_SECONDS = {"greet": 1.9, "meet": 4.4}, 3.4
+CHANGE_SECONDS = 0.32  # of dark, in which nobody speaks
 LED_SECONDS = 1.4  # from the light going out until the hand is where it will be asked for
 QUALITIES = ("hot", "cold", "rough", "soft", "heavy")
 
@@ -39,10 +40,11 @@ QUALITIES = ("hot", "cold", "rough", "soft", "heavy")
 @dataclass
 class Request:
     """
-    Something that a visitor said, and whether the creature did as it was asked.
+    Something that a visitor said or did, and whether the creature did as it was asked.
 
     kind: of `KINDS`, "greet", "meet", or one that ends in "?" and asks for what was told before. begins, heard, until:
-    seconds at which the sentence begins, is over, and the next event comes. name: who said it. details: what the frames
+    seconds at which the sentence (of a change, the dark) begins, is over, and the next event comes. name: who said it;
+    text: what was said, nothing at a change. details: what the frames
     of `grammar.py` are filled with. things: those on the table, as they are once it is heard. thing: number of the one
     that it is about, or None. options: the words of which one is the answer; answer: that one, known from `heard` on.
     chance: how often one succeeds who picks a thing, or a word of the options, at random; None if nothing is asked.
@@ -124,10 +126,14 @@ def _details(draw: np.random.Generator, setting: Setting, kind: str) -> dict:
 
 
 def _spoken(draw, setting: Setting, kind: str, time: float, visitor: tuple, details: dict, seconds: float) -> Request:
-    frame = choose(draw, grammar.SAY[setting.split][kind])
-    text = frame.format(**details | ({"side": details["which"]} if kind == "hand" else {}))
-    samples, words = speak(text, visitor[1])
-    heard = time + len(samples) / 16_000
+    if kind == "change":
+        text, samples, words = "", np.zeros(0), []
+        heard = time + CHANGE_SECONDS
+    else:
+        frame = choose(draw, grammar.SAY[setting.split][kind])
+        text = frame.format(**details | ({"side": details["which"]} if kind == "hand" else {}))
+        samples, words = speak(text, visitor[1])
+        heard = time + len(samples) / 16_000
     request = Request(kind, time, heard, heard + seconds, visitor[0], text, details, samples * draw.uniform(0.35, 0.6),
                       [(word, time + start) for word, start in words], setting.things)  # fmt: skip
     if kind in ("touch", "push", "look", "color", "where"):

@@ -24,10 +24,12 @@ HAND_PAUSE = 0.45  # s that a hand rests on a thing before the creature says how
 RESTING_GAZE = (0.0, -0.28, 1.0)  # left, up, ahead; the head looks down as well
 RESTING_PITCH = {"neck": 0.38, "head": 0.30}  # rad
 HEAD_WANDER, GAZE_WANDER = 0.07, 0.06  # rad, how far head and eyes wander
-# Every 1 to 3 s both arms are thrown off their pose, rad, and come back, by two thirds in so many s: a creature that
-# never saw how to come back drifts away on its own commands, and falls silent in a pose that it does not know.
-THROWN, BACK_SECONDS = np.radians(2.5), 0.5
 ARMS = {side: [HINGED.index(f"{side}_{kind}") for kind in ARM] for side in SIDES}
+HEAD = [HINGED.index("neck"), HINGED.index("head")]
+# Every 1 to 3 s arms, neck and head are thrown off their pose, rad, and come back, by two thirds in so many s: a creature
+# that never saw how to come back drifts away on its own commands, and falls silent in a pose that it does not know.
+THROWN = (ARMS["left"], np.radians(2.5)), (ARMS["right"], np.radians(2.5)), (HEAD, np.radians(5))
+BACK_SECONDS = 0.5
 # Of the 51 blend shapes in ARKit's order (without the tongue).
 BLINK, JAW_OPEN, SMILE, FROWN, BROWS_DOWN = (0, 7), 17, (23, 24), (25, 26), (41, 42)
 
@@ -214,8 +216,8 @@ class Teacher:
         self.off = self.off * np.exp(-TICK_SECONDS / BACK_SECONDS)
         if self.tick >= self.throw and self.target is None:  # it would miss what it reaches for
             self.throw = self._in(1, 3)
-            for rows in ARMS.values():
-                self.off[rows] += THROWN * self.draw.standard_normal((len(rows), 3))
+            for rows, angle in THROWN:
+                self.off[rows] += angle * self.draw.standard_normal((len(rows), 3))
         return self.off
 
     def _look_at(self, thing: int) -> None:
@@ -225,7 +227,7 @@ class Teacher:
         apart = self.room.thing_place(thing) - head.xpos
         yaw, pitch = np.arctan2(apart[1], apart[0]), np.arctan2(-apart[2], np.hypot(*apart[:2]))
         goal = np.array([[0, 0.35 * pitch, 0.35 * yaw], [0, 0.3 * pitch, 0.3 * yaw]])
-        self._turn("head", [HINGED.index("neck"), HINGED.index("head")], goal, 0.45)
+        self._turn("head", HEAD, goal, 0.45)
 
     def _idle(self) -> None:
         """What moves for no reason: gaze and head wander."""
@@ -235,7 +237,7 @@ class Teacher:
             if self.draw.random() < 0.5:
                 wander = HEAD_WANDER * self.draw.standard_normal(2).clip(-2, 2)
                 goal = [[0, pitch + wander[0] / 2, wander[1] / 2] for pitch in RESTING_PITCH.values()]
-                self._turn("head", [HINGED.index("neck"), HINGED.index("head")], np.array(goal), 0.6)
+                self._turn("head", HEAD, np.array(goal), 0.6)
 
     def _eyes(self) -> np.ndarray:
         """[2, 4]: where each eye looks, and how open it is."""

@@ -14,7 +14,7 @@ from creature.world.script import LED_SECONDS, write_script
 from creature.world.speech import SAMPLING_RATE
 from ticks_creature import TICK_SECONDS
 
-VISIT_SECONDS = (30.0, 40.0)
+VISIT_SECONDS = (36.0, 40.0)
 DARK_TICKS = 6  # with which a visit begins, but for the first of a life
 SAMPLES = int(TICK_SECONDS * SAMPLING_RATE)
 NOISE = 0.001
