@@ -26,8 +26,9 @@ RESTING_PITCH = {"neck": 0.38, "head": 0.30}  # rad
 HEAD_WANDER, GAZE_WANDER = 0.07, 0.06  # rad, how far head and eyes wander
 ARMS = {side: [HINGED.index(f"{side}_{kind}") for kind in ARM] for side in SIDES}
 HEAD = [HINGED.index("neck"), HINGED.index("head")]
-# Every 1 to 3 s arms, neck and head are thrown off their pose, rad, and come back, by two thirds in so many s: a creature
-# that never saw how to come back drifts away on its own commands, and falls silent in a pose that it does not know.
+# Every 1 to 3 s arms, neck and head are thrown off their pose, rad, and come back, by two thirds in so many s: a
+# creature that never saw how to come back drifts away on its own commands, and falls silent in a pose that it does not
+# know.
 THROWN = (ARMS["left"], np.radians(2.5)), (ARMS["right"], np.radians(2.5)), (HEAD, np.radians(5))
 BACK_SECONDS = 0.5
 # Of the 51 blend shapes in ARKit's order (without the tongue).
