@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from creatures import MICRO
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run_clm_creature
+from creature.data.text import corpus, pieces
 from creature.data.text.corpus import tokenize_corpus
 from creature.data.text.tokenizer import load_tokenizer, special_ids, token_byte_lengths
 from creature.data.text.tokenizer_training import train_tokenizer
@@ -68,6 +70,23 @@ def test_corpus_model_and_checkpoint_follow_it(trained, tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["run_clm_creature.py", *flags, "--tokenizer_name", "gpt2", "--output_dir", "new"])
     with pytest.raises(UserError, match="another tokenizer"):
         run_clm_creature.main()
+
+
+def test_workers_are_threads_that_tokenize(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "LONGEST_RUN", 1000)  # many batches
+    threads, encode = set(), corpus._Encoder.__call__
+
+    def note(encoder, batch):
+        threads.add(threading.current_thread())
+        return encode(encoder, batch)
+
+    monkeypatch.setattr(corpus._Encoder, "__call__", note)
+    for workers in (1, 3):
+        threads.clear()
+        name, output = str(trained / "tokenizer"), str(tmp_path / f"{workers}.bin")
+        tokenize_corpus([str(trained / "text.txt")], output, workers=workers, tokenizer_name=name, progress=False)
+        assert (threading.main_thread() in threads) == (workers == 1)
+    assert (tmp_path / "1.bin").read_bytes() == (tmp_path / "3.bin").read_bytes()
 
 
 def test_special_tokens_that_a_tokenizer_lacks_get_spare_ids(trained):
