@@ -1,6 +1,8 @@
 """The room: its senses and commands, what each sense alone can tell, and the recordings that come out of it."""
 
 import dataclasses
+import json
+import math
 import os
 import shutil
 import subprocess
@@ -30,12 +32,13 @@ from creature.world import visit as visits
 from creature.world.body import HINGED, JOINTS, angles_of, quaternions_of
 from creature.world.film import write_film
 from creature.world.recording import record_life, record_lives
-from creature.world.room import Room
+from creature.world.room import LIFE_TICKS, Room
 from creature.world.scene import SIDE_PLACES, draw_setting
 from creature.world.speech import Voice, speak
 from creature.world.teacher import Teacher
 from creature.world.visit import Visit
 from processing_creature import CreatureProcessor
+from ticks_creature import TICK_SECONDS
 
 JOINTED = ("joint_positions", "joint_rotations")
 
@@ -465,6 +468,19 @@ def test_a_killed_recording_goes_on_and_workers_change_nothing(tmp_path, monkeyp
         files = [next((tmp_path / name / split).glob("*.arrow")).read_bytes() for name in ("whole", "lives")]
         assert files[0] == files[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lives", "whole"]
+
+
+def test_fewer_minutes_than_are_recorded_lose_nothing(tmp_path):
+    parts = tmp_path / ".lives.lives"
+    parts.mkdir()
+    for number in (0, 1, 7):
+        (parts / f"{number:06d}.arrow").touch()
+    settings = {"seed": 0, "eye": 16, "life_ticks": LIFE_TICKS}
+    (parts / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"those after the first 3: give --minutes 10\.2 or more"):
+        record_lives(tmp_path / "lives", 3, workers=1, seed=0, eye=16, progress=False)
+    assert len(list(parts.glob("*.arrow"))) == 3 and not (tmp_path / "lives").exists()
+    assert math.ceil(10.2 * 60 / (LIFE_TICKS * TICK_SECONDS)) == 7 + 1
 
 
 @pytest.mark.parametrize("flag", [("--minutes", "inf"), ("--minutes", -1), ("--eye", 20000), ("--workers", 0)])

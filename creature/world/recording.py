@@ -128,8 +128,8 @@ def record_lives(
     Record lives into a folder and return its recordings.json; the same seed gives the same folder.
 
     A killed recording goes on where it was: its lives lie in a hidden folder beside the output until all are there.
-    UserError for an output that exists, for settings that are not those of the lives that are there, and without
-    OpenGL or the libraries of the room.
+    UserError for an output that exists, for settings that are not those of the lives that are there, for fewer minutes
+    than those lives have, and without OpenGL or the libraries of the room.
     """
     writer = RecordingsWriter(folder)
     count = max(2, math.ceil(minutes * 60 / (life_ticks * TICK_SECONDS)))
@@ -143,6 +143,7 @@ def record_lives(
     try:
         settings = {"seed": seed, "eye": eye, "life_ticks": life_ticks}
         _check_settings(parts / "settings.json", settings)
+        _check_count(parts, count, minutes, life_ticks)
         missing = [number for number in range(count) if not _part(parts, number).is_file()]
         with tqdm(total=count, initial=count - len(missing), desc="lives", unit="life", disable=not progress) as bar:
             _record_missing(parts, missing, workers, settings, bar.update)
@@ -237,6 +238,17 @@ def _check_settings(path: Path, settings: dict) -> None:
             )
     with replace_file(path, "w") as file:
         json.dump(settings, file)
+
+
+def _check_count(parts: Path, count: int, minutes: float, life_ticks: int) -> None:
+    """UserError for lives beyond the first `count`, which would be removed in the end."""
+    last = max((int(path.stem) for path in parts.glob("*.arrow")), default=0)
+    if last >= count:
+        enough = (last + 0.5) * life_ticks * TICK_SECONDS / 60  # any number within the last life
+        raise UserError(
+            f"{parts} holds lives of a longer recording, and --minutes {minutes:g} would lose those after the first "
+            f"{count:,}: give --minutes {enough:.1f} or more, or remove that folder to begin again"
+        )
 
 
 def _encode_picture(picture: np.ndarray) -> dict:
