@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -347,8 +348,13 @@ def load_codec(name: str | os.PathLike, **options) -> PreTrainedModel:
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
+        what = f"The codec {name} cannot be loaded ({reason})"
+        if isinstance(error.__cause__, HFValidationError):  # no folder, nor could the Hub have one of this name
+            what = f"There is no codec {name}"
+        elif not os.path.isdir(name):
+            what = f"There is no folder {name}, and from the Hub it cannot be loaded ({reason})"
         raise ValueError(
-            f"The codec {name} cannot be loaded ({reason}): train one with scripts/train_codec.py."
+            f"{what}: train one with scripts/train_codec.py, and give the folder that it has written."
         ) from error
     config = codec.config
     if not all(hasattr(config, field) for field in ("sampling_rate", "frame_rate", "num_quantizers", "codebook_size")):

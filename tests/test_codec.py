@@ -264,8 +264,13 @@ def test_what_does_not_fit_is_told_in_a_sentence(tokenizer, tmp_path):
         CreatureProcessor.from_config(micro_config(**GPT2), tokenizer, codec)
     with pytest.raises(ValueError, match="2 books of 16 codes, and the model 1 of 16"):
         check_codec(codec, 1, 16)  # without one of its books, nothing can be decoded
-    with pytest.raises(ValueError, match="none cannot be loaded .*train_codec"):
+    with pytest.raises(ValueError, match="^There is no codec .*none: train one with scripts/train_codec.py"):
         load(tmp_path / "none")
+    with pytest.raises(ValueError, match="^There is no folder no/such, and from the Hub it cannot .*train_codec"):
+        load("no/such")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="^The codec .* cannot be loaded .*train_codec"):
+        load(tmp_path)
     micro_mimi(frame_rate=25.0).save_pretrained(tmp_path / "fast")
     with pytest.raises(ValueError, match="gives codes 25 times a second, and a tick lasts 0.08 s"):
         load(tmp_path / "fast")
@@ -366,7 +371,7 @@ def test_a_voice_needs_a_codec_and_a_codec_a_voice(run, spoken, saved, tmp_path)
         run("--data", spoken, "--max_steps", 1)
     with pytest.raises(UserError, match="2 books of 16 codes, and the model 3 of 16"):
         run("--data", spoken, "--codec", saved, "--num_audio_codebooks", 3, "--max_steps", 1)
-    with pytest.raises(UserError, match="nowhere cannot be loaded"):
+    with pytest.raises(UserError, match="There is no codec .*nowhere"):
         run("--data", spoken, "--codec", tmp_path / "nowhere", "--max_steps", 1)
     write_made_up_recordings(tmp_path / "tones", "hear", seconds=12.0)
     with pytest.raises(UserError, match="is for a voice, and no recording has one: leave it out"):
