@@ -412,6 +412,8 @@ def build_trainer(
     args = copy.copy(args)
     if "validation" not in data.splits:
         args.eval_strategy = IntervalStrategy.NO
+    # The files of the rounds set it, and the Trainer would evaluate at the start all the same.
+    args.eval_on_start &= args.eval_strategy != IntervalStrategy.NO
     if data.info["ordered"]:
         args.train_sampling_strategy = "sequential"
     throughput = Throughput(run["flops_per_token"], run["peak_flops"])

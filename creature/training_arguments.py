@@ -66,7 +66,7 @@ class CreatureTrainingArguments(TrainingArguments):
     save_total_limit: int | None = field(
         default=3, metadata={"help": "Checkpoints kept, beside the one at which the decay begins."}
     )
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no (never), steps or epoch."})
     eval_steps: float | None = field(default=1000, metadata={"help": "Evaluate every so many steps."})
     # Moves predictions off the GPU before they fill its memory.
     eval_accumulation_steps: int | None = field(

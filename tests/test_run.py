@@ -422,9 +422,14 @@ def test_out_of_memory_names_the_batch_that_fits(place, monkeypatch):
 
 
 def test_without_validation_text_nothing_is_evaluated_and_that_is_said(place, monkeypatch, capsys):
-    run(monkeypatch, "--max_steps", 2, "--output_dir", "out", "--validation_fraction", "0.0")
+    flags = ("--max_steps", 2, "--output_dir", "out", "--eval_on_start", "true")
+    run(monkeypatch, *flags, "--validation_fraction", "0.0")
     assert "no validation text" in capsys.readouterr().out
     assert not curve("out", "eval_loss")
+    run(monkeypatch, *flags, "--eval_strategy", "no", "--overwrite_output_dir")
+    assert not curve("out", "eval_loss")
+    run(monkeypatch, *flags, "--overwrite_output_dir")
+    assert sorted(curve("out", "eval_loss")) == [0, 2]
     with pytest.raises(UserError, match="no validation text, so neither the best checkpoint nor a schedule"):
         run(monkeypatch, "--max_steps", 2, "--lr_scheduler_type", "reduce_lr_on_plateau", "--validation_fraction", 0)
 
