@@ -1,6 +1,7 @@
 """Training of a CreatureCodec on the voices of recordings, and what it makes of voices that were held out."""
 
 import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from transformers.audio_utils import mel_filter_bank
 
 from codec_creature import CreatureCodec, decode_voice, encode_voice
+from creature.callbacks import log_line
 from creature.errors import UserError
 from creature.files import replace_file
 from feature_extraction_creature import CreatureFeatureExtractor, read_sound, resample, to_mono, wav_bytes
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 SPECTRA = ((256, 20), (512, 40), (1024, 80), (2048, 128))  # samples of the window, mel bands, of each term of the loss
 SOFTEST = 1e-5  # energies below it count as silence
 ROWS, TICKS = 16, 16  # of a step: 20 s of voice
+LOG_STEPS = 100  # from one line to the next, where no terminal shows a progress bar
 WARMUP = 0.05  # of the steps
 LOUDER = (-6.0, 3.0)  # dB by which a piece is made louder, at random
 JUDGED_SECONDS = 600  # of the training voices and of the held-out ones, by which a codec is judged
@@ -83,7 +86,7 @@ def train_codec(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
-    losses, bar = [], tqdm(range(steps), desc="codec", unit="step", disable=None)
+    losses, began, bar = [], time.perf_counter(), tqdm(range(steps), desc="codec", unit="step", disable=None)
     for _ in bar:
         original = torch.from_numpy(_draw_pieces(voices, TICKS * codec.config.tick_samples, draw)).to(device)
         loss = criterion(codec(original[:, None]).audio_values[:, 0], original)
@@ -95,7 +98,11 @@ def train_codec(
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise UserError(f"the loss is {losses[-1]} at step {len(losses)}: lower --learning_rate")
-        bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
+        done, recent = len(losses), np.mean(losses[-50:])
+        bar.set_postfix(loss=f"{recent:.3f}", refresh=False)
+        if bar.disable and (done == 1 or done % LOG_STEPS == 0):
+            left = (time.perf_counter() - began) / done * (steps - done)
+            print(log_line(done, steps, {"loss": recent}, left), flush=True)
     codec.eval()
     return losses
 

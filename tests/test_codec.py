@@ -132,13 +132,17 @@ def test_every_code_is_numbers_and_back_and_rounding_passes_gradients():
     assert sorted(set(rounded[..., 0].flatten().tolist())) == pytest.approx([-1, -1 / 3, 1 / 3, 1])
 
 
-def test_training_brings_the_sound_closer(tmp_path):
+def test_training_brings_the_sound_closer(monkeypatch, capsys):
+    monkeypatch.setattr("creature.codec_training.LOG_STEPS", 5)
     draw = np.random.default_rng(0)
     times = np.arange(2 * 16000) / 16000
     voices = [np.float32(0.3 * np.sin(2 * np.pi * pitch * times)) for pitch in draw.uniform(150, 400, 6)]
     codec = micro_codec()
     before = evaluate_codec(codec, voices[:4], voices[4:])
     losses = train_codec(codec, voices[:4], 12, 1e-2, "cpu")
+    lines = capsys.readouterr().out.splitlines()  # there is no terminal
+    assert [line.split("|")[0].split()[1] for line in lines] == ["1/12", "5/12", "10/12"]
+    assert f"loss {losses[0]:.4f} | " in lines[0] and lines[0].endswith(" left")
     after = evaluate_codec(codec, voices[:4], voices[4:])
     assert losses[-1] < 0.8 * losses[0] and after["distance"] < 0.8 * before["distance"]
     assert after["distance_mean"] < after["distance_silence"] and after["seconds"] == 4
