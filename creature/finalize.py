@@ -147,11 +147,10 @@ def check_saved(model, checkpoint: Path, batch: dict) -> None:
 def _plot(folder: Path) -> None:
     from creature.plots import plot_runs, plot_senses
 
-    for name, draw in (
-        ("loss.png", lambda path: plot_runs([folder], path)),
-        ("throughput.png", lambda path: plot_runs([folder], path, ("tokens_per_second", "mfu"))),
-        ("senses.png", lambda path: plot_senses(folder, path)),
-    ):
+    figures = {"loss.png": lambda path: plot_runs([folder], path), "senses.png": lambda path: plot_senses(folder, path)}
+    if any("tokens_per_second" in entry for entry in checkpoints.read_metrics(folder)):  # in no run of a few steps
+        figures["throughput.png"] = lambda path: plot_runs([folder], path, ("tokens_per_second", "mfu"))
+    for name, draw in figures.items():
         try:
             draw(folder / name)
         except Exception as error:  # the run is finished, with or without plots

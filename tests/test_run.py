@@ -428,7 +428,9 @@ def test_without_validation_text_nothing_is_evaluated_and_that_is_said(place, mo
     assert not curve("out", "eval_loss")
     run(monkeypatch, *flags, "--eval_strategy", "no", "--overwrite_output_dir")
     assert not curve("out", "eval_loss")
+    capsys.readouterr()
     run(monkeypatch, *flags, "--overwrite_output_dir")
+    assert "not drawn" not in capsys.readouterr().out  # of a speed that is not known yet
     assert sorted(curve("out", "eval_loss")) == [0, 2]
     with pytest.raises(UserError, match="no validation text, so neither the best checkpoint nor a schedule"):
         run(monkeypatch, "--max_steps", 2, "--lr_scheduler_type", "reduce_lr_on_plateau", "--validation_fraction", 0)
