@@ -164,13 +164,14 @@ def live_in_world(creature, arguments: argparse.Namespace) -> None:
             f"life {seed + 1} of {arguments.world}: {clock_line(creature, time.perf_counter() - started)}", flush=True
         )
         count(room, done)
-        if arguments.teacher:
-            live_as_teacher(room, seed, ticks)
-            count(room, by_teacher)
         if notes:
             lives = {"the creature": notes.columns(), "the teacher": record_teacher(room, seed, ticks)}
             write_film(arguments.film, lives)
             print(arguments.film)
+        elif arguments.teacher:
+            live_as_teacher(room, seed, ticks)
+        if arguments.teacher:
+            count(room, by_teacher)
     print("\n".join(success_table(done, by_teacher if arguments.teacher else None)))
 
 

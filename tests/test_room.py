@@ -24,6 +24,7 @@ import mujoco
 from creature.data.recordings.clips import organs_of
 from creature.data.recordings.schema import FACE, RecordingsWriter, load_recordings
 from creature.data.text.tokenizer import load_tokenizer
+from creature.live.in_room import live_as_teacher
 from creature.settings import PROJECT
 from creature.world import grammar, recording, scene, script
 from creature.world import room as rooms
@@ -31,7 +32,7 @@ from creature.world import teacher as teachers
 from creature.world import visit as visits
 from creature.world.body import HINGED, JOINTS, angles_of, quaternions_of
 from creature.world.film import write_film
-from creature.world.recording import record_life, record_lives
+from creature.world.recording import record_life, record_lives, record_teacher
 from creature.world.room import LIFE_TICKS, Room
 from creature.world.scene import SIDE_PLACES, draw_setting
 from creature.world.speech import Voice, speak
@@ -392,6 +393,15 @@ def test_the_teacher_does_what_is_asked_and_one_who_does_nothing_fails(toned):
         while not over(None):
             toned.act(**toned.resting())
         assert not toned.requests[2].succeeded()
+
+
+def test_the_recorded_life_of_the_teacher_is_the_one_that_is_judged(toned):
+    ticks, asked = 400, []
+    for life in (live_as_teacher, record_teacher):
+        life(toned, 3, ticks)
+        assert toned.done
+        asked.append([(request.kind, request.begins, request.outcome) for request in toned.requests])
+    assert asked[0] == asked[1] and any(outcome for *_, outcome in asked[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ def record_teacher(room: Room, seed: int, life_ticks: int = LIFE_TICKS) -> dict:
         commands.append(teacher.act())
         room.act(**commands[-1])
         notes.sense(room, teacher.thoughts, teacher.said)
+    room.act(**teacher.act())  # nobody senses it, but what was asked is judged to the end
     silence = np.zeros(SAMPLES, np.float32)
     voice = [silence if command["voice"] is None else command["voice"] for command in commands]
     return notes.columns() | {
