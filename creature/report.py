@@ -21,8 +21,9 @@ from creature.rounds.start import Trained
 from creature.settings import DRY_RUN_FOLDER, PROJECT, Settings
 from creature.trainer import batch_warmup_steps, schedule_steps
 
-# Epochs up to which repeated text helps (Muennighoff et al. 2023, "Scaling Data-Constrained Language Models").
-REPEATS = 4
+# Epochs up to which repeated text may help: measured on a third of the books, whose fourth pass does harm
+# (docs/results.md, "Text seen more than once").
+REPEATS = 3
 # What a resumed run must agree with; `must_match` adds the rest.
 FIXED_OF_PLAN = ("tokens_per_step", "micro_batch", "accumulation", "world_size", "block_size", "precision")
 FIXED_OF_ARGS = (
