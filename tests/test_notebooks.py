@@ -66,7 +66,7 @@ def executed(tmp_path_factory):
         "CREATURE_RUNS": os.pathsep.join(map(str, runs)),
         "CREATURE_FLAGS": f"--config {folder / 'micro.yaml'} --data {folder / 'corpus.bin'} --max_steps 12",
         "CREATURE_NEW_TOKENS": "20",
-        "CREATURE_ROUND_FLAGS": " ".join(f"--{name} {value}" for name, value in small.items()),
+        "CREATURE_ROUND_FLAGS": " ".join(f"--{name} {value}".replace(", ", ",") for name, value in small.items()),
         "PYTHONPATH": os.pathsep.join([str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH", "")]),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(folder / "hf"),

@@ -93,6 +93,7 @@ def report(options: argparse.Namespace) -> None:
                     say(f"{name}, seed {seed}")
                     splits, _, like = open_rows(data, [(folder, None)], processor, ROWS * options.steps, seed)
                     rows.setdefault(name, []).append(train(model, splits, like, rate, options))
+                    say(f"{name}, seed {seed}: {rows[name][-1]['ticks/s']:,.0f} ticks/s")
     print_table(list(dict.fromkeys(column for seeds in rows.values() for column in seeds[0])), rows)
 
 
