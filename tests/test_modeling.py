@@ -163,6 +163,8 @@ def test_initial_weights():
     assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
     residual = model.model.layers[0].mlp.down_proj.weight.std().item()
     assert residual == pytest.approx(0.02 / math.sqrt(2 * config.num_hidden_layers), rel=0.1)
+    eyes = model.model.senses.vision.layers[0].weight
+    assert eyes.std().item() == pytest.approx(eyes.shape[1] ** -0.5, rel=0.15)  # pictures keep their size
     assert (model.model.norm.weight == 1).all() and (model.streams.audio.norm.weight == 1).all()
     assert model.streams.audio.position.weight.std() < 0.03
     for name, value in model.named_parameters():

@@ -189,11 +189,14 @@ def test_the_teacher_drops_what_it_does_when_others_come_and_its_arm_moves_on(ro
 
 def test_a_body_that_is_thrown_off_its_pose_comes_back(room):
     room.reset(3)
-    teacher, elbows, off = Teacher(room, 3), [HINGED.index(f"{side}_elbow") for side in SIDES], []
+    teacher, elbows, off, head = Teacher(room, 3), [HINGED.index(f"{side}_elbow") for side in SIDES], [], []
     for _ in range(80):
         command = teacher.act()
         room.act(**command)
-        off.append(np.degrees(np.abs(angles_of(command["rotations"])[-1] - room.start)[elbows].max()))
+        angles = np.degrees(angles_of(command["rotations"])[-1] - room.start)
+        off.append(np.abs(angles[elbows]).max())
+        head.append(angles[HINGED.index("head")])
+    assert np.abs(np.diff(head, axis=0)).max() > 4  # in a tick, where it turns by 2 degrees at most of itself
     thrown = np.flatnonzero(np.diff(off) > 0.5)
     assert len(thrown) > 2 and max(off) > 1.5
     for throw in thrown[thrown < len(off) - 12]:

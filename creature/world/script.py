@@ -43,12 +43,12 @@ class Request:
     Something that a visitor said or did, and whether the creature did as it was asked.
 
     kind: of `KINDS`, "greet", "meet", or one that ends in "?" and asks for what was told before. begins, heard, until:
-    seconds at which the sentence (of a change, the dark) begins, is over, and the next event comes. name: who said it;
-    text: what was said, nothing at a change. details: what the frames
-    of `grammar.py` are filled with. things: those on the table, as they are once it is heard. thing: number of the one
-    that it is about, or None. options: the words of which one is the answer; answer: that one, known from `heard` on.
-    chance: how often one succeeds who picks a thing, or a word of the options, at random; None if nothing is asked.
-    samples: how it sounds, until that is among the sounds of the visit.
+    seconds at which the sentence begins, is over, and the next event comes; of a change, the dark. name: who said it.
+    text: what was said; nothing at a change. details: what the frames of `grammar.py` are filled with. things: those on
+    the table, as they are once it is heard. thing: number of the one that it is about, or None. options: the words of
+    which one is the answer; answer: that one, known from `heard` on. chance: how often one succeeds who picks a thing,
+    or a word of the options, at random; None if nothing is asked. samples: how it sounds, until that is among the
+    sounds of the visit.
     """
 
     kind: str
@@ -81,14 +81,14 @@ def write_script(draw: np.random.Generator, setting: Setting, begin: float, end:
     requests, time, told, pushed = [], begin + draw.uniform(0.3, 0.7), [], set()
     for visitor, (kind, seconds) in zip(setting.visitors, GREET_SECONDS.items(), strict=True):
         details = _details(draw, setting, kind) | {"name": visitor[0]}
-        requests.append(_spoken(draw, setting, kind, time, visitor, details, seconds))
+        requests.append(_request(draw, setting, kind, time, visitor, details, seconds))
         time = requests[-1].until
     kinds, weights = list(KINDS), np.array([share for share, _ in KINDS.values()])
     while True:
         kind = str(draw.choice(kinds, p=weights / weights.sum()))
         if told and draw.random() < 0.6:
             kind, details, visitor = told.pop(0)
-            request = _spoken(draw, setting, kind, time, visitor, details, RECALL_SECONDS)
+            request = _request(draw, setting, kind, time, visitor, details, RECALL_SECONDS)
         else:
             visitor = setting.visitors[int(draw.integers(2))]
             if kind == "change":
@@ -98,7 +98,7 @@ def write_script(draw: np.random.Generator, setting: Setting, begin: float, end:
                 kind = "touch"
             pushed |= {details["thing"]} if kind == "push" else set()
             lead = LED_SECONDS if kind == "hand" else 0.0
-            request = _spoken(draw, setting, kind, time + lead, visitor, details, KINDS[kind][1])
+            request = _request(draw, setting, kind, time + lead, visitor, details, KINDS[kind][1])
             if kind in TOLD:
                 asked, key, _ = TOLD[kind]
                 told.append((asked, details | {"answer": details[key]}, visitor))
@@ -125,10 +125,9 @@ def _details(draw: np.random.Generator, setting: Setting, kind: str) -> dict:
     }  # fmt: skip
 
 
-def _spoken(draw, setting: Setting, kind: str, time: float, visitor: tuple, details: dict, seconds: float) -> Request:
-    if kind == "change":
-        text, samples, words = "", np.zeros(0), []
-        heard = time + CHANGE_SECONDS
+def _request(draw, setting: Setting, kind: str, time: float, visitor: tuple, details: dict, seconds: float) -> Request:
+    if kind == "change":  # without a word
+        text, samples, words, heard = "", np.zeros(0), [], time + CHANGE_SECONDS
     else:
         frame = choose(draw, grammar.SAY[setting.split][kind])
         text = frame.format(**details | ({"side": details["which"]} if kind == "hand" else {}))

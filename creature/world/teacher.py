@@ -29,7 +29,7 @@ HEAD = [HINGED.index("neck"), HINGED.index("head")]
 # Every 1 to 3 s arms, neck and head are thrown off their pose, rad, and come back, by two thirds in so many s: a
 # creature that never saw how to come back drifts away on its own commands, and falls silent in a pose that it does not
 # know.
-THROWN = (ARMS["left"], np.radians(2.5)), (ARMS["right"], np.radians(2.5)), (HEAD, np.radians(5))
+THROWN = [*((rows, np.radians(2.5)) for rows in ARMS.values()), (HEAD, np.radians(5))]
 BACK_SECONDS = 0.5
 # Of the 51 blend shapes in ARKit's order (without the tongue).
 BLINK, JAW_OPEN, SMILE, FROWN, BROWS_DOWN = (0, 7), 17, (23, 24), (25, 26), (41, 42)
