@@ -232,8 +232,8 @@ def start_model(config: CreatureConfig, start: str | None, seed: int) -> tuple[M
         if place[:2] == ["model", "senses"] and place[2] in trained:
             raise UserError(
                 f"{folder} has learned {place[2]} with another organ, or in an earlier version ({name} would have the "
-                f"shape {list(sizes[name])}): take recordings of the same organ, leave its size out of the model section, or "
-                "start from another creature"
+                f"shape {list(sizes[name])}): take recordings of the same organ, leave its size out of the model "
+                "section, or start from another creature"
             )
     notes = [f"starts from {folder}" + (f", which has learned {', '.join(sorted(trained))}" if trained else "")]
     parts = sorted({".".join(name.split(".")[: 3 if name.startswith("model") else 2]) for name in fresh})
