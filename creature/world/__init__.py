@@ -12,6 +12,8 @@ NO_OPENGL = (
 )
 if sys.platform == "linux" and not os.environ.get("MUJOCO_GL"):  # read when mujoco is imported
     os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "osmesa"
+# Mesa's threads cost more than they do in pictures this small, and workers have a core each.
+os.environ.setdefault("LP_NUM_THREADS", "0")
 try:
     import mujoco  # noqa: F401
 except ModuleNotFoundError as error:

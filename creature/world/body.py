@@ -128,34 +128,24 @@ def _carried(joint: str) -> int:
 
 def quaternions_of(angles: np.ndarray) -> np.ndarray:
     """Angles [..., 23, 3] of the hinges x, y, z -> rotations of the 24 joints [..., 24, 4], the pelvis upright."""
-    cx, cy, cz = np.moveaxis(np.cos(angles / 2), -1, 0)
-    sx, sy, sz = np.moveaxis(np.sin(angles / 2), -1, 0)
-    found = np.stack(
-        (
-            cx * cy * cz - sx * sy * sz,
-            sx * cy * cz + cx * sy * sz,
-            cx * sy * cz - sx * cy * sz,
-            cx * cy * sz + sx * sy * cz,
-        ),
-        axis=-1,
-    )
-    found = np.where(found[..., :1] < 0, -found, found)
-    upright = np.broadcast_to(np.array([1.0, 0, 0, 0]), (*found.shape[:-2], 1, 4))
-    return np.concatenate((upright, found), axis=-2)
+    (cx, cy, cz), (sx, sy, sz) = np.cos(angles.T / 2), np.sin(angles.T / 2)
+    w = cx * cy * cz - sx * sy * sz
+    x, y, z = sx * cy * cz + cx * sy * sz, cx * sy * cz - sx * cy * sz, cx * cy * sz + sx * sy * cz
+    found = np.zeros((*angles.shape[:-2], len(JOINTS), 4))
+    found[..., 0, 0] = 1
+    found[..., 1:, :] = (np.copysign(1, w) * (w, x, y, z)).T
+    return found
 
 
 def angles_of(rotations: np.ndarray) -> np.ndarray:
     """The inverse: rotations [..., 24, 4] of any length -> angles of the hinges [..., 23, 3]."""
-    rotations = rotations[..., 1:, :]
-    w, x, y, z = np.moveaxis(rotations / np.maximum(np.linalg.norm(rotations, axis=-1, keepdims=True), 1e-9), -1, 0)
-    return np.stack(
-        (
-            np.arctan2(2 * (w * x - y * z), 1 - 2 * (x * x + y * y)),
-            np.arcsin(np.clip(2 * (x * z + w * y), -1, 1)),
-            np.arctan2(2 * (w * z - x * y), 1 - 2 * (y * y + z * z)),
-        ),
-        axis=-1,
+    w, x, y, z = (rotations.T / np.maximum(np.sqrt(np.square(rotations).sum(-1)), 1e-9).T)[:, 1:]
+    turned = (
+        np.arctan2(2 * (w * x - y * z), 1 - 2 * (x * x + y * y)),
+        np.arcsin(np.clip(2 * (x * z + w * y), -1, 1)),
+        np.arctan2(2 * (w * z - x * y), 1 - 2 * (y * y + z * z)),
     )
+    return np.array(turned).T
 
 
 def reach(model: mujoco.MjModel, side: str, point: np.ndarray, angles: np.ndarray) -> np.ndarray:

@@ -40,6 +40,7 @@ from ticks_creature import TICK_SECONDS, tick_of
 
 LIFE_TICKS = 1024  # 81.92 s, if no other number is asked for
 SUBFRAMES, STEPS = 4, 5  # of a tick; of MuJoCo in a sub-frame
+SETTLE_STEPS = 100  # of MuJoCo, until what was put down is at rest
 NUM_BLEND_SHAPES = 51
 # A joint feels its angle with an error that wanders, so that what a load bends it by, 0.1 degrees, is not felt.
 JOINT_ERROR, JOINT_ERROR_SECONDS = np.radians(0.6), 1.0
@@ -47,6 +48,7 @@ FORCE_ERROR, TEMPERATURE_ERROR = 0.05, 0.5  # of the skin: share, C
 WEAKEST, OWN_WARMTH, ROOM_WARMTH = 0.1, 33.0, {"floor": 18.0, "table": 21.0}  # N; C
 OWN_LOUDNESS = 0.4
 STRAIGHT_AHEAD = np.array([0.0, 0.0, 1.0, 1.0])  # gaze to the left, up, ahead; openness
+ALL = mujoco.mjtCatBit.mjCAT_ALL
 LIDS = 0.2  # an eye that is less open sees nothing
 OVER = np.array([0.26, 0.16, 1.25])  # where a led hand passes, of the left one, m
 GAZE_LIMIT = np.radians(35)
@@ -65,7 +67,7 @@ class Room:
     """
 
     def __init__(self, seed: int = 0, split: str = "train", eye: int = 64):
-        self.split, self.eye, self._gl = split, eye, None
+        self.split, self.eye, self._renderer = split, eye, None
         self.reset(seed)
 
     def reset(self, seed: int, ticks: int = LIFE_TICKS) -> None:
@@ -151,11 +153,9 @@ class Room:
         led = self._led()
         self.dark = led is not None or self._changing() or self.tick < self.visit.light
         angles = np.clip(angles_of(command["rotations"]).reshape(SUBFRAMES, -1), *self._limits)
-        positions, rotations, contacts = [], [], {}
+        joints, contacts = [], {}
         for subframe in range(SUBFRAMES):
-            felt_positions, felt_rotations = self._feel_joints()
-            positions.append(felt_positions)
-            rotations.append(felt_rotations)
+            joints.append(self._feel_joints())
             if subframe == SUBFRAMES - 1:
                 images = self._see(command["eyes"])
             self.data.ctrl[:] = angles[subframe]
@@ -163,6 +163,7 @@ class Room:
                 self.data.ctrl[led.rows] = led.pose(self.time + subframe * TICK_SECONDS / SUBFRAMES)
             mujoco.mj_step(self.model, self.data, STEPS)
             self._feel_contacts(contacts, subframe)
+        positions, bent = map(np.array, zip(*joints, strict=True))
         begin = (self.tick - self.visit.begin) * SAMPLES
         audio = self._sounding[begin : begin + SAMPLES].copy()
         if command["voice"] is not None:
@@ -171,8 +172,8 @@ class Room:
         self._senses = {
             "audio": np.clip(audio, -1, 1).astype(np.float32),
             "images": images,
-            "joint_positions": np.array(positions, np.float32),
-            "joint_rotations": np.array(rotations, np.float32),
+            "joint_positions": positions.astype(np.float32),
+            "joint_rotations": quaternions_of(bent).astype(np.float32),
             "touch": self._contacts_of(contacts, led),
             "external_voice": heard,
         }
@@ -220,7 +221,7 @@ class Room:
         return Lead(side, request.begins - LED_SECONDS, rows, [self.data.ctrl[rows].copy(), *poses])
 
     def _feel_joints(self) -> tuple[np.ndarray, np.ndarray]:
-        """(positions [24, 3], rotations [24, 4]) as the joints feel them."""
+        """(positions [24, 3], angles [23, 3]) as the joints feel them."""
         share = np.exp(-TICK_SECONDS / SUBFRAMES / JOINT_ERROR_SECONDS)
         drawn = JOINT_ERROR * self._draw.standard_normal(len(self._error))
         self._error = share * self._error + np.sqrt(1 - share**2) * drawn
@@ -229,7 +230,7 @@ class Room:
         self._scratch.qpos[self._hinges] = angles
         mujoco.mj_kinematics(self.model, self._scratch)
         places = self._scratch.xpos[self._bodies] - self._scratch.xpos[self._bodies[0]]
-        return places, quaternions_of(angles.reshape(-1, 3))
+        return places, angles.reshape(-1, 3)
 
     def _see(self, eyes: np.ndarray) -> np.ndarray:
         """[2, H, W, 3] uint8; the eyes turn to where the command looks, within their limits."""
@@ -239,7 +240,9 @@ class Room:
         mujoco.mj_camlight(self.model, self.data)
         for number, (camera, eye) in enumerate(zip(self._cameras, eyes, strict=True)):
             if eye[3] >= LIDS and not self.dark:
-                self._renderer.update_scene(self.data, camera)
+                self._view.fixedcamid = camera
+                # `Renderer.update_scene` would show the table with which it was opened.
+                mujoco.mjv_updateScene(self.model, self.data, self._shown, None, self._view, ALL, self._renderer.scene)
                 self._renderer.render(out=images[number])
         return images
 
@@ -249,23 +252,21 @@ class Room:
 
         Sounds of things that meet are added to what is heard; how loud they are tells nothing of weight or surface.
         """
-        force, begun = np.zeros(6), set()
-        data, body = self.data, self._body_of
-        for number, (first, second) in enumerate(data.contact.geom):
-            if body[first] < 0 and body[second] < 0 and not (first in self._things or second in self._things):
-                continue
+        force, moment, begun, data = np.zeros(6), np.ones(4), set(), self.data
+        matrices, places = data.xmat.reshape(-1, 3, 3), data.xpos
+        for number, (pair, place) in enumerate(zip(data.contact.geom.tolist(), data.contact.pos, strict=True)):
             mujoco.mj_contactForce(self.model, data, number, force)
             if force[0] < WEAKEST:
                 continue
-            if first in self._things or second in self._things:
-                begun.add((first, second))
-            place = data.contact.pos[number]
-            for own, other in ((first, second), (second, first)):
-                if body[own] >= 0:
-                    part = contacts.setdefault((int(body[own]), int(other)), np.zeros(4))
-                    joint = self._bodies[body[own]]
-                    local = data.xmat[joint].reshape(3, 3).T @ (place - data.xpos[joint])
-                    part += [force[0] / SUBFRAMES, *(force[0] / SUBFRAMES * local)]
+            if not self._things.keys().isdisjoint(pair):
+                begun.add(tuple(pair))
+            share = float(force[0]) / SUBFRAMES
+            for own, other in (pair, pair[::-1]):
+                if own in self._parts:
+                    part, joint = self._parts[own]
+                    mujoco.mju_mulMatTVec(moment[1:], matrices[joint], place - places[joint])
+                    sums = contacts.setdefault((part, other), np.zeros(4))
+                    sums += share * moment
         for pair in sorted(begun - self._loud):
             thing = self._things.get(pair[0], self._things.get(pair[1]))
             self._knock(SHAPES[self.setting.things[thing].kind][3], self.tick + subframe / SUBFRAMES)
@@ -389,17 +390,17 @@ class Room:
         self.setting = setting
         self.model = build(self.setting, self.eye)
         self.data = mujoco.MjData(self.model)
-        self._open_eyes()
+        if self._renderer is None:
+            self._open_eyes()
         self._index()
         self._through = set()
 
     def _settle(self) -> None:
         """The things, and the feet, come to rest."""
         mujoco.mj_forward(self.model, self.data)
-        for _ in range(200):
-            mujoco.mj_step(self.model, self.data)
+        mujoco.mj_step(self.model, self.data, SETTLE_STEPS)
         self._places = {number: self.thing_place(number) for number in range(len(self.setting.things))}
-        self._loud = {tuple(pair) for pair in self.data.contact.geom if self._things.keys() & set(pair)}
+        self._loud = {tuple(pair) for pair in self.data.contact.geom.tolist() if self._things.keys() & set(pair)}
 
     def _set_table(self, setting: Setting) -> None:
         """Put the things of a setting on the table, at rest; the body is as it was, and touches none of them."""
@@ -409,16 +410,15 @@ class Room:
         for name in ("qpos", "qvel", "qacc_warmstart"):
             getattr(self.data, name)[body] = getattr(before, name)[body]
         mujoco.mj_fwdPosition(self.model, self.data)
-        for pair in self.data.contact.geom:
-            if max(self._body_of[pair]) >= 0:
+        for pair in self.data.contact.geom.tolist():
+            if not self._parts.keys().isdisjoint(pair):
                 self._through |= self._things.keys() & set(pair)
         self.model.geom_conaffinity[list(self._through)] = THING_BIT
 
     def _harden(self) -> None:
         """A thing that was put where a part of the body is can be touched once that part has left it."""
         for geom in sorted(self._through):
-            parts = np.flatnonzero(self._body_of >= 0)
-            if all(mujoco.mj_geomDistance(self.model, self.data, geom, part, 0.01, None) > 0 for part in parts):
+            if all(mujoco.mj_geomDistance(self.model, self.data, geom, part, 0.01, None) > 0 for part in self._parts):
                 self.model.geom_conaffinity[geom] = BODY_BIT | THING_BIT
                 self._through.remove(geom)
 
@@ -429,20 +429,20 @@ class Room:
         self._limits = model.actuator_trnid[:, 0]
         self._limits = tuple(model.jnt_range[self._limits].T)
         self._bodies = np.array([model.body(joint).id for joint in JOINTS])
-        joint_of = {int(body): number for number, body in enumerate(self._bodies)}
-        self._body_of = np.array([joint_of.get(int(body), -1) for body in model.geom_bodyid])
+        # The geom of a part of the body: number of its joint, and of its body in MuJoCo.
+        self._parts = {int(model.body_geomadr[body]): (part, int(body)) for part, body in enumerate(self._bodies)}
         self._things = {model.geom(f"thing{number}").id: number for number in range(len(self.setting.things))}
         self._cameras = [model.camera(f"{side}_eye").id for side in SIDES]
         self._scratch, self._leading, self._stared, self._touched = mujoco.MjData(model), None, (None, 0), set()
 
     def _open_eyes(self) -> None:
-        """One OpenGL context for all lives, with the geometry of the present one."""
-        if self._gl is not None:
-            self._renderer.close()
+        """OpenGL for all lives and tables: they differ in no mesh and no texture, which is all that it keeps."""
         try:
-            self._renderer = self._gl = mujoco.Renderer(self.model, self.eye, self.eye)
+            self._renderer = mujoco.Renderer(self.model, self.eye, self.eye)
         except Exception as error:  # mujoco raises whatever its OpenGL library does
             raise UserError(NO_OPENGL.format(reason=first_line(error))) from error
+        self._shown, self._view = mujoco.MjvOption(), mujoco.MjvCamera()
+        self._view.type = mujoco.mjtCamera.mjCAMERA_FIXED
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self._renderer.scene.flags[flag] = 0
 
@@ -466,12 +466,9 @@ class Room:
 
 def gaze_quaternion(gaze: np.ndarray) -> np.ndarray:
     """The rotation of a camera in the head that looks along a gaze (left, up, ahead), within the eyes' limits."""
-    ahead = np.array([max(gaze[2], 1e-3), gaze[0], gaze[1]])
-    side = ahead[1:] / ahead[0]
-    ahead = np.array([1.0, *(side * min(1.0, np.tan(GAZE_LIMIT) / max(np.linalg.norm(side), 1e-9)))])
-    ahead /= np.linalg.norm(ahead)
-    right = np.cross(ahead, [0, 0, 1.0])
-    right /= np.linalg.norm(right)
-    rotation = np.zeros(4)
-    mujoco.mju_mat2Quat(rotation, np.stack((right, np.cross(right, ahead), -ahead), axis=1).reshape(-1))
+    left, up = gaze[:2] / max(gaze[2], 1e-3)
+    left, up = np.array((left, up)) * min(1.0, np.tan(GAZE_LIMIT) / max(np.hypot(left, up), 1e-9))
+    yaw, pitch = np.arctan(left), np.arctan2(up, np.hypot(1, left))
+    rotation = np.zeros(4)  # a camera that is not turned looks down, its head to the left
+    mujoco.mju_euler2Quat(rotation, [yaw - np.pi / 2, 0, pitch + np.pi / 2], "zyx")
     return rotation
