@@ -67,15 +67,15 @@ def facts_of(row: dict) -> list[tuple[str, str, float]]:
         if words[:2] == ["I", "see"]:
             found += _seen(sentence[2:], list(SIDE_PLACES))
             continue
-        if len(words) > 1 and words[1] in ("wants", "asks"):
-            found.append(("speaker", str(names.index(words[0])), times[0]))
-        if words[1:2] == ["wants"]:
-            found.append(("request", words[3], times[3]))
-            seen = words[3 + 1 + words[4:].index("the") + 1]
-            found.append(("color" if seen in COLORS else "shape", seen, times[words.index(seen)]))
-            found.append(("side", words[-1], times[-1]))
-        elif words[1:4] == ["asks", "for", "the"] and words[-2] == "is":
-            found.append(("side" if words[-1] in SIDE_PLACES else "color", words[-1], times[-1]))
+        if words[1:2] in (["saw"], ["says"]) or words[:4] == ["I", "hear", "that", "this"]:
+            place = -1 if words[0] == "I" else 0
+            found.append(("speaker", str(names.index(words[place])), times[place]))
+        elif words[0] in ("touch", "push", "look", "find", "the"):  # "touch the red can left", "the can is green"
+            named = words.index("the") + 1
+            found.append(("request", words[named], times[named]))
+            if words[named] in COLORS:
+                found.append(("shape", words[named + 1], times[named + 1]))
+            found.append(("color" if words[-1] in COLORS else "side", words[-1], times[-1]))
         elif words[:2] == ["it", "feels"]:
             for word, time in sentence[2:]:
                 for fact, options in (("heat", TEMPERATURES), ("surface", FEELS), ("weight", WEIGHTS)):

@@ -27,7 +27,8 @@ from creature.rounds.metrics import stream_metrics
 from processing_creature import CreatureProcessor
 
 TICKS = 120
-THOUGHTS = {10: "that is Agnieszka", 20: "that is Ben", 40: "Ben wants the red one the cup left", 70: "it feels hot"}
+THOUGHTS = {10: "that is Agnieszka", 20: "that is Ben", 46: "touch the red cup left", 60: "Ben saw the fox",
+            70: "it feels hot"}  # fmt: skip
 SAID = {30: "hello Agnieszka", 90: "it is hot"}
 SIZES = GPT2 | {"num_mel_bins": 0, "num_cameras": 0, "num_joints": 0, "num_blend_shapes": 0, "body_state_size": 0,
                 "action_size": 0, "num_audio_codebooks": 0, "max_position_embeddings": 128}  # fmt: skip
@@ -92,7 +93,7 @@ def test_the_nats_of_all_words_are_those_of_the_evaluation(found, model):
             one = figures[name]
             nats = one["without"][taken] if taken else one["nats"]
             assert nats * one["words"] / one["tokens"] == pytest.approx(metrics[f"{stream}_words_loss"], rel=1e-5)
-    assert figures["thought"]["words"] == 3 * 17 and figures["thought"]["tokens"] > 3 * 17
+    assert figures["thought"]["words"] == 3 * 18 and figures["thought"]["tokens"] > 3 * 18
     assert abs(figures["thought"]["without"]["skin"] - figures["thought"]["nats"]) > 1e-4
     assert figures["thought"]["without"].keys() == {"external_voice", "ears", "skin"}  # what the creature has
 
@@ -105,7 +106,7 @@ def test_a_fact_is_the_word_at_its_tick(found, model):
         with torch.no_grad():
             logits = model(**{name: batch[name] for name in batch if "target" not in name and name != "labels"}).logits
         losses = -logits[0, :-1].log_softmax(-1).gather(1, batch["labels"][0, 1:, None])[:, 0]
-        for fact, tick in (("speaker", 40), ("shape", 52), ("side", 54), ("heat", 74)):
+        for fact, tick in (("speaker", 60), ("shape", 52), ("side", 54), ("heat", 74)):
             nats[fact].append(losses[tick - 1].item())
     for fact in ("speaker", "shape", "side", "heat"):
         assert figures[fact]["words"] == 3 and figures[fact]["nats"] == pytest.approx(np.mean(nats[fact]), rel=1e-4)
@@ -133,10 +134,23 @@ def test_seen_facts_are_those_that_the_words_before_do_not_tell():
 
 
 def test_the_speaker_is_one_of_those_who_are_there_and_a_cut_thought_tells_nothing():
-    thoughts = {0: "that is Anna", 20: "that is Ben", 40: "Ben asks how many I see two", 80: "that is Ben",
-                100: "that is Clara", 120: "Ben asks how many", 140: "Clara wants the red one the"}  # fmt: skip
-    facts = {"internal_text": text(thoughts), "duration": 151 * 0.08}
+    thoughts = {0: "that is Anna", 20: "that is Ben", 40: "Ben saw the fox at the river", 80: "that is Ben",
+                100: "that is Clara", 120: "I hear that this is Ben", 140: "Clara says the aunt made"}  # fmt: skip
+    facts = {"internal_text": text(thoughts), "duration": 149 * 0.08}
     assert [(fact, answer) for fact, answer, _ in facts_of(facts)] == [("speaker", "1"), ("speaker", "0")]
+
+
+def test_what_is_asked_for_and_what_the_eyes_add():
+    for words, expected in (
+        ("touch the red cup left", "request red shape cup side left"),
+        ("look at the cup middle", "request cup side middle"),
+        ("find the red cup right", "request red shape cup side right"),
+        ("the cup is green", "request cup color green"),
+        ("I feel my left hand high", "hand high"),
+        ("it feels hot and rough", "heat hot surface rough"),
+    ):
+        found = facts_of({"internal_text": text({10: words}), "duration": 10.0})
+        assert " ".join(f"{fact} {word}" for fact, word, _ in found) == expected
 
 
 def test_chance_is_the_entropy_of_the_answers(found):
@@ -148,7 +162,7 @@ def test_shorter_clips_lose_only_the_words_that_nothing_predicts(folder, model, 
     clips, rows = clips_of(folder, processor, TICKS - 54, tmp_path)  # the side is at the first tick of the second
     assert len(clips) == 6
     figures = witnesses.measure(rows, witnesses.nats_of_lives(model, clips), processor)
-    assert figures["thought"]["words"] == 3 * 16 and "side" not in figures and figures["heat"]["words"] == 3
+    assert figures["thought"]["words"] == 3 * 17 and "side" not in figures and figures["heat"]["words"] == 3
 
 
 def test_a_word_away_from_its_tick_is_an_error(found, folder, model, processor):

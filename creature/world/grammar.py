@@ -7,14 +7,14 @@ is named by its shape ("cup") or by its color ("red one"); what it is not named 
 import numpy as np
 
 ANIMALS = """cat dog horse cow pig sheep goat duck goose chicken fox wolf bear deer rabbit mouse rat frog snake
-    turtle spider beetle bee fish shark whale seal owl eagle crow swan sparrow pigeon parrot monkey lion tiger
-    elephant camel zebra donkey squirrel hamster otter bat""".split()
+    turtle spider beetle bee fish shark whale seal owl eagle crow hawk dove pigeon puppy monkey lion tiger
+    elephant camel lamb donkey squirrel kitten bull bat""".split()
 PLACES = """garden forest river lake kitchen cellar attic street park field barn station harbor church school market
     castle bridge tower tunnel desert valley mountain beach island village city bakery library museum theater
-    hospital office factory hotel airport swamp meadow orchard yard""".split()
-FOODS = """bread soup rice pasta cheese cake pie salad beans potatoes carrots onions tomatoes apples pears plums
-    cherries bananas lemons grapes mushrooms eggs butter honey jam pancakes noodles sausages peas corn cabbage
-    pumpkin spinach chocolate pudding yogurt nuts porridge""".split()
+    hospital office factory hotel airport swamp pond temple yard""".split()
+FOODS = """bread soup rice pasta cheese cake pie salad beans potatoes carrots onions tomatoes apples pizza bacon
+    stew bananas steak grapes mushrooms eggs butter honey jam pancakes noodles cookies peas corn cabbage
+    pumpkin spinach chocolate pudding yogurt nuts toast""".split()
 ITEMS = """lamp chair clock mirror carpet bucket hammer ladder rope candle umbrella basket bicycle piano guitar
     violin drum trumpet needle button spoon fork knife camera telephone radio map book pencil letter newspaper coat
     hat scarf shirt shoe ring watch blanket pillow bag suitcase""".split()
@@ -39,23 +39,37 @@ SAY = {
             "I am {name} with the {animal}.",
         ),
         "touch": ("Touch the {what}, please.", "Could you touch the {what}?", "Put your hand on the {what}.",
-                  "I want you to touch the {what} now."),
+                  "I want you to touch the {what} now.", "And now touch the {what}.",
+                  "Please put a hand on the {what}.", "I want your hand on the {what} now."),
         "push": ("Push the {what}, please.", "Could you push the {what} away?", "Move the {what} a little.",
-                 "I want you to push the {what} now."),
-        "look": ("Look at the {what}, please.", "Could you look at the {what}?", "I want you to see the {what} now."),
-        "color": ("What color is the {what}?", "Tell me the color of the {what}.", "Which color has the {what} now?"),
-        "where": ("Where is the {what}?", "Tell me where you see the {what}.", "On which side is the {what} now?"),
-        "count": ("How many things are on the table?", "Tell me how many things you see."),
+                 "I want you to push the {what} now.", "And now push the {what} a little.", "Please move the {what}.",
+                 "I want you to move the {what} away."),
+        "look": ("Look at the {what}, please.", "Could you look at the {what}?", "I want you to see the {what} now.",
+                 "See the {what}, please.", "And now look at the {what}."),
+        "color": ("What color is the {what}?", "Tell me the color of the {what}.", "Which color has the {what} now?",
+                  "And the {what}, what color has it?", "Tell me which color the {what} has."),
+        "where": ("Where is the {what}?", "Tell me where you see the {what}.", "On which side is the {what} now?",
+                  "And on which side is the {what}?", "Tell me where the {what} is.",
+                  "And the {what}, which side is it on?"),
+        "count": ("How many things are on the table?", "Tell me how many things you see.",
+                  "And how many things are there on the table?"),
         "hand": ("Where is your {side} hand?", "Tell me where your {side} hand is.",
-                 "And your {side} hand, where is it?"),
-        "who": ("What is my name?", "Tell me who I am.", "Who is speaking now?"),
-        "felt": ("What was {quality}?", "Tell me what was {quality}.", "Which thing was {quality} before?"),
-        "saw": ("On {day} I saw a {animal} near the {place}.", "Last {season} there was a {animal} at the {place}."),
-        "cook": ("My {relative} made {food} on {day}.", "Last {season} my {relative} could only make {food}."),
-        "buy": ("On {day} my {relative} found a {item}.", "Last {season} I gave my {relative} a {item}."),
-        "saw?": ("Where was the {animal}?", "Tell me where the {animal} was."),
-        "cook?": ("What did my {relative} make?", "Tell me what my {relative} made."),
-        "buy?": ("What is it that my {relative} has now?", "Tell me which thing my {relative} has."),
+                 "And your {side} hand, where is it?", "Where is it now, your {side} hand?"),
+        "who": ("What is my name?", "Tell me who I am.", "Who is speaking now?", "And what is my name?",
+                "Tell me what my name is."),
+        "felt": ("What was {quality}?", "Tell me what was {quality}.", "Which thing was {quality} before?",
+                 "And what was {quality} before?", "Tell me, what was {quality}?"),
+        "saw": ("On {day} I saw a {animal} near the {place}.", "Last {season} there was a {animal} at the {place}.",
+                "Near the {place} I saw a {animal} on {day}."),
+        "cook": ("My {relative} made {food} on {day}.", "Last {season} my {relative} could only make {food}.",
+                 "I like the {food} that my {relative} made."),
+        "buy": ("On {day} my {relative} found a {item}.", "Last {season} I gave my {relative} a {item}.",
+                "Now my {relative} has a {item}."),
+        "saw?": ("Where was the {animal}?", "Tell me where the {animal} was.", "And where was the {animal}?"),
+        "cook?": ("What did my {relative} make?", "Tell me what my {relative} made.",
+                  "And what did my {relative} make?"),
+        "buy?": ("What is it that my {relative} has now?", "Tell me which thing my {relative} has.",
+                 "And what has my {relative} now?"),
     },
     "validation": {
         "greet": (
@@ -82,28 +96,31 @@ SAY = {
 }  # fmt: skip
 for _frames in SAY.values():
     _frames["meet"] = _frames["greet"]  # what the second visitor says
-# What the creature thinks: first who spoke, then what was asked, and last what another sense adds.
+# What the creature thinks, a word a tick: first what was asked, then what another sense adds. Every word is one of
+# GPT-2's tokens, and what was thought or heard before follows in the same order ("the red can left", then "touch the
+# red can left"), so that it is found again by the word before it.
 THINK = {
     "greet": "that is {name}",
     "meet": "that is {name} I see {table}",
-    "touch": "{name} wants the {what} the {other} {side}",
-    "push": "{name} wants the {what} the {other} {side}",
-    "look": "{name} wants the {what} the {other} {side}",
-    "color": "{name} asks for the {what} it is {answer}",
-    "where": "{name} asks for the {what} it is {answer}",
-    "count": "{name} asks how many I see {answer}",
-    "hand": "{name} asks for my {which} hand I feel it {answer}",
+    "touch": "touch {seen}",
+    "push": "push {seen}",
+    "look": "look at {seen}",
+    "color": "the {what} is {answer}",
+    "where": "find {seen}",
+    "count": "I count {answer}",
+    "hand": "I feel my {which} hand {answer}",
     "who": "I hear that this is {answer}",
     "change": "I see {table}",
-    "felt": "{name} asks what was {quality} I remember {answer}",
-    "saw": "{name} saw a {animal}",
-    "cook": "the {relative} of {name} made {food}",
-    "buy": "the {relative} of {name} has a {item}",
-    "saw?": "{name} asks for the {animal} I remember the {answer}",
-    "cook?": "{name} asks what was made I remember the {answer}",
-    "buy?": "{name} asks for the thing I remember the {answer}",
+    "felt": "I remember what was {quality} {answer}",
+    "saw": "{name} saw the {animal} at the {place}",
+    "cook": "{name} says the {relative} made {food}",
+    "buy": "{name} says the {relative} has a {item}",
+    "saw?": "I remember the {animal} at the {answer}",
+    "cook?": "I remember the {relative} made {answer}",
+    "buy?": "I remember the {relative} has a {answer}",
 }
-SEEN = "the {color} {kind} {side}"  # of a thing on the table
+SEEN = "the {color} {kind} {side}"  # of a thing on the table, or of one that was named by its color
+NAMED = "the {kind} {side}"  # of one that was named by its shape
 FEEL = {"touch": "it feels {heat} and {feel}", "push": "it feels {weight}"}
 # What it says, one frame each: which of several it would take, nothing that it senses could tell.
 ANSWER = {
@@ -140,7 +157,7 @@ def vocabulary() -> set[str]:
     """Every word that can be heard, thought or said, lower case."""
     from creature.world.scene import COLORS, FEELS, NAMES, SHAPES, SIDE_PLACES, TEMPERATURES, WEIGHTS
 
-    frames = [*THINK.values(), SEEN, *FEEL.values(), *ANSWER.values()]
+    frames = [*THINK.values(), SEEN, NAMED, *FEEL.values(), *ANSWER.values()]
     words = {word.strip(".,?!").lower() for frame in frames for word in frame.split() if "{" not in word}
     drawn = (ANIMALS, PLACES, FOODS, ITEMS, RELATIVES, DAYS, SEASONS, COUNTS, HANDS, COLORS, FEELS, NAMES, SHAPES)
     words |= {word.lower() for words in (*drawn, SIDE_PLACES, TEMPERATURES, WEIGHTS) for word in words}

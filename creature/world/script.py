@@ -15,23 +15,23 @@ from creature.world.speech import speak
 
 # Kind of event: how often it comes, seconds from the end of what is said to the next event.
 KINDS = {
-    "touch": (4.0, 5.8),
-    "push": (3.0, 6.2),
-    "look": (2.0, 3.2),
-    "color": (1.5, 3.2),
-    "where": (1.5, 3.2),
-    "count": (0.5, 3.2),
-    "hand": (1.5, 3.8),
-    "who": (0.8, 2.8),
-    "change": (25.0, 2.8),
-    "felt": (1.5, 3.4),
-    "saw": (0.6, 2.0),
-    "cook": (0.6, 2.0),
-    "buy": (0.6, 2.0),
+    "touch": (8.0, 4.5),
+    "push": (5.0, 5.0),
+    "look": (2.0, 2.4),
+    "color": (1.5, 2.1),
+    "where": (2.0, 2.2),
+    "count": (0.5, 2.0),
+    "hand": (1.2, 2.7),
+    "who": (0.6, 2.3),
+    "change": (36.0, 1.6),
+    "felt": (1.2, 2.6),
+    "saw": (0.4, 1.4),
+    "cook": (0.4, 1.4),
+    "buy": (0.4, 1.4),
 }
 TOLD = {"saw": ("saw?", "place", grammar.PLACES), "cook": ("cook?", "food", grammar.FOODS),
         "buy": ("buy?", "item", grammar.ITEMS)}  # fmt: skip
-GREET_SECONDS, RECALL_SECONDS = {"greet": 1.9, "meet": 4.4}, 3.4
+GREET_SECONDS, RECALL_SECONDS = {"greet": 1.5, "meet": 3.0}, 2.5
 CHANGE_SECONDS = 0.32  # of dark, in which nobody speaks
 LED_SECONDS = 1.4  # from the light going out until the hand is where it will be asked for
 QUALITIES = ("hot", "cold", "rough", "soft", "heavy")
@@ -112,7 +112,6 @@ def _details(draw: np.random.Generator, setting: Setting, kind: str) -> dict:
     """What a sentence of this kind is about."""
     number = int(draw.integers(len(setting.things)))
     thing, by_color = setting.things[number], draw.random() < 0.5 and kind != "color"
-    names = (f"{thing.color} one", thing.kind) if by_color else (thing.kind, f"{thing.color} one")
     words = {name: choose(draw, words) for name, words in (
         ("animal", grammar.ANIMALS), ("place", grammar.PLACES), ("food", grammar.FOODS), ("item", grammar.ITEMS),
         ("relative", grammar.RELATIVES), ("day", grammar.DAYS), ("season", grammar.SEASONS), ("quality", QUALITIES),
@@ -120,7 +119,8 @@ def _details(draw: np.random.Generator, setting: Setting, kind: str) -> dict:
     )}  # fmt: skip
     table = sorted(setting.things, key=lambda one: -one.place[1])  # from the left to the right
     return words | {
-        "thing": number, "what": names[0], "other": names[1], "side": thing.side,
+        "thing": number, "what": f"{thing.color} one" if by_color else thing.kind,
+        "seen": (grammar.SEEN if by_color else grammar.NAMED).format(**vars(thing)),
         "table": " ".join(grammar.SEEN.format(**vars(one)) for one in table),
     }  # fmt: skip
 

@@ -18,7 +18,6 @@ from creature.world.speech import speak
 from creature.world.visit import SAMPLES, smooth
 from ticks_creature import TICK_SECONDS
 
-WORD_TICKS = 2  # between two thought words: a word is one or two tokens, and a token takes a tick
 PAUSE = 3  # ticks between hearing and thinking, and between the side and the first movement
 HAND_PAUSE = 0.45  # s that a hand rests on a thing before the creature says how it is
 RESTING_GAZE = (0.0, -0.28, 1.0)  # left, up, ahead; the head looks down as well
@@ -26,10 +25,10 @@ RESTING_PITCH = {"neck": 0.38, "head": 0.30}  # rad
 HEAD_WANDER, GAZE_WANDER = 0.07, 0.06  # rad, how far head and eyes wander
 ARMS = {side: [HINGED.index(f"{side}_{kind}") for kind in ARM] for side in SIDES}
 HEAD = [HINGED.index("neck"), HINGED.index("head")]
-# Every 1 to 3 s arms, neck and head are thrown off their pose, rad, and come back, by two thirds in so many s: a
-# creature that never saw how to come back drifts away on its own commands, and falls silent in a pose that it does not
-# know.
-THROWN = [*((rows, np.radians(2.5)) for rows in ARMS.values()), (HEAD, np.radians(5))]
+# Every 1 to 3 s arms, neck and head are thrown off their pose, rad, mostly by little and sometimes by much, and come
+# back, by two thirds in so many s: a creature that never saw how to come back drifts away on its own commands, falls
+# silent in a pose that it does not know, and reaches beside what it reaches for.
+THROWN = [*((rows, np.radians(3)) for rows in ARMS.values()), (HEAD, np.radians(5))]
 BACK_SECONDS = 0.5
 # Of the 51 blend shapes in ARKit's order (without the tongue).
 BLINK, JAW_OPEN, SMILE, FROWN, BROWS_DOWN = (0, 7), 17, (23, 24), (25, 26), (41, 42)
@@ -55,9 +54,10 @@ class Teacher:
         self.face, self.mood = np.zeros(NUM_BLEND_SHAPES), np.zeros(NUM_BLEND_SHAPES)
         self.gaze, self.target = np.array(RESTING_GAZE), None
         self.waiting, self.voice, self.words = deque(), np.zeros(0, np.float32), []
-        self.thoughts, self.said, self.next_thought = [], [], 0
+        self.thoughts, self.said = [], []
         self.blink = self._in(1, 4)
         self.visit, self.answered, self.task, self.glance = room.visit, 0, None, 0
+        self.aiming = False  # whether a hand is on the last part of its way to a thing
         for row, pitch in RESTING_PITCH.items():
             self.angles[HINGED.index(row), 1] = pitch
 
@@ -72,9 +72,8 @@ class Teacher:
         rotations = quaternions_of(np.stack(poses))
         voice = self._voice()
         self.thoughts = []
-        if self.waiting and self.tick >= self.next_thought:
+        if self.waiting:
             self.thoughts = [{"word": self.waiting.popleft(), "start": self.tick * TICK_SECONDS}]
-            self.next_thought = self.tick + WORD_TICKS
         end = (self.tick + 1) * TICK_SECONDS
         self.said = [{"word": word, "start": start} for word, start in self.words if start < end]
         self.words = self.words[len(self.said) :]
@@ -92,7 +91,7 @@ class Teacher:
             self._leave_off()
         requests = self.room.requests
         if self.answered < len(requests) and requests[self.answered].heard <= self.tick * TICK_SECONDS:
-            self.task = self._tasks(requests[self.answered])
+            self.task, self.aiming = self._tasks(requests[self.answered]), False
             self.answered += 1
         if self.task is not None and next(self.task, "over") == "over":
             self.task = self.target = None
@@ -102,7 +101,7 @@ class Teacher:
         if self.task is not None:
             for side in SIDES:
                 self._rest(side, 0.4)
-        self.visit, self.task, self.target = self.room.visit, None, None
+        self.visit, self.task, self.target, self.aiming = self.room.visit, None, None, False
         self.waiting.clear()
         self.mood = np.zeros(NUM_BLEND_SHAPES)
 
@@ -133,6 +132,7 @@ class Teacher:
         top, top_of_thing = room.setting.table_height, place[2] + height
         lifted = np.array([0.26, 0.24 * SIDES[side], top + 0.26])  # above whatever may stand in the way
         yield from self._move(side, lifted, 0.4)
+        self.aiming = True
         if request.kind == "touch":
             back = -0.045 * (thing.kind != "plate")  # fingers reach beyond the point that is brought there
             over = place + [back, 0, height + 0.14]
@@ -159,7 +159,7 @@ class Teacher:
             self._say(ANSWER[request.kind].format(**felt))
         now = room.data.site(f"{side}_hand").xpos.copy()
         yield from self._move(side, now + [-0.05, 0, top_of_thing - now[2] + 0.14], 0.35)
-        self.target = None
+        self.target, self.aiming = None, False
         yield from self._move(side, lifted, 0.35)
         self._rest(side, 0.7)
         yield from self._wait(int(round(0.7 / TICK_SECONDS)))
@@ -172,7 +172,7 @@ class Teacher:
     def _think(self, text: str) -> Iterator[None]:
         """Think a text word by word, and wait until its last word has been thought."""
         self.waiting.extend(text.split())
-        while self.waiting or self.tick < self.next_thought:
+        while self.waiting:
             yield
 
     def _say(self, text: str) -> None:
@@ -215,10 +215,10 @@ class Teacher:
     def _come_back(self) -> np.ndarray:
         """The angles [23, 3] by which it is off its pose at the end of the tick."""
         self.off = self.off * np.exp(-TICK_SECONDS / BACK_SECONDS)
-        if self.tick >= self.throw and self.target is None:  # it would miss what it reaches for
-            self.throw = self._in(1, 3)
+        if self.tick >= self.throw and not self.aiming:  # it would miss what it reaches for
+            self.throw, far = self._in(1, 3), min(2.0, self.draw.exponential())
             for rows, angle in THROWN:
-                self.off[rows] += angle * self.draw.standard_normal((len(rows), 3))
+                self.off[rows] += far * angle * self.draw.standard_normal((len(rows), 3))
         return self.off
 
     def _look_at(self, thing: int) -> None:
