@@ -39,7 +39,7 @@ from creature.world.visit import SAMPLES, TAIL, Lead, Visit
 from ticks_creature import TICK_SECONDS, tick_of
 
 LIFE_TICKS = 1024  # 81.92 s, if no other number is asked for
-SUBFRAMES, STEPS = 4, 5  # of a tick; of MuJoCo in a sub-frame
+SUBFRAMES, STEPS = 4, 4  # of a tick; of MuJoCo in a sub-frame
 SETTLE_STEPS = 100  # of MuJoCo, until what was put down is at rest
 NUM_BLEND_SHAPES = 51
 # A joint feels its angle with an error that wanders, so that what a load bends it by, 0.1 degrees, is not felt.

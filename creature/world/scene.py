@@ -176,7 +176,7 @@ def build(setting: Setting, eye: int) -> mujoco.MjModel:
     return mujoco.MjModel.from_xml_string(f"""
         <mujoco>
           <compiler angle="radian"/>
-          <option timestep="0.004" integrator="implicitfast" cone="pyramidal" iterations="20"/>
+          <option timestep="0.005" integrator="implicitfast" cone="pyramidal" iterations="20"/>
           <visual>
             <global offwidth="{max(eye, 64)}" offheight="{max(eye, 64)}"/>
             <quality offsamples="0" shadowsize="0" numslices="14" numstacks="8" numquads="1"/>
