@@ -190,12 +190,17 @@ def test_the_teacher_drops_what_it_does_when_others_come_and_its_arm_moves_on(ro
 def test_a_body_that_is_thrown_off_its_pose_comes_back(room):
     room.reset(3)
     teacher, elbows, off, head = Teacher(room, 3), [HINGED.index(f"{side}_elbow") for side in SIDES], [], []
+    lids = []
     for _ in range(160):
         command = teacher.act()
         room.act(**command)
         angles = np.degrees(angles_of(command["rotations"])[-1] - room.start)
         off.append(np.abs(angles[elbows]).max())
         head.append(angles[HINGED.index("head")])
+        lids.append(command["eyes"][0, 3])
+    lids = np.array(lids)
+    fallen = (lids[:-1] > 0) & (lids[:-1] < 0.97) & (lids[1:] > 0)  # and no blink
+    assert fallen.sum() > 10 and np.mean(np.diff(lids)[fallen] > 0) > 0.7 and lids[-1] > 0.6
     assert np.abs(np.diff(head, axis=0)).max() > 4  # in a tick, where it turns by 2 degrees at most of itself
     thrown = np.flatnonzero(np.diff(off) > 0.5)
     assert len(thrown) > 2 and max(off) > 1.5

@@ -447,7 +447,7 @@ class Room:
             self._renderer.scene.flags[flag] = 0
 
     def _starting_pose(self) -> np.ndarray:
-        """Angles [23, 3] of one who stands at the table, the hands somewhere, and looks down at it, about."""
+        """Angles [23, 3] of one who stands at the table, the hands on the edge of it, and looks down at it, about."""
         angles = np.zeros((len(HINGED), 3))
         for side in SIDES:
             angles = reach(self.model, side, self._resting_place(side), angles)
@@ -457,11 +457,8 @@ class Room:
         return angles
 
     def _resting_place(self, side: str) -> np.ndarray:
-        """Where a hand may rest: on the table beside the things, at the belly, before the chest."""
-        draw, top = self._draw, self.setting.table_height
-        places = ((0.32, 0.43, top + 0.02), (0.36, 0.45, top + 0.02), (0.23, 0.10, 1.16), (0.27, 0.12, 1.27))
-        place = np.array(places[int(draw.integers(len(places)))]) + draw.uniform(-0.015, 0.015, 3) * [1, 1, 0.3]
-        return place * [1, SIDES[side], 1]
+        """Where a hand rests: on the table beside the things, in every life, so that it is known where it belongs."""
+        return np.array([0.27, 0.42 * SIDES[side], self.setting.table_height + 0.02])
 
 
 def gaze_quaternion(gaze: np.ndarray) -> np.ndarray:

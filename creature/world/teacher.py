@@ -25,10 +25,11 @@ RESTING_PITCH = {"neck": 0.38, "head": 0.30}  # rad
 HEAD_WANDER, GAZE_WANDER = 0.07, 0.06  # rad, how far head and eyes wander
 ARMS = {side: [HINGED.index(f"{side}_{kind}") for kind in ARM] for side in SIDES}
 HEAD = [HINGED.index("neck"), HINGED.index("head")]
-# Every 1 to 3 s arms, neck and head are thrown off their pose, rad, mostly by little and sometimes by much, and come
-# back, by two thirds in so many s: a creature that never saw how to come back drifts away on its own commands, falls
-# silent in a pose that it does not know, and reaches beside what it reaches for.
+# Every 1 to 3 s arms, neck and head are thrown off their pose, rad, and lids fall, mostly by little and sometimes by
+# much, and come back, by two thirds in so many s: a creature that never saw how to come back drifts away on its own
+# commands, falls silent in a pose that it does not know, reaches beside what it reaches for, and shuts its eyes.
 THROWN = [*((rows, np.radians(3)) for rows in ARMS.values()), (HEAD, np.radians(5))]
+LIDS_FALL = 0.3  # share of an open eye
 BACK_SECONDS = 0.5
 # Of the 51 blend shapes in ARKit's order (without the tongue).
 BLINK, JAW_OPEN, SMILE, FROWN, BROWS_DOWN = (0, 7), 17, (23, 24), (25, 26), (41, 42)
@@ -50,6 +51,7 @@ class Teacher:
         self.room, self.draw = room, np.random.default_rng([seed, 7])
         self.angles = room.start.copy()
         self.off, self.throw = np.zeros_like(self.angles), self._in(1, 3)  # angles by which it is off its pose
+        self.shut = 0.0  # how far the lids have fallen
         self.moves = {}  # group of joints: (rows, angles before, angles after, begin, seconds)
         self.face, self.mood = np.zeros(NUM_BLEND_SHAPES), np.zeros(NUM_BLEND_SHAPES)
         self.gaze, self.target = np.array(RESTING_GAZE), None
@@ -214,11 +216,13 @@ class Teacher:
 
     def _come_back(self) -> np.ndarray:
         """The angles [23, 3] by which it is off its pose at the end of the tick."""
-        self.off = self.off * np.exp(-TICK_SECONDS / BACK_SECONDS)
+        share = np.exp(-TICK_SECONDS / BACK_SECONDS)
+        self.off, self.shut = share * self.off, share * self.shut
         if self.tick >= self.throw and not self.aiming:  # it would miss what it reaches for
             self.throw, far = self._in(1, 3), min(2.0, self.draw.exponential())
             for rows, angle in THROWN:
                 self.off[rows] += far * angle * self.draw.standard_normal((len(rows), 3))
+            self.shut = min(1.0, self.shut + far * LIDS_FALL * abs(self.draw.standard_normal()))
         return self.off
 
     def _look_at(self, thing: int) -> None:
@@ -258,7 +262,7 @@ class Teacher:
         loudness = 0.0 if voice is None else min(1.0, 6 * float(np.sqrt(np.mean(np.square(voice)))))
         self.face += 0.25 * (self.mood - self.face)
         self.face[JAW_OPEN] = loudness
-        self.face[list(BLINK)] = 0.0
+        self.face[list(BLINK)] = self.shut
         if self.tick >= self.blink:
             self.blink = self._in(2, 6)
             self.face[list(BLINK)] = 1.0
