@@ -127,20 +127,19 @@ def open_recordings(folder: str):
 
 def evaluate(model, clips, device: str, habits) -> dict[str, float]:
     """`evaluate_clips` in a plain loop."""
-    import numpy as np
+    import torch
+    from accelerate.utils import send_to_device
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
-    from creature.data import collate_clips
-    from creature.rounds.evaluation import clip_sums, evaluate_clips
+    from creature.data.recordings.rows import ClipPairs
+    from creature.rounds.evaluation import collate_pairs, evaluate_clips, variant_sums, variants_of
 
-    def sums_of(given, name: str) -> np.ndarray:
-        batches = DataLoader(given, batch_size=16 if device == "cuda" else 2, collate_fn=collate_clips)
-        bar = tqdm(batches, desc=name or "all senses", unit="batch", file=sys.stderr, disable=None, leave=False)
-        sums = [clip_sums(model, {key: value.to(device) for key, value in batch.items()}) for batch in bar]
-        return np.concatenate([part.cpu().numpy() for part in sums])
-
-    return evaluate_clips(model.config, clips, sums_of, habits)
+    variants = variants_of(clips)
+    batches = DataLoader(ClipPairs(clips), batch_size=16 if device == "cuda" else 2, collate_fn=collate_pairs)
+    bar = tqdm(batches, unit="batch", file=sys.stderr, disable=None, leave=False)
+    sums = torch.cat([variant_sums(model, send_to_device(batch, device), variants).cpu() for batch in bar])
+    return evaluate_clips(model.config, clips, sums.numpy(), habits)
 
 
 def print_commands(part: str, figures: dict) -> None:

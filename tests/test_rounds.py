@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -264,6 +266,23 @@ def test_the_script_evaluates_as_the_run_did(place, monkeypatch, run_script):
     found = json.loads((place / "a.json").read_text())
     assert found["clip_ticks"] == 64 and {"drop_own_action", "action_error_repeating"} <= found["metrics"].keys()
     assert all(evaluated[f"eval_{name}"] == pytest.approx(value, rel=1e-4) for name, value in found["metrics"].items())
+
+
+def test_two_processes_evaluate_as_one_does(place, monkeypatch):
+    write_made_up_recordings(place / "recordings", "move")
+    flags = ("--data", "recordings", "--max_steps", 2, "--eval_on_start", "true", "--per_device_train_batch_size", 1,
+             "--per_device_eval_batch_size", 1)  # fmt: skip
+    run(monkeypatch, "move", *flags, "--output_dir", "one")
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--quiet"]
+    command = [sys.executable, *launcher, run_clm_creature.__file__, "--config", "move.yaml", *map(str, flags)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    subprocess.run([*command, "--output_dir", "two"], check=True, timeout=200, env=environment)
+    one, two = (
+        next(entry for entry in checkpoints.read_metrics(place / name) if "eval_loss" in entry)
+        for name in ("one", "two")
+    )
+    names = [name for name in one if "drop_" in name or "wrong_" in name]
+    assert len(names) >= 6 and all(two[name] == pytest.approx(one[name], rel=1e-4) for name in [*names, "eval_loss"])
 
 
 def test_text_beside_recordings_is_learned_in_every_round(place, start, monkeypatch, capsys):

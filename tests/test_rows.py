@@ -12,15 +12,15 @@ from creatures import EVERY_WEIGHT, micro_model, random_batch
 from configuration_creature import CreatureConfig
 from creature.data import collate_clips, collate_rows, spread_pictures
 from creature.data.recordings.made_up import write_made_up_recordings
-from creature.data.recordings.rows import ARGUMENTS, EvaluationClips, TrainingRows, open_rows, pack
+from creature.data.recordings.rows import ARGUMENTS, ClipPairs, TrainingRows, open_rows, pack
 from creature.data.text.tokenizer import load_tokenizer
 from creature.errors import UserError
-from creature.rounds.evaluation import COPIES
+from creature.rounds.evaluation import COPIES, clip_sums, collate_pairs, evaluate_clips, variant_sums, variants_of
 from creature.rounds.metrics import stream_metrics, stream_sums, sum_names
 from creature.rounds.trainer import drop_senses
 from creature.settings import DataArguments
 from losses_creature import IGNORE_INDEX
-from processing_creature import TARGETS, CreatureProcessor
+from processing_creature import ABSENT, TARGETS, CreatureProcessor, pad_ticks
 from streams_creature import count_targets
 
 BUILT = {"loss_weights": EVERY_WEIGHT, "body_state_size": 5, "action_size": 2}
@@ -100,23 +100,75 @@ def test_rows_come_in_their_shares_and_each_once_before_any_comes_again():
 
 
 class Clips(list):
-    """A list of clips with what a `datasets.Dataset` has beside."""
+    """A list of clips with what a `datasets.Dataset` has beside; `read` are the numbers that were asked for."""
 
-    column_names = ()
+    def __init__(self, clips):
+        super().__init__(clips)
+        self.read, self.column_names = [], [*dict.fromkeys(name for clip in clips for name in clip)]
+
+    def __getitem__(self, number):
+        self.read.append(number)
+        return super().__getitem__(number)
 
 
-def test_an_evaluation_without_a_sense_or_with_that_of_another_clip(model, clips):
-    given = Clips(clips)
-    without = EvaluationClips(given, without="audio")[0]
-    assert not without["input_features_mask"].any() and np.array_equal(without["labels"], clips[0]["labels"])
-    for name in clips[0].keys() - set(ARGUMENTS["audio"]):
-        assert np.array_equal(without[name], clips[0][name])
-    wrong = EvaluationClips(given, wrong="audio")[0]  # of 5 ticks; the clip half the split away has 7
-    assert np.array_equal(wrong["input_features"], clips[2]["input_features"][:5])
-    expected = clips[2]["input_features_mask"][:5] & clips[0]["input_features_mask"]
-    assert np.array_equal(wrong["input_features_mask"], expected)
-    shorter = EvaluationClips(given, wrong="external_voice")[2]  # of 7 ticks; the other has 5
-    assert (shorter["external_voice_ids"][5:] == IGNORE_INDEX).all() and len(shorter["external_voice_ids"]) == 7
+@pytest.mark.parametrize("count", [2, 3, 4, 7, 8])
+def test_each_clip_is_evaluated_once_with_the_senses_of_the_clip_half_the_split_away(model, count):
+    given = Clips([clip_of(model, 3 + seed, seed) for seed in range(count)])
+    pairs = list(ClipPairs(given))
+    assert len(given.read) == count + count % 2 and set(given.read) == set(range(count))
+    own = [len(clip["labels"]) - 3 for clip, _ in pairs]
+    assert sorted(own) == list(range(count))
+    for number, (clip, wrong) in zip(own, pairs, strict=True):
+        other, ticks = list.__getitem__(given, (number + count // 2) % count), 3 + number
+        assert wrong.keys() == clip.keys() - TARGETS.keys()
+        for name in wrong.keys() - {"input_features_mask"}:
+            masked = other[name][:ticks] & clip[name][: len(other[name])] if name.endswith("mask") else other[name]
+            assert np.array_equal(wrong[name], masked[:ticks])
+    assert list(ClipPairs(Clips(given[:1])))[0][1] is None
+
+
+def one_at_a_time(model, given: list[dict], how: str, sense: str) -> dict[str, float]:
+    """The metrics of one variant, from clips that are changed one by one before they are collated."""
+    sums = []
+    for number, own in enumerate(given):
+        clip, other = dict(own), given[(number + len(given) // 2) % len(given)]
+        ticks = len(clip["labels"])
+        for name in set(ARGUMENTS.get(sense, ())) & clip.keys():
+            value = clip.pop(name)
+            if how == "drop":
+                clip[name] = np.full_like(value, ABSENT[name])
+            elif name in other:
+                clip[name] = pad_ticks(name, other[name][:ticks], ticks)
+                if name.endswith("_mask") and value.shape == clip[name].shape:
+                    clip[name] = clip[name] & value
+        sums.append(clip_sums(model, collate_clips([clip])).numpy())
+    return stream_metrics(model.config, np.concatenate(sums))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6])
+@pytest.mark.parametrize("size", [1, 3])
+def test_all_variants_of_a_batch_are_those_computed_one_at_a_time(model, count, size):
+    given = [clip_of(model, ticks, seed) for seed, ticks in enumerate((5, 9, 7, 4, 8, 6)[:count])]
+    for name in ARGUMENTS["touch"]:
+        given[0][name] = given[0][name][:, :2]  # of fewer contacts than the others
+    if count > 2:  # a sense that some have, and one that a single clip has
+        given[0] = {name: value for name, value in given[0].items() if name not in ARGUMENTS["vision"]}
+        given[1:] = [
+            {name: value for name, value in clip.items() if name not in ARGUMENTS["audio"]} for clip in given[1:]
+        ]
+    clips, rows = Clips(given), ClipPairs(Clips(given))
+    variants = variants_of(clips)
+    batches = [[rows[number] for number in range(first, min(first + size, count))] for first in range(0, count, size)]
+    sums = np.concatenate([variant_sums(model, collate_pairs(batch), variants).numpy() for batch in batches])
+    found = evaluate_clips(model.config, clips, sums)
+    expected = one_at_a_time(model, given, "", "")
+    streams = [name for name in model.config.loss_weights if f"{name}_loss" in expected]
+    for how, sense in [(how, sense) for sense in ARGUMENTS for how in (("drop", "wrong") if count > 1 else ("drop",))]:
+        metrics = one_at_a_time(model, given, how, sense)
+        expected[f"{how}_{sense}"] = metrics["loss"]
+        expected |= {f"{stream}_{how}_{sense}": metrics[f"{stream}_loss"] for stream in streams}
+    assert list(found) == list(expected) and found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert len(streams) == 4 and len({round(found[name], 3) for name in ("loss", "drop_audio", "drop_touch")}) == 3
 
 
 def test_a_clip_lacks_a_sense_with_its_chance_and_the_same_numbers_drop_the_same(model, clips):

@@ -19,10 +19,10 @@ from benchmarks import witnesses
 from benchmarks.leaks import WITNESS, facts_of
 from creature.data import collate_clips
 from creature.data.recordings.clips import make_clips
-from creature.data.recordings.rows import EvaluationClips
+from creature.data.recordings.rows import ClipPairs, EvaluationClips
 from creature.data.recordings.schema import RecordingsWriter, load_recordings
 from creature.data.text.tokenizer import load_tokenizer
-from creature.rounds.evaluation import clip_sums
+from creature.rounds.evaluation import collate_pairs, variant_sums
 from creature.rounds.metrics import stream_metrics
 from processing_creature import CreatureProcessor
 
@@ -85,10 +85,10 @@ def found(folder, model, processor, tmp_path_factory):
 
 def test_the_nats_of_all_words_are_those_of_the_evaluation(found, model):
     clips, figures = found
-    for taken, sense in (("", None), ("external_voice", "external_voice"), ("skin", "touch")):
-        given = EvaluationClips(clips, without=sense)
-        sums = clip_sums(model, collate_clips([given[number] for number in range(len(given))]))
-        metrics = stream_metrics(model.config, sums.numpy())
+    variants = [("drop", "external_voice"), ("drop", "touch")]
+    sums = variant_sums(model, collate_pairs(list(ClipPairs(clips))), variants).numpy()
+    for number, taken in enumerate(("", "external_voice", "skin")):
+        metrics = stream_metrics(model.config, sums[:, number])
         for name, stream in (("thought", "internal_text"), ("said", "external_text")):
             one = figures[name]
             nats = one["without"][taken] if taken else one["nats"]

@@ -1,6 +1,6 @@
 """Every stream and every sense over the clips of a validation split, as a run and scripts/evaluate_recordings.py do."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from creature.data import collate_clips
 from creature.data.recordings.rows import ARGUMENTS, EvaluationClips
 from creature.rounds.metrics import stream_metrics, stream_sums
 from losses_creature import IGNORE_INDEX
-from processing_creature import TARGETS
+from processing_creature import ABSENT, TARGETS
 from senses_creature import SENSE_TABLE
 
 if TYPE_CHECKING:
@@ -34,36 +34,35 @@ class CodeHabits:
     repeats: np.ndarray
 
 
-def evaluate_clips(
-    config,
-    clips: "Dataset",
-    sums_of: Callable[[EvaluationClips, str], np.ndarray],
-    habits: CodeHabits | None = None,
-) -> dict[str, float]:
+def evaluate_clips(config, clips: "Dataset", sums: np.ndarray, habits: CodeHabits | None = None) -> dict[str, float]:
     """
     `stream_metrics` of the clips, and what each sense is worth: `drop_<sense>` is the loss without it, `wrong_<sense>`
     that with another clip's; where there are several streams, also of each, `<stream>_drop_<sense>`.
 
     Args:
         config: of the creature. clips: as `make_clips` gives them.
-        sums_of: (clips, what is done to them, "" for nothing) -> `clip_sums` of all of them, [clips, K].
+        sums: `variant_sums` of all of them, of the variants that `variants_of` names; the clips in any order.
         habits: of the training clips; with them, `code_baselines` stand beside the loss of the audio stream.
     """
     streams = [name for name, weight in config.loss_weights.items() if weight]
-    metrics = stream_metrics(config, sums_of(EvaluationClips(clips), ""))
+    metrics = stream_metrics(config, sums[:, 0])
     if habits is not None and "audio_loss" in metrics:
         metrics |= code_baselines(clips, habits)
-    present = [name for name, arguments in ARGUMENTS.items() if set(arguments) & set(clips.column_names)]
-    for sense in present:
-        for how in ("without", "wrong") if len(clips) > 1 else ("without",):
-            name = f"{'drop' if how == 'without' else 'wrong'}_{sense}"
-            found = stream_metrics(config, sums_of(EvaluationClips(clips, **{how: sense}), name))
-            metrics[name] = found["loss"]
-            if len(streams) > 1:
-                metrics |= {
-                    f"{stream}_{name}": found[f"{stream}_loss"] for stream in streams if f"{stream}_loss" in found
-                }
+    for number, (how, sense) in enumerate(variants_of(clips), 1):
+        found, name = stream_metrics(config, sums[:, number]), f"{how}_{sense}"
+        metrics[name] = found["loss"]
+        if len(streams) > 1:
+            metrics |= {f"{stream}_{name}": found[f"{stream}_loss"] for stream in streams if f"{stream}_loss" in found}
     return metrics
+
+
+def variants_of(clips: "Dataset") -> list[tuple[str, str]]:
+    """
+    What is done to clips to see what a sense is worth, as (how, sense): ("drop", "audio") takes it away, ("wrong",
+    "audio") gives that of another clip, if there is one. Of every sense that any of the clips has.
+    """
+    present = [sense for sense, arguments in ARGUMENTS.items() if set(arguments) & set(clips.column_names)]
+    return [(how, sense) for sense in present for how in ("drop", "wrong") if how == "drop" or len(clips) > 1]
 
 
 def code_habits(config, parts: Iterable["Dataset"]) -> CodeHabits | None:
@@ -125,6 +124,33 @@ def clip_sums(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     hidden = model(**senses, logits_to_keep=1, use_cache=False).last_hidden_state
     # The head knows the last command from the targets, also where the copy of it is missing or wrong.
     return stream_sums(model, hidden, {name: value for name, value in batch.items() if name not in COPIES})
+
+
+def collate_pairs(rows: list[tuple[dict, dict | None]]) -> dict:
+    """`collate_clips` of the clips of `ClipPairs` and, under "wrong", of the other senses, unless the split has one."""
+    clips, others = zip(*rows, strict=True)
+    batch = collate_clips(clips)
+    if others[0] is not None:
+        batch["wrong"] = collate_clips(others, ticks=next(iter(batch.values())).shape[1])
+    return batch
+
+
+@torch.no_grad()
+def variant_sums(model, batch: dict, variants: list[tuple[str, str]]) -> torch.Tensor:
+    """
+    `clip_sums` of a batch of `collate_pairs` on the model's device, as it is and in each of the variants of
+    `variants_of`, [clips, 1 + variants, K].
+    """
+    batch = dict(batch)
+    others = batch.pop("wrong", {})
+    sums = [clip_sums(model, batch)]
+    for how, sense in variants:
+        # Computed also where no clip of this batch has the sense: all processes of a sharded model call it as often.
+        given = {name: torch.full_like(batch[name], ABSENT[name]) for name in ARGUMENTS[sense] if name in batch}
+        if how == "wrong":
+            given |= {name: others[name] for name in given if name in others}
+        sums.append(clip_sums(model, batch | given))
+    return torch.stack(sums, dim=1)
 
 
 @torch.no_grad()

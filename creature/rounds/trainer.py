@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from creature.data import collate_blocks, collate_clips, spread_pictures
-from creature.data.recordings.rows import ARGUMENTS, EvaluationClips, PackedClips
+from creature.data import collate_blocks, spread_pictures
+from creature.data.recordings.rows import ARGUMENTS, ClipPairs, PackedClips
 from creature.errors import UserError
-from creature.rounds.evaluation import clip_sums, code_habits, evaluate_clips
+from creature.rounds.evaluation import code_habits, collate_pairs, evaluate_clips, variant_sums, variants_of
 from creature.trainer import CreatureTrainer
 from losses_creature import IGNORE_INDEX
 from processing_creature import ABSENT
@@ -41,6 +41,7 @@ class RoundTrainer(CreatureTrainer):
             )
         self.sense_dropout = {name: chance for name, chance in chances.items() if chance}
         self.compute_metrics = None
+        self._variants = []  # of the clips that are evaluated
         self._code_habits = None  # computed once, before the first evaluation
 
     def training_step(self, model, inputs, num_items_in_batch=None, **kwargs) -> torch.Tensor:
@@ -53,22 +54,19 @@ class RoundTrainer(CreatureTrainer):
     # ---- Evaluation ----
 
     def evaluation_loop(self, dataloader: DataLoader, description: str, *args, metric_key_prefix="eval", **kwargs):
-        """The Trainer's, once for the clips as they are, then without and with the wrong sense, then for the text."""
-        outputs = []
-
-        def sums_of(clips: EvaluationClips, name: str) -> np.ndarray:
-            outputs.append(self._loop(clips, collate_clips, f"{description}: {name}" if name else description))
-            return outputs[-1].predictions
-
+        """The Trainer's, once for the clips, as they are and without or with the wrong senses, then for the text."""
         if self._code_habits is None:
             parts = [part.clips for part in self.train_dataset.parts if isinstance(part, PackedClips)]
             self._code_habits = code_habits(self.model_config, parts)
-        metrics = evaluate_clips(self.model_config, dataloader.dataset, sums_of, self._code_habits)
+        clips = dataloader.dataset
+        self._variants = variants_of(clips)
+        output = self._loop(ClipPairs(clips), collate_pairs, description)
+        metrics = evaluate_clips(self.model_config, clips, output.predictions, self._code_habits)
         if self.text_dataset is not None:
             found = self._loop(self.text_dataset, collate_blocks, f"{description}: text")
             nats, targets = found.predictions.sum(axis=0)
             metrics["text_loss"] = float(nats / targets)
-        return outputs[0]._replace(metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output._replace(metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
 
     def _loop(self, rows, collate, description: str):
         """The Trainer's loop over some rows, with what `prediction_step` gives as `predictions`."""
@@ -77,8 +75,7 @@ class RoundTrainer(CreatureTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """
-        (None, sums [B, K] of what `stream_metrics` computes metrics from, None), one row a clip; of text the sums of
-        its losses and targets [B, 2].
+        (None, the `variant_sums` [B, variants, K] of clips, None); of text the sums of its losses and targets [B, 2].
         """
         inputs = self._prepare_inputs(inputs)
         # Not the compiled model, which would compile every length of a clip anew.
@@ -87,7 +84,7 @@ class RoundTrainer(CreatureTrainer):
             if inputs.keys() == {"input_ids", "labels"}:
                 losses = model(**inputs, return_logits=False).token_losses.float()
                 return None, torch.stack((losses.sum(1), (inputs["labels"][:, 1:] != IGNORE_INDEX).sum(1)), 1), None
-            return None, clip_sums(model, inputs), None
+            return None, variant_sums(model, inputs, self._variants), None
 
 
 def drop_senses(batch: dict[str, torch.Tensor], chances: dict[str, float], rng: np.random.Generator) -> dict:

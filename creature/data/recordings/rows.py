@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import replace
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from creature.data.loading import load_data
 from creature.data.mixture import mixture_rows
 from creature.data.recordings.clips import make_clips, unpack_rows
 from creature.data.recordings.schema import load_recordings
-from processing_creature import ABSENT, pad_ticks
+from processing_creature import ABSENT, TARGETS
 from senses_creature import SENSE_TABLE
 
 if TYPE_CHECKING:
@@ -76,33 +77,49 @@ class TrainingRows:
 
 
 class EvaluationClips:
-    """
-    The clips of a validation split, one a row; perhaps without one sense, or with that of another clip.
+    """The clips of a validation split, one a row."""
 
-    The other clip lies half the split away, so that it is of another group where there are groups of some size. Of it,
-    as much is taken as the clip itself has of this sense.
-    """
-
-    def __init__(self, clips: "Dataset", without: str | None = None, wrong: str | None = None):
-        self.clips, self.without, self.wrong = clips, ARGUMENTS.get(without, ()), ARGUMENTS.get(wrong, ())
+    def __init__(self, clips: "Dataset"):
+        self.clips = clips
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def __getitem__(self, number: int) -> dict:
-        clip = {name: value for name, value in self.clips[number].items() if name in ABSENT and value is not None}
-        if self.wrong:
-            ticks, other = max(map(len, clip.values())), self.clips[(number + len(self) // 2) % len(self)]
-            for name in self.wrong:
-                own, theirs = clip.pop(name, None), other.get(name)
-                if own is not None and theirs is not None:
-                    clip[name] = pad_ticks(name, theirs[:ticks], ticks)
-                    if name.endswith("_mask") and own.shape == clip[name].shape:
-                        clip[name] = clip[name] & own
-        for name in self.without:
-            if name in clip:
-                clip[name] = np.full_like(clip[name], ABSENT[name])
-        return clip
+        return {name: value for name, value in self.clips[number].items() if name in ABSENT and value is not None}
+
+
+class ClipPairs:
+    """
+    The clips of a validation split with the senses of another clip: (a clip, what is put in the place of its senses),
+    one a row; (the clip, None) in a split of one.
+
+    The other clip lies half the split away, so that it is of another group where there are groups of some size. Of it,
+    as much is taken as the clip itself has of each sense. Rows come in such an order that the other clip is that of the
+    row before or behind, and each is read once.
+    """
+
+    def __init__(self, clips: "Dataset"):
+        self.clips = EvaluationClips(clips)
+        self._read = lru_cache(maxsize=2)(self.clips.__getitem__)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, number: int) -> tuple[dict, dict | None]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)  # which ends a loop over the rows
+        half = len(self) // 2
+        chosen = (number % 2 * half - number // 2) % len(self)
+        clip = self._read(chosen)
+        if not half:
+            return clip, None
+        other, ticks = self._read((chosen + half) % len(self)), max(map(len, clip.values()))
+        wrong = {name: other[name][:ticks] for name in clip if name in other and name not in TARGETS}
+        for name, value in wrong.items():
+            if name.endswith("_mask") and value.shape[1:] == clip[name].shape[1:]:
+                wrong[name] = value & clip[name][: len(value)]
+        return clip, wrong
 
 
 def pack(lengths: np.ndarray, ticks: int, seed: int) -> list[list[int]]:
