@@ -67,10 +67,8 @@ def facts_of(row: dict) -> list[tuple[str, str, float]]:
         if words[:2] == ["I", "see"]:
             found += _seen(sentence[2:], list(SIDE_PLACES))
             continue
-        if words[1:2] in (["saw"], ["says"]) or words[:4] == ["I", "hear", "that", "this"]:
-            place = -1 if words[0] == "I" else 0
-            found.append(("speaker", str(names.index(words[place])), times[place]))
-        elif words[0] in ("touch", "push", "look", "find", "the"):  # "touch the red can left", "the can is green"
+        found += [("speaker", str(names.index(word)), time) for word, time in sentence if word in names]
+        if words[0] in ("touch", "push", "look", "find", "the"):  # "touch the red can left", "the can is green"
             named = words.index("the") + 1
             found.append(("request", words[named], times[named]))
             if words[named] in COLORS:

@@ -161,7 +161,7 @@ def test_a_knock_sounds_on_behind_the_end_of_a_visit(room):
 
 def test_the_teacher_drops_what_it_does_when_others_come_and_its_arm_moves_on(room, monkeypatch):
     room.reset(0)
-    room.tick = room.visit.end - 46
+    room.tick = room.visit.end - 34
     teacher, request, states = Teacher(room, 0), room.visit.script[2], []
     room.requests, room.visit.script = [dataclasses.replace(request, kind="touch", thing=0, heard=room.time)], []
     old, set_table = room.thing_place(0), Room._set_table
@@ -179,7 +179,7 @@ def test_the_teacher_drops_what_it_does_when_others_come_and_its_arm_moves_on(ro
     monkeypatch.setattr(Room, "_set_table", note)
     while room.visit.number == 0:
         room.act(**teacher.act())
-    assert teacher.task is not None and teacher.target == 0 and nearest() < 0.13
+    assert teacher.task is not None and teacher.target == 0 and nearest() < 0.12
     while room.tick < room.visit.light + 3:
         room.act(**teacher.act())
         assert not teacher.thoughts and teacher.task is None and teacher.target is None

@@ -457,7 +457,7 @@ class Room:
         return angles
 
     def _resting_place(self, side: str) -> np.ndarray:
-        """Where a hand rests: on the table beside the things, in every life, so that it is known where it belongs."""
+        """Where a hand rests: on the edge of the table, in every life, so that it is known where it belongs."""
         return np.array([0.27, 0.42 * SIDES[side], self.setting.table_height + 0.02])
 
 
