@@ -444,6 +444,15 @@ def test_a_recorded_life_gives_the_commands_of_the_teacher_as_targets(room, tmp_
     assert "command_rotations" not in load_recordings(tmp_path / "before")[0]["train"].column_names
 
 
+def test_a_worker_records_the_split_that_the_recording_says(tmp_path, monkeypatch):
+    """A worker is a process of its own: what it took for a split's room would else be another's."""
+    monkeypatch.setattr(recording, "split_of", lambda number: "train" if number == 1 else "validation")
+    record_lives(tmp_path / "lives", minutes=0.01, workers=2, seed=5, eye=16, progress=False, life_ticks=4)
+    splits, _ = load_recordings(tmp_path / "lives")
+    assert splits["train"]["recording_id"] == ["train 1"]
+    assert splits["validation"]["recording_id"] == ["validation 0"]
+
+
 def test_a_killed_recording_goes_on_and_workers_change_nothing(tmp_path, monkeypatch):
     arguments = {"minutes": 0.02, "seed": 5, "eye": 16, "progress": False, "life_ticks": 4}
     record_lives(tmp_path / "whole", workers=2, **arguments)

@@ -45,7 +45,7 @@ def split_of(number: int) -> str:
 def record_life(room: Room, seed: int, number: int, life_ticks: int = LIFE_TICKS) -> dict:
     """Live one life as the teacher and return it as a row of recordings."""
     life_seed = int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:6], "big")
-    about = {"recording_id": f"{split_of(number)} {number}", "split_group": f"room {number}"} | ABOUT
+    about = {"recording_id": f"{room.split} {number}", "split_group": f"room {number}"} | ABOUT
     return about | record_teacher(room, life_seed, life_ticks)
 
 
@@ -164,12 +164,12 @@ def record_lives(
 def _record_missing(parts: Path, missing: list[int], workers: int, settings: dict, done: Callable) -> None:
     if workers <= 1:
         for number in missing:
-            _record_part(parts, number, **settings)
+            _record_part(parts, number, split_of(number), **settings)
             done()
         return
     # Processes are spawned: OpenGL and MuJoCo do not survive a fork.
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent) as pool:
-        lives = [pool.submit(_record_part, parts, number, **settings) for number in missing]
+        lives = [pool.submit(_record_part, parts, number, split_of(number), **settings) for number in missing]
         try:
             for life in as_completed(lives):
                 life.result()
@@ -192,9 +192,8 @@ def _end_with_parent() -> None:
 _ROOMS: dict[tuple[str, int], Room] = {}  # of this process: OpenGL is opened once
 
 
-def _record_part(parts: Path, number: int, seed: int, eye: int, life_ticks: int) -> None:
+def _record_part(parts: Path, number: int, split: str, seed: int, eye: int, life_ticks: int) -> None:
     """Record one life into a file of its own, which is whole or not there."""
-    split = split_of(number)
     if (split, eye) not in _ROOMS:
         _ROOMS[split, eye] = Room(split=split, eye=eye)
     row = dict.fromkeys(recording_features()) | record_life(_ROOMS[split, eye], seed, number, life_ticks)
