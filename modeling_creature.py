@@ -148,7 +148,7 @@ class CreaturePreTrainedModel(PreTrainedModel):
         elif isinstance(module, Halving):
             init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)  # as loud behind it as before
         elif isinstance(module, CommandProjection):
-            init.normal_(module.weight, mean=0.0, std=std / 10)
+            init.normal_(module.weight, mean=0.0, std=std / 100)
 
 
 class CreatureModel(CreaturePreTrainedModel):

@@ -26,6 +26,7 @@ import modeling_creature
 from configuration_creature import SENSES, STREAMS
 from motor_creature import (
     COMMAND_PARTS,
+    ROUNDED_BELOW,
     command_errors,
     last_command,
     matrix_from_6d,
@@ -256,12 +257,31 @@ def test_the_errors_of_a_command_by_hand():
         "action_targets": torch.tensor([[0.4], [3.0]]).expand(1, 2, 2, 1),
     }
     errors = command_errors(found, batch)
-    # Of two joints one is half a turn off, |diag(-2, -2, 0)|^2 = 8. The first eye looks aside and is too narrow, the
-    # second one backwards. 0.4 is within the square part of Huber's loss, 3 is beyond it.
-    by_hand = [8 / 2, 0.25 / 2, (1 + 0.25 + 2) / 2, (0.08 + 2.5) / 2]
-    assert [error.item() for error in errors] == pytest.approx(by_hand)
+    # Of two joints one is half a turn off, |diag(-2, -2, 0)| = sqrt(8). The first eye looks aside and is too narrow,
+    # the second one backwards. 0.4 is within the square part of Huber's loss, 3 is beyond it.
+    by_hand = [math.sqrt(8) / 2, 0.5 / 2, (math.sqrt(2) + 0.5 + 2) / 2, (0.08 + 2.5) / 2]
+    assert [error.item() for error in errors] == pytest.approx(by_hand, abs=3 * ROUNDED_BELOW / 2)
     assert command_errors(found, batch | {"animation_target_mask": torch.zeros(1, 2)})[0].tolist() == [[0]]
     assert command_errors(found, {"eye_targets": batch["eye_targets"]})[:2] == [None, None]
+
+
+def test_the_best_command_is_the_likeliest_and_not_the_mean():
+    """Lids shut and a joint turns in three of ten ticks: to stay costs least, not to go three tenths of the way."""
+    still, turned = torch.tensor([1.0, 0, 0, 0]), torch.tensor([math.cos(0.25), math.sin(0.25), 0, 0])
+    rare = torch.arange(11) % 3 == 1
+    batch = {
+        "rotation_targets": torch.where(rare[:, None], turned, still)[None, :, None, None],
+        "eye_targets": torch.tensor([[0.0, 0, 1, 1]]).repeat(11, 2, 1)[None].clone(),
+    }
+    batch["eye_targets"][..., 3] = (~rare).float()[None, :, None]
+    costs = []
+    for share in torch.linspace(0, 1, 11):  # of the way to what is rare
+        half = 0.25 * share
+        pose = torch.tensor([half.cos(), half.sin(), 0, 0]).expand(1, 10, 1, 1, 4)
+        eyes = torch.tensor([0.0, 0, 1, 1 - share]).expand(1, 10, 2, 4)
+        found = {"rotation_targets": matrix_from_6d(quaternion_to_6d(pose)), "eye_targets": eyes}
+        costs.append([error.sum() for error in command_errors(found, batch) if error is not None])
+    assert [column.argmin() for column in torch.tensor(costs).T] == [0, 0]
 
 
 @pytest.mark.parametrize("size", [0.05, 0.01])
@@ -529,10 +549,11 @@ def test_count_targets_counts_shifted_weighted_targets():
     counts = count_targets(config, batch)
     assert counts.dtype == torch.float32 and counts.shape == (7,)
     # One command is a target: eyes that look nowhere, after eyes that did so too.
-    assert counts.tolist() == pytest.approx([2 + 0.3 + 0.3, 3 * 0.3 + 3, 2 + 3, 0, 0, 1 + 1e-6, 0])
+    nowhere = math.sqrt(2 + ROUNDED_BELOW**2) - ROUNDED_BELOW
+    assert counts.tolist() == pytest.approx([2 + 0.3 + 0.3, 3 * 0.3 + 3, 2 + 3, 0, 0, nowhere + 1e-6, 0])
     assert count_targets(config, {}).tolist() == [0] * 7
     del batch["animation_target_mask"]
-    assert count_targets(config, batch)[5] == pytest.approx(4)
+    assert count_targets(config, batch)[5] == pytest.approx(4 * nowhere)
 
 
 def test_gradient_accumulation_is_exact(batch):

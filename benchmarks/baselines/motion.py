@@ -3,11 +3,11 @@
 From 2 s that are known, the poses after them (`creature.rounds.open_loop.open_loop_starts`, every window of the
 validation split), without seeing anything more. An error is the angle between the rotation of a joint and that
 forecast, in its parent's frame (of the root: in the room's), the mean over joints and windows, in degrees. 80 ms ahead
-is the fourth sub-frame of 20 ms after the last one that is known. "1 tick ratio" is the squared chordal distance
-divided by that of repeating the last pose, one tick ahead at every tick, as `motor_creature.command_errors` counts it.
+is the fourth sub-frame of 20 ms after the last one that is known. "1 tick ratio" is the chordal distance divided by
+that of repeating the last pose, one tick ahead at every tick, as `motor_creature.command_errors` counts it.
 
 Constant velocity goes on as over the last tick. The GRU sees the rotations as 6 numbers a joint, and its loss is the
-squared chordal distance; it ends where its error at 400 ms is lowest.
+chordal distance; it ends where its error at 400 ms is lowest.
 """
 
 import argparse
@@ -17,7 +17,14 @@ import torch
 from benchmarks.baselines.common import open_clips, print_table
 from benchmarks.baselines.rollouts import measure_grus, open_loop_windows
 from creature.rounds.open_loop import AHEAD, MILLISECONDS, angles_ahead, command_span
-from motor_creature import matrix_from_6d, matrix_to_quaternion, quaternion_to_6d, rotation_of, rotation_vector
+from motor_creature import (
+    distance,
+    matrix_from_6d,
+    matrix_to_quaternion,
+    quaternion_to_6d,
+    rotation_of,
+    rotation_vector,
+)
 
 HEAD = [*(f"{ms} ms" for ms in MILLISECONDS), "1 tick ratio"]
 
@@ -59,8 +66,8 @@ def nearest(frames: torch.Tensor) -> torch.Tensor:
 
 
 def chordal(found: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The squared chordal distance of every tick, mean over sub-frames and joints, [..., T]."""
-    return (matrices(found) - matrices(target)).square().sum((-2, -1)).mean((-2, -1))
+    """The chordal distance of every tick, mean over sub-frames and joints, [..., T]."""
+    return distance((matrices(found) - matrices(target)).square().sum((-2, -1))).mean((-2, -1))
 
 
 @torch.no_grad()
