@@ -19,6 +19,9 @@ from creature.world.visit import SAMPLES, smooth
 from ticks_creature import TICK_SECONDS
 
 PAUSE = 3  # ticks between hearing and thinking, and between the side and the first movement
+# m, standard deviation: how far beside a thing a hand arrives at first, high above the table, before it finds it. So a
+# creature learns to find a thing when its own hand has arrived beside it.
+BESIDE = (0.04, 0.06, 0.02)
 HAND_PAUSE = 0.45  # s that a hand rests on a thing before the creature says how it is
 RESTING_GAZE = (0.0, -0.28, 1.0)  # left, up, ahead; the head looks down as well
 RESTING_PITCH = {"neck": 0.38, "head": 0.30}  # rad
@@ -134,20 +137,21 @@ class Teacher:
         top, top_of_thing = room.setting.table_height, place[2] + height
         lifted = np.array([0.26, 0.24 * SIDES[side], top + 0.26])  # above whatever may stand in the way
         yield from self._move(side, lifted, 0.4)
-        self.aiming = True
         if request.kind == "touch":
             back = -0.045 * (thing.kind != "plate")  # fingers reach beyond the point that is brought there
             over = place + [back, 0, height + 0.14]
-            yield from self._move(side, over, 0.5)
+        else:
+            over = np.array([place[0] - SHAPES[thing.kind][1][0] - 0.11, place[1], top + 0.14])
+        beside = np.array(BESIDE) * self.draw.standard_normal(3).clip(-2, 2)
+        yield from self._move(side, [*over[:2], lifted[2]] + beside, 0.5)
+        self.aiming = True
+        yield from self._move(side, over, 0.35)
+        if request.kind == "touch":
             yield from self._move(side, place + [back, 0, height], 0.4)
         else:
-            radius = SHAPES[thing.kind][1][0]
-            behind = np.array([place[0] - radius - 0.11, place[1], top + 0.14])
-            yield from self._move(side, behind, 0.5)
-            level = min(height, 0.05)
-            behind[2] = top + level + 0.012
-            yield from self._move(side, behind, 0.3)
-            self._start_move(side, [place[0] - radius + 0.02, place[1], behind[2]], 0.8)  # by 6 cm
+            level = top + min(height, 0.05) + 0.012
+            yield from self._move(side, [*over[:2], level], 0.3)
+            self._start_move(side, [over[0] + 0.13, place[1], level], 0.8)  # by 6 cm
         for _ in range(14):
             if request.thing in room.touching():
                 break
