@@ -245,7 +245,7 @@ class _Range:
 
         from motor_creature import rotation_vector
 
-        vectors = rotation_vector(torch.nn.functional.normalize(torch.from_numpy(rotations), dim=-1)).numpy()
+        vectors = rotation_vector(torch.nn.functional.normalize(torch.tensor(rotations), dim=-1)).numpy()
         self.low, self.high = np.minimum(self.low, vectors.min(axis=0)), np.maximum(self.high, vectors.max(axis=0))
 
     def result(self) -> dict:
