@@ -259,14 +259,15 @@ def test_the_errors_of_a_command_by_hand():
     errors = command_errors(found, batch)
     # Of two joints one is half a turn off, |diag(-2, -2, 0)| = sqrt(8). The first eye looks aside and is too narrow,
     # the second one backwards. 0.4 is within the square part of Huber's loss, 3 is beyond it.
-    by_hand = [math.sqrt(8) / 2, 0.5 / 2, (math.sqrt(2) + 0.5 + 2) / 2, (0.08 + 2.5) / 2]
-    assert [error.item() for error in errors] == pytest.approx(by_hand, abs=3 * ROUNDED_BELOW / 2)
+    joint, half, aside, back = (math.sqrt(square + 0.02**2) - 0.02 for square in (8, 0.5**2, 2, 2**2))
+    by_hand = [joint / 2, half / 2, (aside + half + back) / 2, (0.08 + 2.5) / 2]
+    assert [error.item() for error in errors] == pytest.approx(by_hand)
     assert command_errors(found, batch | {"animation_target_mask": torch.zeros(1, 2)})[0].tolist() == [[0]]
     assert command_errors(found, {"eye_targets": batch["eye_targets"]})[:2] == [None, None]
 
 
 def test_the_best_command_is_the_likeliest_and_not_the_mean():
-    """Lids shut and a joint turns in three of ten ticks: to stay costs least, not to go three tenths of the way."""
+    """Lids shut and a joint turns in four of ten ticks: to stay costs least, not to go four tenths of the way."""
     still, turned = torch.tensor([1.0, 0, 0, 0]), torch.tensor([math.cos(0.25), math.sin(0.25), 0, 0])
     rare = torch.arange(11) % 3 == 1
     batch = {
