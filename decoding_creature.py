@@ -13,7 +13,11 @@ import torch
 from torch import nn
 from transformers import CompileConfig
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
+from transformers.generation.logits_process import (
+    PrefixConstrainedLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 # On a GPU, end-of-text and failed draws are checked every 16 tokens, because each check synchronises.
@@ -242,6 +246,9 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
         for processor in logits_processor
     )
     check_every = CHECK_EVERY.get(input_ids.device.type, 1) if known and streamer is None else 1
+    # Temperature and top_k, the usual two: what they leave is found in one pass over the scores in place of six.
+    kinds = [type(processor) for processor in logits_processor]
+    top_k_alone = kinds in ([TopKLogitsWarper], [TemperatureLogitsWarper, TopKLogitsWarper])
 
     outputs = model._prefill(input_ids, generation_config, inputs)
     logits = outputs.logits[:, -1]
@@ -253,10 +260,13 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
     try:
         while True:
             scores = logits
-            if logits_processor or generation_config.do_sample:
+            if not top_k_alone and (logits_processor or generation_config.do_sample):
                 scores = logits_processor(sequences[:, :length].contiguous(), logits.to(copy=True, dtype=torch.float32))
             if generation_config.do_sample:
-                weights, tokens = _draw(scores.softmax(dim=-1))
+                if top_k_alone:
+                    weights, tokens = _draw_top(scores, *reversed(logits_processor))
+                else:
+                    weights, tokens = _draw(scores.softmax(dim=-1))
                 drawn += weights
             else:
                 tokens = scores.argmax(dim=-1)
@@ -293,7 +303,7 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
     return sequences[:, :length].contiguous()
 
 
-def _draw(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw(probabilities: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """
     One draw from each row of probabilities [B, N], the same as `torch.multinomial`: weights [B] and indices [B].
 
@@ -303,8 +313,25 @@ def _draw(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if probabilities.device.type not in ("cpu", "cuda"):  # elsewhere exponential_ may return 0
         indices = torch.multinomial(probabilities, num_samples=1)[:, 0]
         return torch.zeros_like(indices, dtype=probabilities.dtype), indices
-    weights, indices = (probabilities / torch.empty_like(probabilities).exponential_()).max(dim=-1)
+    if noise is None:
+        noise = torch.empty_like(probabilities).exponential_()
+    weights, indices = (probabilities / noise).max(dim=-1)
     return weights, indices
+
+
+def _draw_top(
+    logits: torch.Tensor, top_k: TopKLogitsWarper, temperature: TemperatureLogitsWarper | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The draw of `_draw` after these processors, from the likeliest of logits [B, N] alone: weights [B] and tokens [B].
+
+    Of tokens that are as likely as the last one that is kept, the processor keeps all, and this no more than top_k.
+    """
+    kept, tokens = logits.topk(min(top_k.top_k, logits.shape[-1]), dim=-1)
+    probabilities = (kept.float() / (temperature.temperature if temperature else 1.0)).softmax(dim=-1)
+    noise = torch.empty_like(logits, dtype=torch.float32).exponential_().gather(-1, tokens)
+    weights, places = _draw(probabilities, noise)
+    return weights, tokens.gather(-1, places[:, None])[:, 0]
 
 
 def _check_drawn(weights: torch.Tensor) -> None:

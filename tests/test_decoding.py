@@ -97,13 +97,15 @@ def stock(model, *arguments, **settings):
     [
         GREEDY,
         SAMPLED,
+        {**SAMPLED, "top_k": 7},
+        {**SAMPLED, "temperature": 1.0, "top_k": 200},
         {**SAMPLED, "top_k": 7, "top_p": 0.9, "min_p": 0.02, "num_return_sequences": 3},
         {**GREEDY, "repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "bad_words_ids": [[3], [5, 6]]},
         {**GREEDY, "max_new_tokens": 1},
         {**GREEDY, "max_new_tokens": None, "max_length": 11},
         {**GREEDY, "prefill_chunk_size": 2},
     ],
-    ids=["greedy", "sampled", "warped", "penalties", "one token", "max_length", "chunks"],
+    ids=["greedy", "sampled", "top_k", "top_k of all", "warped", "penalties", "one token", "max_length", "chunks"],
 )
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_same_tokens_as_the_loop_of_transformers(model, prompt, decoded, how, settings, padded):
@@ -215,9 +217,9 @@ def test_scores_that_are_not_finite_are_an_error(model, prompt, decoded, how, ba
     assert len(listener.heard) == PROMPT + 2 and len(decoded) == 2
     with torch.no_grad():
         model.lm_head.weight[0] = bad  # no processor: a GPU checks every few tokens, and at the last one
-    for new in (1, NEW):
+    for changes in ({"max_new_tokens": 1}, {}, {"top_k": 7}):
         with pytest.raises(RuntimeError, match="no probabilities to sample from"):
-            model.generate(prompt, **SAMPLED | {"max_new_tokens": new})
+            model.generate(prompt, **SAMPLED | changes)
 
 
 def test_a_draw_follows_the_distribution(model, prompt, decoded):
