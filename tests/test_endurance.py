@@ -1,4 +1,4 @@
-"""Long runs: nothing grows, workers die with the run, and data loads in spawned processes."""
+"""Long runs: nothing grows, and workers die with the run."""
 
 import os
 import subprocess
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import pytest
 import yaml
 from creatures import MICRO
 
@@ -37,31 +36,15 @@ def test_growth_is_reported():
     assert endurance.grown(seen, 100) == ["handles from 6.0 to 7.0"]
 
 
-# What a worker needs must pass through a pickle with "spawn", the only way on Windows and the usual one on macOS.
-RUN = """
-import multiprocessing, runpy, sys
-if __name__ == "__main__":
-    multiprocessing.set_start_method(sys.argv[1])
-    del sys.argv[:2]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_change_nothing_and_die_with_the_run(tmp_path, monkeypatch, method):
-    import multiprocessing
-
-    if method not in multiprocessing.get_all_start_methods():
-        pytest.skip("Windows has no fork")
+def test_workers_change_nothing_and_die_with_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "micro.yaml").write_text(yaml.safe_dump(MICRO))
     words = np.random.default_rng(0).choice(["the", "creature", "sees", "a", "red", "ball", "and", "hears"], 40_000)
     (tmp_path / "text.txt").write_text(" ".join(words), encoding="utf-8")  # tokenized by the run
-    (tmp_path / "start.py").write_text(RUN)
     flags = ["--config", "micro.yaml", "--data", "text.txt", "--logging_steps", "1", "--eval_strategy", "no"]
     flags += ["--batch_warmup_steps", "2"]  # not a share: the two runs are of unlike lengths
     script = str(PROJECT / "run_clm_creature.py")
-    command = [sys.executable, "start.py", method, script, *flags, "--max_steps", "5000", "--save_steps", "4"]
+    command = [sys.executable, script, *flags, "--max_steps", "5000", "--save_steps", "4"]
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     run = subprocess.Popen(
         [*command, "--dataloader_num_workers", "2", "--output_dir", "workers"], stdout=subprocess.PIPE,

@@ -34,7 +34,7 @@ def draw_metrics(folder, x: str) -> None:
 def test_damaged_metrics_are_left_out_or_told(tmp_path):
     lines = [LINE | {"step": step, "time": step * 1.5, "tokens": 64 * step} for step in (1, 2, 3, 4)]
 
-    @examples(25)
+    @examples(10)
     @given(
         changed(lines).map(lambda d: "\n".join(map(dumped, d if isinstance(d, list) else [d])).encode())
         | damaged("\n".join(map(dumped, lines)).encode())

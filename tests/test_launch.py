@@ -29,8 +29,9 @@ def main():
 {main}
 launch.run(main)
 """
+WRITES = "while it writes a file"
 MAINS = {
-    "while it writes a file": "with replace_file(Path(sys.argv[1], 'file')) as file:\n    wait()",
+    WRITES: "with replace_file(Path(sys.argv[1], 'file')) as file:\n    wait()",
     "in a library that swallows everything": (
         "try:\n    wait()\nexcept BaseException:\n    pass\nStopSignals().install()\nprint('trains', flush=True)"
     ),
@@ -40,8 +41,7 @@ MAINS = {
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("where", MAINS)
+@pytest.mark.parametrize(("where", "number"), [*((where, signal.SIGINT) for where in MAINS), (WRITES, signal.SIGTERM)])
 def test_the_first_signal_ends_it(where, number, tmp_path):
     code = SCRIPT.format(main="\n".join(f"    {line}" for line in MAINS[where].splitlines()))
     process = subprocess.Popen(

@@ -13,9 +13,8 @@ KINDS = ("SIGKILL", "SIGTERM", "SIGINT", "disk full", "truncated file", "flipped
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and signals of Linux")
-@pytest.mark.parametrize(("processes", "faults", "steps"), [(1, 7, 32), (2, 7, 32)])
-def test_a_tortured_run_ends_with_the_weights_and_losses_of_an_undisturbed_one(processes, faults, steps):
-    numbers = {"faults": faults, "steps": steps, "processes": processes, "seed": 1}
+def test_a_tortured_run_ends_with_the_weights_and_losses_of_an_undisturbed_one():
+    numbers = {"faults": len(KINDS), "steps": 32, "seed": 1}
     flags = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
     done = subprocess.run(
         [sys.executable, "benchmarks/torture.py", *flags], cwd=PROJECT, capture_output=True, text=True,
@@ -26,6 +25,6 @@ def test_a_tortured_run_ends_with_the_weights_and_losses_of_an_undisturbed_one(p
     rows = {name.strip(): tuple(map(int, counts)) for name, *counts in
             re.findall(r"^(.{15}) +(\d+) +(\d+) ", done.stdout, re.M)}  # fmt: skip
     assert all(times == recovered for times, recovered in rows.values())
-    assert rows["all"][0] >= faults
+    assert rows["all"][0] >= len(KINDS)
     for kind in KINDS:
         assert rows[kind][0] or (kind == "disk full" and "never full" in done.stdout)
