@@ -246,9 +246,10 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
         for processor in logits_processor
     )
     check_every = CHECK_EVERY.get(input_ids.device.type, 1) if known and streamer is None else 1
-    # Temperature and top_k, the usual two: what they leave is found in one pass over the scores in place of six.
+    # Temperature and top_k, the usual two, leave few tokens: one of these is drawn without passes over all of them.
     kinds = [type(processor) for processor in logits_processor]
     top_k_alone = kinds in ([TopKLogitsWarper], [TemperatureLogitsWarper, TopKLogitsWarper])
+    top_k_alone &= generation_config.do_sample
 
     outputs = model._prefill(input_ids, generation_config, inputs)
     logits = outputs.logits[:, -1]
@@ -262,11 +263,12 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
             scores = logits
             if not top_k_alone and (logits_processor or generation_config.do_sample):
                 scores = logits_processor(sequences[:, :length].contiguous(), logits.to(copy=True, dtype=torch.float32))
-            if generation_config.do_sample:
-                if top_k_alone:
-                    weights, tokens = _draw_top(scores, *reversed(logits_processor))
-                else:
-                    weights, tokens = _draw(scores.softmax(dim=-1))
+            if top_k_alone:
+                temperature = getattr(logits_processor[0], "temperature", 1.0)
+                weights, tokens = _draw_top(logits, logits_processor[-1].top_k, temperature)
+                drawn += weights
+            elif generation_config.do_sample:
+                weights, tokens = _draw(scores.softmax(dim=-1))
                 drawn += weights
             else:
                 tokens = scores.argmax(dim=-1)
@@ -308,7 +310,8 @@ def _draw(probabilities: torch.Tensor, noise: torch.Tensor | None = None) -> tup
     One draw from each row of probabilities [B, N], the same as `torch.multinomial`: weights [B] and indices [B].
 
     It is argmax of p / q with q ~ Exp(1). `torch.multinomial` first checks all probabilities, which takes a GPU longer
-    than the draw, and on bad ones it aborts the CUDA context. Here the weight of such a row is NaN.
+    than the draw, and on bad ones it aborts the CUDA context. Here the weight of such a row is NaN. noise: q [B, N],
+    where it has been drawn already.
     """
     if probabilities.device.type not in ("cpu", "cuda"):  # elsewhere exponential_ may return 0
         indices = torch.multinomial(probabilities, num_samples=1)[:, 0]
@@ -319,16 +322,15 @@ def _draw(probabilities: torch.Tensor, noise: torch.Tensor | None = None) -> tup
     return weights, indices
 
 
-def _draw_top(
-    logits: torch.Tensor, top_k: TopKLogitsWarper, temperature: TemperatureLogitsWarper | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw_top(logits: torch.Tensor, top_k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The draw of `_draw` after these processors, from the likeliest of logits [B, N] alone: weights [B] and tokens [B].
+    One draw from each row of logits [B, N] after temperature and top_k: weights [B] and tokens [B], as `_draw` does.
 
-    Of tokens that are as likely as the last one that is kept, the processor keeps all, and this no more than top_k.
+    Where several tokens are as likely as the last one that is kept, transformers keeps all of them; here top_k remain.
     """
-    kept, tokens = logits.topk(min(top_k.top_k, logits.shape[-1]), dim=-1)
-    probabilities = (kept.float() / (temperature.temperature if temperature else 1.0)).softmax(dim=-1)
+    kept, tokens = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
+    probabilities = (kept.float() / temperature).softmax(dim=-1)
+    # Numbers for all tokens, as the draw from all of them takes: the same seed gives the same token.
     noise = torch.empty_like(logits, dtype=torch.float32).exponential_().gather(-1, tokens)
     weights, places = _draw(probabilities, noise)
     return weights, tokens.gather(-1, places[:, None])[:, 0]

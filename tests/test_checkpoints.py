@@ -212,22 +212,29 @@ def test_claiming_clears_an_old_run_and_keeps_a_resumed_one(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_another_process_writes_to_is_left_alone(tmp_path):
-    (tmp_path / "run.json").write_text('{"must_match": {}}')
+@contextlib.contextmanager
+def held_by_another_process(folder):
+    """A folder that another process writes a run to, until the end of the block."""
     code = "import sys, creature.checkpoints as c; c.lock_output(sys.argv[1]); print('held', flush=True); input()"
     holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(Path(checkpoints.__file__).parent.parent)},
     )  # fmt: skip
     try:
         assert holder.stdout.readline() == "held\n"
+        yield
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_folder_that_another_process_writes_to_is_left_alone(tmp_path):
+    (tmp_path / "run.json").write_text('{"must_match": {}}')
+    with held_by_another_process(tmp_path):
         for keep in (True, False):
             with pytest.raises(UserError, match="another run is writing"):
                 checkpoints.clear_output(tmp_path, keep=keep)
         assert (tmp_path / "run.json").exists()
-    finally:
-        holder.kill()
-        holder.communicate()
     checkpoints.clear_output(tmp_path, keep=True)
     checkpoints.clear_output(tmp_path, keep=False)  # a process never locks itself out
 

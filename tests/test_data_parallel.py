@@ -126,14 +126,14 @@ def interrupt(folder, copy):
 def test_a_run_goes_on_with_fewer_and_with_more_processes(place, monkeypatch):  # noqa: F811
     """The checkpoint is in the middle of a logging window, whose sums the processes had divided among themselves."""
     settings = ("--max_steps", 12, "--logging_steps", 4, "--save_steps", 6, "--eval_steps", 12)
-    settings += ("--attention_dropout", "0.0", "--batch_warmup_steps", 0)
+    settings += ("--attention_dropout", "0.0", "--batch_warmup_steps", 0, "--per_device_train_batch_size", 1)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
 
     def run_two(*flags):
         pair = start(*settings, *flags, launcher=launcher)
         output, errors = pair.communicate(timeout=200)
         assert pair.returncode == 0, output[-1000:] + errors[-2000:]
-        assert "x accumulation 1 x 2 process(es)" in output and output.count("step     12/12 | loss") == 1
+        assert "x accumulation 2 x 2 process(es)" in output and output.count("step     12/12 | loss") == 1
 
     run_two("--output_dir", "two")
     run(monkeypatch, *settings, "--output_dir", "one")
@@ -145,6 +145,6 @@ def test_a_run_goes_on_with_fewer_and_with_more_processes(place, monkeypatch):  
     run_two("--output_dir", "more", "--resume", "--accept_changes")
     for name in ("two", "fewer", "more"):
         described = checkpoints.read_run(name)["must_match"]
-        assert (described["world_size"], described["accumulation"]) == ((1, 2) if name == "fewer" else (2, 1))
+        assert (described["world_size"], described["accumulation"]) == ((1, 4) if name == "fewer" else (2, 2))
         for key in ("loss", "loss_internal_text", "grad_norm", "eval_loss", "eval_accuracy", "tokens"):
             assert curve(name, key) == pytest.approx(curve("one", key), rel=1e-4), (name, key)

@@ -13,6 +13,7 @@ import torch
 import yaml
 from creatures import MICRO
 from safetensors.torch import load_file
+from test_checkpoints import held_by_another_process
 
 import run_clm_creature
 from creature import checkpoints
@@ -231,19 +232,10 @@ def test_documents_kept_apart_change_the_run_and_stay_so_when_it_resumes(place, 
 
 
 def test_a_run_into_a_folder_that_another_one_writes_to_is_refused(place, monkeypatch):
-    code = "import sys, creature.checkpoints as c; c.lock_output(sys.argv[1]); print('held', flush=True); input()"
     (place / "out").mkdir()
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(PROJECT)},
-    )  # fmt: skip
-    try:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="another run is writing"):
-            run(monkeypatch, "--max_steps", 12, "--output_dir", "out")
-    finally:
-        other.kill()
-        other.communicate()
+    with held_by_another_process("out"), pytest.raises(UserError, match="another run is writing"):
+        run(monkeypatch, "--max_steps", 12, "--output_dir", "out")
+    assert not any((place / "out").glob("[!.]*"))
     run(monkeypatch, "--max_steps", 12, "--output_dir", "out")
     assert checkpoints.read_run("out")["status"] == "finished" and sorted(curve("out")) == [1, 3, 6, 9, 12]
 
